@@ -1,0 +1,145 @@
+"""The public ops: argument checks, then the backend that serves. See ``reference`` for the formulas."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastslots.ops import autograd, backends, checks, reference
+from fastslots.ops.reference import FeedForward, FoldedProjections
+
+
+def _serve(op: str, tensors: tuple[Tensor, ...], backend: str) -> str:
+    """Name of the backend: the reference inside forward AD and functorch transforms, where kernels have no rule."""
+    if autograd.under_transform() and backend != "reference":
+        if backend != "auto":
+            raise ValueError(f"backend={backend!r} has no forward-mode or functorch rule: use backend='auto' for {op}")
+        return "reference"
+    return backends.select(op, tensors, backend)
+
+
+def cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    backend: str = "auto",
+    *,
+    slot_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of pixels to slots that also returns the weights summed over heads.
+
+    ``A = softmax_k(scale · q·k)``; ``out = A v``; ``slot_map = Σ_h A``, the smallest thing that the interaction
+    penalty needs (arXiv 2411.07784). Kernels never store A; the same call gives the same bits.
+
+    Args:
+        q: [B, H, L, d] fp16, bf16, fp32 or fp64, any strides.
+        k, v: [B, H, K, d], dtype and device of q.
+        scale: factor on the scores; None means d^-1/2.
+        backend: "auto", "reference", "cpu" or "triton"; one named outright either serves or raises.
+        slot_mask: [B, K] bool, True for a real slot; padded slots get weight 0. None means all are real.
+
+    Returns:
+        out [B, H, L, d] in the dtype of q, slot_map [B, L, K] in fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or a backend that cannot serve.
+    """
+    checks.qkv(q, k, v)
+    checks.slot_mask(slot_mask, k.shape[0], k.shape[2])
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    name = _serve("cross_attention", (q, k, v), backend)
+    if name == "reference":
+        return reference.cross_attention(q, k, v, scale, slot_mask)
+    return autograd.cross_attention(q, k, v, scale, slot_mask, name)
+
+
+def interaction_penalty(slot_map: Tensor) -> Tensor:
+    """``mean_{b,l} ½[(Σ_k w_k)² − Σ_k w_k²]``, computed as each weight times the sum of those before it.
+
+    slot_map: [B, L, K] float. Returns a scalar; its gradient is ``(Σ_j w_j − w_k) / (B·L)`` (arXiv 2411.07784, §4).
+    Raises TypeError or ValueError for anything but a float tensor with three axes.
+    """
+    checks.tensor("slot_map", slot_map, 3, "[B, L, K]")
+    return reference.interaction_penalty(slot_map)
+
+
+def fold_projections(
+    wq: Tensor, bq: Tensor | None, k: Tensor, v: Tensor, wo: Tensor, bo: Tensor | None, scale: float
+) -> FoldedProjections:
+    """Fold the query and output projections into the slots, so that neither is ever applied to a pixel.
+
+    Args:
+        wq, bq: query projection [H·d, D] and bias [H·d] (or None).
+        k, v: keys and values of the slots, [B, H, K, d]. A key bias cancels in the softmax: leave it out.
+        wo, bo: output projection [D, H·d] and bias [D] (or None).
+        scale: factor on the scores.
+
+    Returns:
+        FoldedProjections(G [B,D,H,K], g [B,H,K], U [B,H,K,D], b [D]) in fp32 (fp64 for fp64), differentiable.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its shape and what was expected.
+    """
+    checks.projections(wq, bq, k, v, wo, bo)
+    return reference.fold_projections(wq, bq, k, v, wo, bo, float(scale))
+
+
+def folded_cross_attention(
+    x: Tensor, folded: FoldedProjections, backend: str = "auto", *, slot_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same attention through folded projections: ``y = softmax_k(x·G + g)·U + b``, without the residual.
+
+    Args:
+        x: [B or 1, L, D] float, already normed; a batch of 1 is shared by all images and never repeated.
+        folded: what ``fold_projections`` returns.
+        backend, slot_mask: as in ``cross_attention``.
+
+    Returns:
+        y [B, L, D] in the dtype of x, slot_map [B, L, K] in fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError, ValueError: as in ``cross_attention``.
+    """
+    checks.folded(x, folded)
+    checks.slot_mask(slot_mask, folded.g.shape[0], folded.g.shape[2])
+    name = _serve("folded_cross_attention", (x, *folded), backend)
+    if name == "reference":
+        return reference.folded_cross_attention(x, folded, slot_mask)
+    return autograd.folded_cross_attention(x, *folded, slot_mask, name)
+
+
+def decoder_layer(
+    x: Tensor,
+    folded: FoldedProjections,
+    ff: FeedForward,
+    backend: str = "auto",
+    *,
+    slot_mask: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """One pre-norm decoder layer: norm, folded attention, residual, norm, feed-forward, residual.
+
+    Args:
+        x: [B or 1, L, D] float, the residual stream (not normed).
+        folded: folded projections that already hold the affine part of the query norm (``fold_norm``).
+        ff: FeedForward(norm_weight [D], norm_bias [D], w1 [F,D], b1 [F], w2 [D,F], b2 [D]).
+        backend, slot_mask: as in ``cross_attention``. eps: of both layer norms.
+
+    Returns:
+        x' [B, L, D], slot_map [B, L, K].
+
+    Raises:
+        TypeError, ValueError: as in ``cross_attention``.
+    """
+    checks.folded(x, folded)
+    checks.slot_mask(slot_mask, folded.g.shape[0], folded.g.shape[2])
+    hidden, width = ff.w1.shape[0], x.shape[2]
+    for field, expected in (("w1", (hidden, width)), ("w2", (width, hidden)), ("norm_weight", (width,))):
+        checks.shape(f"ff.{field}", getattr(ff, field), expected, f"for x {list(x.shape)}")
+    name = _serve("decoder_layer", (x, *folded, *ff), backend)
+    if name == "reference":
+        return reference.decoder_layer(x, folded, ff, slot_mask, eps)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return autograd.decoder_layer(x, list(folded), list(ff), slot_mask, eps, name)

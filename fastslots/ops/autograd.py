@@ -1,0 +1,172 @@
+"""Kernels as differentiable torch operators: the only file that registers ops with ``torch.library``.
+
+A ``custom_op`` with ``register_autograd`` works in eager mode, under ``torch.compile(fullgraph=True)`` and ``export``,
+but answers forward-mode AD with *silent zeros*. So ``under_transform`` is asked first (api.py): inside forward AD or a
+functorch transform (jvp, vmap, jacfwd, ...) the reference runs, which is right in every mode.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastslots.ops import backends
+
+
+def under_transform() -> bool:
+    """True inside forward-mode AD or a functorch transform, where only the reference is right."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _map_like(x: Tensor, batch: int, pixels: int, slots: int) -> Tensor:
+    return x.new_empty(batch, pixels, slots, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _or_zeros(grad: Tensor | None, like: Tensor) -> Tensor:
+    """An output that no one used has no gradient; the kernels take zeros."""
+    return torch.zeros_like(like) if grad is None else grad
+
+
+# ---- cross_attention -------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fastslots::cross_attention", mutates_args=())
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, slot_mask: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    return backends.load(backend).cross_attention_fwd(q, k, v, scale, slot_mask)
+
+
+@cross_attention.register_fake
+def _(q, k, v, scale, slot_mask, backend):
+    return torch.empty_like(q, memory_format=torch.contiguous_format), _map_like(q, q.shape[0], q.shape[2], k.shape[2])
+
+
+@torch.library.custom_op("fastslots::cross_attention_backward", mutates_args=())
+def cross_attention_backward(
+    dout: Tensor, dslot_map: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, slot_mask: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return backends.load(backend).cross_attention_bwd(dout, dslot_map, q, k, v, scale, slot_mask)
+
+
+@cross_attention_backward.register_fake
+def _(dout, dslot_map, q, k, v, scale, slot_mask, backend):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+
+
+def _cross_attention_setup(ctx, inputs, output):
+    q, k, v, ctx.scale, slot_mask, ctx.backend = inputs
+    ctx.save_for_backward(q, k, v, slot_mask)
+
+
+def _cross_attention_vjp(ctx, dout, dslot_map):
+    q, k, v, slot_mask = ctx.saved_tensors
+    dout = _or_zeros(dout, q)
+    if dslot_map is None:
+        dslot_map = torch.zeros_like(_map_like(q, q.shape[0], q.shape[2], k.shape[2]))
+    dq, dk, dv = cross_attention_backward(dout, dslot_map, q, k, v, ctx.scale, slot_mask, ctx.backend)
+    return dq, dk, dv, None, None, None
+
+
+cross_attention.register_autograd(_cross_attention_vjp, setup_context=_cross_attention_setup)
+
+
+# ---- folded_cross_attention ------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fastslots::folded_cross_attention", mutates_args=())
+def folded_cross_attention(
+    x: Tensor, G: Tensor, g: Tensor, U: Tensor, b: Tensor, slot_mask: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    return backends.load(backend).folded_cross_attention_fwd(x, G, g, U, b, slot_mask)
+
+
+@folded_cross_attention.register_fake
+def _(x, G, g, U, b, slot_mask, backend):
+    B, K = g.shape[0], g.shape[2]
+    return x.new_empty(B, x.shape[1], x.shape[2]), _map_like(x, B, x.shape[1], K)
+
+
+@torch.library.custom_op("fastslots::folded_cross_attention_backward", mutates_args=())
+def folded_cross_attention_backward(
+    dy: Tensor, dslot_map: Tensor, x: Tensor, G: Tensor, g: Tensor, U: Tensor, slot_mask: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return backends.load(backend).folded_cross_attention_bwd(dy, dslot_map, x, G, g, U, slot_mask)
+
+
+@folded_cross_attention_backward.register_fake
+def _(dy, dslot_map, x, G, g, U, slot_mask, backend):
+    like = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, G, g, U))
+    return (*like, U.new_empty(U.shape[3]))
+
+
+def _folded_setup(ctx, inputs, output):
+    x, G, g, U, _, slot_mask, ctx.backend = inputs
+    ctx.save_for_backward(x, G, g, U, slot_mask)
+
+
+def _folded_vjp(ctx, dy, dslot_map):
+    x, G, g, U, slot_mask = ctx.saved_tensors
+    B, L, K = g.shape[0], x.shape[1], g.shape[2]
+    dy = x.new_zeros(B, L, x.shape[2]) if dy is None else dy
+    dslot_map = torch.zeros_like(_map_like(x, B, L, K)) if dslot_map is None else dslot_map
+    return (*folded_cross_attention_backward(dy, dslot_map, x, G, g, U, slot_mask, ctx.backend), None, None)
+
+
+folded_cross_attention.register_autograd(_folded_vjp, setup_context=_folded_setup)
+
+
+# ---- decoder_layer ---------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fastslots::decoder_layer", mutates_args=())
+def decoder_layer(
+    x: Tensor, folded: list[Tensor], ff: list[Tensor], slot_mask: Tensor | None, eps: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    return backends.load(backend).decoder_layer_fwd(x, *folded, *ff, slot_mask, eps)
+
+
+@decoder_layer.register_fake
+def _(x, folded, ff, slot_mask, eps, backend):
+    B, K = folded[1].shape[0], folded[1].shape[2]
+    return x.new_empty(B, x.shape[1], x.shape[2]), _map_like(x, B, x.shape[1], K)
+
+
+@torch.library.custom_op("fastslots::decoder_layer_backward", mutates_args=())
+def decoder_layer_backward(
+    dy: Tensor,
+    dslot_map: Tensor,
+    x: Tensor,
+    folded: list[Tensor],
+    ff: list[Tensor],
+    slot_mask: Tensor | None,
+    eps: float,
+    backend: str,
+) -> list[Tensor]:
+    """-> dx, then the gradients of folded and ff in order. x is all that the forward saves; the rest is recomputed."""
+    return list(backends.load(backend).decoder_layer_bwd(dy, dslot_map, x, *folded, *ff, slot_mask, eps))
+
+
+@decoder_layer_backward.register_fake
+def _(dy, dslot_map, x, folded, ff, slot_mask, eps, backend):
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, *folded, *ff)]
+
+
+def _layer_setup(ctx, inputs, output):
+    x, folded, ff, slot_mask, ctx.eps, ctx.backend = inputs
+    ctx.save_for_backward(x, slot_mask, *folded, *ff)
+    ctx.num_folded = len(folded)
+
+
+def _layer_vjp(ctx, dy, dslot_map):
+    x, slot_mask, *weights = ctx.saved_tensors
+    folded, ff = weights[: ctx.num_folded], weights[ctx.num_folded :]
+    B, L, K = folded[1].shape[0], x.shape[1], folded[1].shape[2]
+    dy = x.new_zeros(B, L, x.shape[2]) if dy is None else dy
+    dslot_map = torch.zeros_like(_map_like(x, B, L, K)) if dslot_map is None else dslot_map
+    dx, *grads = decoder_layer_backward(dy, dslot_map, x, folded, ff, slot_mask, ctx.eps, ctx.backend)
+    return dx, grads[: ctx.num_folded], grads[ctx.num_folded :], None, None, None
+
+
+decoder_layer.register_autograd(_layer_vjp, setup_context=_layer_setup)

@@ -1,0 +1,87 @@
+"""Which engine serves a call, and why not another.
+
+A backend is a module of raw functions (no autograd) in ``fastslots.kernels``, imported when first needed:
+
+    why_not(op, tensors) -> str | None      None when it serves this op on these tensors, else the reason in words
+    cross_attention_fwd(q, k, v, scale, slot_mask) -> out, slot_map
+    cross_attention_bwd(dout, dslot_map, q, k, v, scale, slot_mask) -> dq, dk, dv
+    folded_cross_attention_fwd(x, G, g, U, b, slot_mask) -> y, slot_map
+    folded_cross_attention_bwd(dy, dslot_map, x, G, g, U, slot_mask) -> dx, dG, dg, dU, db
+    decoder_layer_fwd(x, G, g, U, b, *ff, slot_mask, eps) -> y, slot_map
+    decoder_layer_bwd(dy, dslot_map, x, G, g, U, b, *ff, slot_mask, eps) -> dx, dG, dg, dU, db, *dff
+    decoder_loss(inputs, need_grads) -> recon, interaction, gradients (see tiled.py)
+
+``auto`` takes the first that serves: ``triton`` for CUDA tensors, ``cpu`` for CPU tensors, else ``reference``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+
+from torch import Tensor
+
+NAMES = ("reference", "cpu", "triton")
+OPS = ("cross_attention", "folded_cross_attention", "decoder_layer", "decoder_loss")
+_MODULES = {"cpu": "fastslots.kernels.cpu_backend", "triton": "fastslots.kernels.triton_backend"}
+
+
+def load(name: str) -> ModuleType:
+    """The kernel module of a backend; ImportError where this installation has none."""
+    return importlib.import_module(_MODULES[name])
+
+
+def why_not(name: str, op: str, tensors: Sequence[Tensor]) -> str | None:
+    """None when backend ``name`` serves ``op`` on these tensors, else the reason in words."""
+    if name == "reference":
+        return None
+    try:
+        module = load(name)
+    except ImportError as error:
+        return f"not installed ({error})"
+    return module.why_not(op, tensors)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend serves a call and why the others do not; ``str()`` is for people."""
+
+    op: str
+    backend: str
+    reasons: dict[str, str] = field(default_factory=dict)  # backend -> why it does not serve
+
+    def __str__(self) -> str:
+        others = "".join(f"\n  not {name}: {reason}" for name, reason in self.reasons.items())
+        return f"{self.op}: {self.backend}{others}"
+
+
+def explain(*tensors: Tensor, op: str = "cross_attention", backend: str = "auto") -> Explanation:
+    """Say which backend would serve ``op`` on these tensors and why not another.
+
+    tensors: the call's tensor arguments (device, dtype and shape decide). Raises ValueError for an unknown op or backend.
+    """
+    if op not in OPS:
+        raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
+    if backend not in ("auto", *NAMES):
+        raise ValueError(f"backend must be one of auto, {', '.join(NAMES)}, got {backend!r}")
+    if backend == "auto":
+        on_cuda = bool(tensors) and tensors[0].is_cuda
+        candidates: tuple[str, ...] = ("triton", "reference") if on_cuda else ("cpu", "reference")
+    else:
+        candidates = (backend,)
+    reasons = {}
+    for name in candidates:
+        reason = why_not(name, op, tensors)
+        if reason is None:
+            return Explanation(op, name, reasons)
+        reasons[name] = reason
+    raise ValueError(f"backend={backend!r} cannot serve {op}: {reasons[backend]}")
+
+
+def select(op: str, tensors: Sequence[Tensor], backend: str) -> str:
+    """Name of the backend that serves; ValueError with the reason where one named outright cannot."""
+    if backend == "reference":  # the common request in tests and under transforms: no import, no questions
+        return backend
+    return explain(*tensors, op=op, backend=backend).backend

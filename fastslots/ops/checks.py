@@ -1,0 +1,100 @@
+"""Argument checks of the public ops: each message names the argument, its shape or dtype, and what was expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastslots.ops.reference import FoldedProjections
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def tensor(name: str, value: object, ndim: int, layout: str) -> Tensor:
+    """A float tensor with ``ndim`` axes, or TypeError/ValueError."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor {layout}, got {type(value).__name__}")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {value.dtype} (shape {list(value.shape)})")
+    if value.ndim != ndim:
+        raise ValueError(f"{name} must be {layout}, got shape {list(value.shape)}")
+    return value
+
+
+def shape(name: str, value: Tensor, expected: tuple[int, ...], why: str) -> None:
+    if tuple(value.shape) != expected:
+        raise ValueError(f"{name} has shape {list(value.shape)}, expected {list(expected)} {why}")
+
+
+def same_place(**tensors: Tensor | None) -> None:
+    """All on one device."""
+    present = {name: t for name, t in tensors.items() if t is not None}
+    first, reference = next(iter(present.items()))
+    for name, t in present.items():
+        if t.device != reference.device:
+            raise ValueError(f"{name} is on {t.device}, but {first} is on {reference.device}: move one of them")
+
+
+def same_dtype(**tensors: Tensor) -> None:
+    first, reference = next(iter(tensors.items()))
+    for name, t in tensors.items():
+        if t.dtype != reference.dtype:
+            raise TypeError(f"{name} is {t.dtype}, but {first} is {reference.dtype}: cast one of them")
+
+
+def slot_mask(mask: Tensor | None, batch: int, slots: int) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"slot_mask must be a bool tensor [B, K] (True = a real slot), got {got}")
+    shape("slot_mask", mask, (batch, slots), "(B, K: True = a real slot)")
+
+
+def qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    tensor("q", q, 4, "[B, H, L, d]")
+    tensor("k", k, 4, "[B, H, K, d]")
+    tensor("v", v, 4, "[B, H, K, d]")
+    B, H, _, d = q.shape
+    K = k.shape[2]
+    shape("k", k, (B, H, K, d), f"(B, H, K, d: B, H and d as in q {list(q.shape)})")
+    shape("v", v, (B, H, K, d), f"(the shape of k; q is {list(q.shape)})")
+    if K == 0 or H == 0 or d == 0:
+        raise ValueError(f"k has shape {list(k.shape)}: there must be at least one head, slot and channel")
+    same_dtype(q=q, k=k, v=v)
+    same_place(q=q, k=k, v=v)
+
+
+def folded(x: Tensor, f: FoldedProjections) -> None:
+    tensor("x", x, 3, "[B or 1, L, D]")
+    if not isinstance(f, FoldedProjections):
+        raise TypeError(f"folded must be what fold_projections returns, got {type(f).__name__}")
+    G = tensor("folded.G", f.G, 4, "[B, D, H, K]")
+    B, D, H, K = G.shape
+    shape("folded.g", f.g, (B, H, K), f"(B, H, K of folded.G {list(G.shape)})")
+    shape("folded.U", f.U, (B, H, K, D), f"(B, H, K, D of folded.G {list(G.shape)})")
+    shape("folded.b", f.b, (D,), f"(D of folded.G {list(G.shape)})")
+    if x.shape[2] != D or x.shape[0] not in (1, B):
+        raise ValueError(f"x has shape {list(x.shape)}, expected [{B} or 1, L, {D}] for folded.G {list(G.shape)}")
+    same_place(x=x, G=G, g=f.g, U=f.U, b=f.b)
+
+
+def projections(
+    wq: Tensor, bq: Tensor | None, k: Tensor, v: Tensor, wo: Tensor, bo: Tensor | None
+) -> None:
+    tensor("k", k, 4, "[B, H, K, d]")
+    tensor("v", v, 4, "[B, H, K, d]")
+    shape("v", v, tuple(k.shape), "(the shape of k)")
+    _, H, K, d = k.shape
+    if H == 0 or K == 0 or d == 0:
+        raise ValueError(f"k has shape {list(k.shape)}: there must be at least one head, slot and channel")
+    tensor("wq", wq, 2, "[H·d, D]")
+    D = wq.shape[1]
+    shape("wq", wq, (H * d, D), f"(H·d, D for k {list(k.shape)})")
+    tensor("wo", wo, 2, "[D, H·d]")
+    shape("wo", wo, (D, H * d), f"(D, H·d for wq {list(wq.shape)} and k {list(k.shape)})")
+    if bq is not None:
+        shape("bq", tensor("bq", bq, 1, "[H·d]"), (H * d,), f"(H·d for k {list(k.shape)})")
+    if bo is not None:
+        shape("bo", tensor("bo", bo, 1, "[D]"), (D,), f"(D for wo {list(wo.shape)})")
+    same_place(k=k, v=v, wq=wq, bq=bq, wo=wo, bo=bo)

@@ -1,0 +1,177 @@
+"""The one definition of every op, in plain PyTorch: any float dtype, any device, differentiable in every mode.
+
+Axes: B images, H heads, L pixels, K slots, d head width, D query width (``Dq``), F feed-forward width.
+
+Cross-attention of pixels to slots, and what the regulariser needs of it (arXiv 2411.07784, §4)::
+
+    A[b,h,l,:]  = softmax_k(scale · q[b,h,l] · k[b,h,k])      out[b,h,l] = Σ_k A[b,h,l,k] v[b,h,k]
+    slot_map[b,l,k] = Σ_h A[b,h,l,k]                          penalty = mean_{b,l} Σ_{j<k} w_j w_k,  w = slot_map
+
+Folding (K is far below the widths, so the projections of the pixel side disappear), with x̂ the normed query::
+
+    S[l,h,k] = x̂_l · G[:,h,k] + g[h,k]     G = scale · Wq_hᵀ k_hk,  g = scale · bq_h · k_hk
+    y_l      = Σ_hk A[l,h,k] U[h,k,:] + b  U = v_hk Wo_hᵀ
+
+Softmax and slot maps are computed in fp32 for 16-bit inputs; everything else in the dtype of the inputs (or of
+autocast). Nothing here checks its arguments: ``fastslots.ops`` (api.py) does, and calls this.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class FoldedProjections(NamedTuple):
+    """Both projections of the pixel side, folded into the slots: K small rows an image instead of L wide ones."""
+
+    G: Tensor  # [B, D, H, K] score weights
+    g: Tensor  # [B, H, K] score offsets
+    U: Tensor  # [B, H, K, D] value rows, already projected out
+    b: Tensor  # [D] output bias
+
+
+class FeedForward(NamedTuple):
+    """Pre-norm feed-forward: ``x + w2 · gelu(w1 · norm(x) + b1) + b2``."""
+
+    norm_weight: Tensor  # [D]
+    norm_bias: Tensor  # [D]
+    w1: Tensor  # [F, D]
+    b1: Tensor  # [F]
+    w2: Tensor  # [D, F]
+    b2: Tensor  # [D]
+
+
+class OutputHead(NamedTuple):
+    """Final norm, then linear layers with GELU between them."""
+
+    norm_weight: Tensor  # [D]
+    norm_bias: Tensor  # [D]
+    weights: list[Tensor]  # each [out, in]; the last has C rows
+    biases: list[Tensor]
+
+
+def slot_softmax(scores: Tensor, slot_mask: Tensor | None) -> Tensor:
+    """Softmax over the last axis (slots) in at least fp32; slots masked False get weight 0 (all masked: all 0).
+
+    scores: [B, H, L, K]; slot_mask: [B, K] bool or None.
+    """
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if slot_mask is None:
+        return scores.softmax(-1)
+    keep = slot_mask[:, None, None, :]
+    # finfo.min rather than -inf: a row without any slot then gives zeros, not NaN, forward and backward.
+    return scores.masked_fill(~keep, torch.finfo(scores.dtype).min).softmax(-1) * keep
+
+
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, slot_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """q [B,H,L,d], k, v [B,H,K,d] -> out [B,H,L,d], slot_map [B,L,K] (fp32 or wider)."""
+    attn = slot_softmax((q * scale) @ k.transpose(-1, -2), slot_mask)
+    return attn.to(v.dtype) @ v, attn.sum(1)
+
+
+def interaction_penalty(slot_map: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
+    """mean_{b,l} Σ_{j<k} w_j w_k, as each weight times the running sum of those before it.
+
+    The equal ½[(Σw)² − Σw²] cancels as slots near one-hot: 2.5e-4 a pixel in fp32 against 5e-8 for this form.
+    slot_map: [B, L, K]; pixel_weight: [B, L] or None. Returns a scalar, 0 for an empty map.
+    """
+    w = slot_map.to(torch.promote_types(slot_map.dtype, torch.float32))
+    pairs = (w[..., 1:] * w[..., :-1].cumsum(-1)).sum(-1)
+    if pixel_weight is not None:
+        pairs = pairs * pixel_weight
+    return pairs.sum() / max(pairs.numel(), 1)
+
+
+def fold_projections(
+    wq: Tensor, bq: Tensor | None, k: Tensor, v: Tensor, wo: Tensor, bo: Tensor | None, scale: float
+) -> FoldedProjections:
+    """wq [H·d,D], bq [H·d], k, v [B,H,K,d], wo [D,H·d], bo [D] -> the folded projections, in fp32 or wider.
+
+    Tiny (K rows an image), so it stays out of autocast: a rounding here would touch every pixel.
+    """
+    heads, d = k.shape[1], k.shape[3]
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    with torch.autocast(k.device.type, enabled=False):
+        wq, k, v, wo = (t.to(dtype) for t in (wq, k, v, wo))
+        wq_heads, wo_heads = wq.view(heads, d, -1), wo.view(-1, heads, d)
+        k = k * scale
+        G = torch.einsum("hdq,bhkd->bqhk", wq_heads, k)
+        U = torch.einsum("bhkd,qhd->bhkq", v, wo_heads)
+        g = k.new_zeros(k.shape[:3]) if bq is None else torch.einsum("hd,bhkd->bhk", bq.to(dtype).view(heads, d), k)
+        b = wo.new_zeros(wo.shape[0]) if bo is None else bo.to(dtype)
+    return FoldedProjections(G, g, U, b)
+
+
+def fold_norm(folded: FoldedProjections, weight: Tensor, bias: Tensor) -> FoldedProjections:
+    """Fold the affine part of the query norm, ``x̂ = weight · n + bias``, into G and g: then n alone is the input."""
+    with torch.autocast(folded.G.device.type, enabled=False):
+        g = folded.g + torch.einsum("q,bqhk->bhk", bias.to(folded.G.dtype), folded.G)
+        return folded._replace(G=folded.G * weight[:, None, None], g=g)
+
+
+def folded_cross_attention(
+    x: Tensor, folded: FoldedProjections, slot_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x [B or 1, L, D], already normed -> y = A·U + b [B,L,D] (no residual), slot_map [B,L,K]."""
+    G, g, U, b = folded
+    B, D, H, K = G.shape
+    # One product a layer: [B, L, H·K]. x of batch 1 (layer 1: the same queries for every image) broadcasts unrepeated.
+    scores = torch.matmul(x, G.reshape(B, D, H * K)) + g.reshape(B, 1, H * K)
+    attn = slot_softmax(scores.unflatten(-1, (H, K)).transpose(1, 2), slot_mask)  # [B, H, L, K], a view
+    rows = attn.transpose(1, 2).flatten(-2)
+    y = torch.matmul(rows.to(U.dtype), U.reshape(B, H * K, D)) + b
+    return y.to(x.dtype), attn.sum(1)
+
+
+def feed_forward(x: Tensor, ff: FeedForward, eps: float = 1e-5) -> Tensor:
+    """x [..., D] -> x + w2 · gelu(w1 · norm(x) + b1) + b2, with the exact (erf) GELU."""
+    normed = F.layer_norm(x, x.shape[-1:], ff.norm_weight, ff.norm_bias, eps)
+    return x + F.linear(F.gelu(F.linear(normed, ff.w1, ff.b1)), ff.w2, ff.b2)
+
+
+def decoder_layer(
+    x: Tensor, folded: FoldedProjections, ff: FeedForward, slot_mask: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """One pre-norm layer of the decoder: x [B or 1, L, D] (not normed) -> x' [B,L,D], slot_map [B,L,K].
+
+    ``folded`` already holds the affine part of the query norm (``fold_norm``).
+    """
+    y, slot_map = folded_cross_attention(F.layer_norm(x, x.shape[-1:], eps=eps), folded, slot_mask)
+    return feed_forward(x + y, ff, eps), slot_map
+
+
+def output_head(x: Tensor, head: OutputHead, eps: float = 1e-5) -> Tensor:
+    """x [..., D] -> [..., C]."""
+    x = F.layer_norm(x, x.shape[-1:], head.norm_weight, head.norm_bias, eps)
+    for i, (weight, bias) in enumerate(zip(head.weights, head.biases, strict=True)):
+        x = F.linear(F.gelu(x) if i else x, weight, bias)
+    return x
+
+
+def decode(
+    queries: Tensor,
+    layers: list[tuple[FoldedProjections, FeedForward]],
+    head: OutputHead,
+    slot_mask: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """The whole decoder after folding: queries [B or 1, L, D] -> pixels [B,L,C], slot_map [B,L,K] (layer mean)."""
+    x, maps = queries, []
+    for folded, ff in layers:
+        x, slot_map = decoder_layer(x, folded, ff, slot_mask, eps)
+        maps.append(slot_map)
+    return output_head(x, head, eps), torch.stack(maps).mean(0)
+
+
+def reconstruction_error(pixels: Tensor, target: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
+    """Σ (pixels − target)² / B over pixels and channels [B,L,C]; pixel_weight [B,L] weights each pixel's sum."""
+    error = (pixels.to(torch.promote_types(pixels.dtype, torch.float32)) - target).square().sum(-1)
+    if pixel_weight is not None:
+        error = error * pixel_weight
+    return error.sum() / max(pixels.shape[0], 1)

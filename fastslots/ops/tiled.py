@@ -1,0 +1,155 @@
+"""The decoder's loss, tile by tile: forward and backward of a tile of pixels in one go.
+
+Given the slots, pixels are independent and the loss is a sum over pixels. So each tile is decoded, compared with its
+target and differentiated before the next one starts; only the gradients of the weights, of the folded projections and
+of the layer-1 queries leave it. No activation outlives its tile, nothing is recomputed, memory does not grow with R².
+
+    total = recon_weight · Σ (x − x̂)² / B  +  interaction_weight · mean_{b,l} Σ_{j<k} w_j w_k
+
+Both weights must be known on the way forward. Gradients are made there, scaled by ``grad_scale`` (the loss scale of
+mixed precision, so that small ones survive 16 bits), and handed out by autograd when ``total`` is differentiated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastslots.ops import backends, reference
+from fastslots.ops.autograd import under_transform
+from fastslots.ops.reference import FeedForward, FoldedProjections, OutputHead
+
+TILE_ROWS = 4096
+"""Rows (images x pixels) of a tile in plain PyTorch: large enough to feed its matrix products, small enough for cache."""
+
+
+class DecoderLossTerms(NamedTuple):
+    """Scalars: ``total`` carries the gradient; ``recon`` and ``interaction`` are unweighted and detached."""
+
+    total: Tensor
+    recon: Tensor
+    interaction: Tensor
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """What a tile needs. Tensors in ``differentiable()`` order; targets, weights of pixels and masks carry no gradient."""
+
+    queries: Tensor  # [B or 1, L, D]
+    layers: list[tuple[FoldedProjections, FeedForward]]
+    head: OutputHead
+    target: Tensor  # [B, L, C]
+    pixel_weight: Tensor | None  # [B, L]
+    slot_mask: Tensor | None  # [B, K] bool
+    recon_weight: float | Tensor
+    interaction_weight: float | Tensor
+    eps: float = 1e-5
+
+    def differentiable(self) -> list[Tensor]:
+        flat = [self.queries]
+        for folded, ff in self.layers:
+            flat += [*folded, *ff]
+        head = self.head
+        return [*flat, head.norm_weight, head.norm_bias, *head.weights, *head.biases]
+
+    def with_tensors(self, flat: list[Tensor]) -> LossInputs:
+        """The same inputs with ``flat`` in the places of ``differentiable()``."""
+        it = iter(flat)
+        queries = next(it)
+        layers = []
+        for folded, ff in self.layers:
+            layers.append((FoldedProjections(*(next(it) for _ in folded)), FeedForward(*(next(it) for _ in ff))))
+        head = OutputHead(
+            next(it), next(it), [next(it) for _ in self.head.weights], [next(it) for _ in self.head.biases]
+        )
+        return replace(self, queries=queries, layers=layers, head=head)
+
+    def pixels(self, start: int, stop: int) -> LossInputs:
+        """The same inputs for pixels start..stop alone."""
+        weight = None if self.pixel_weight is None else self.pixel_weight[:, start:stop]
+        target = self.target[:, start:stop]
+        return replace(self, queries=self.queries[:, start:stop], target=target, pixel_weight=weight)
+
+
+def _loss(inputs: LossInputs) -> tuple[Tensor, Tensor]:
+    """(recon, interaction) of these pixels, untiled."""
+    pixels, slot_map = reference.decode(inputs.queries, inputs.layers, inputs.head, inputs.slot_mask, inputs.eps)
+    recon = reference.reconstruction_error(pixels, inputs.target, inputs.pixel_weight)
+    return recon, reference.interaction_penalty(slot_map, inputs.pixel_weight)
+
+
+def reference_decoder_loss(
+    inputs: LossInputs, need_grads: list[bool], grad_scale: float | Tensor = 1.0, rows: int = TILE_ROWS
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """The tiled loss in plain PyTorch -> recon, interaction, and the gradients of ``grad_scale · total`` asked for.
+
+    The signature of every backend's ``decoder_loss``.
+    """
+    B, L, _ = inputs.target.shape
+    step = max(1, rows // max(B, 1))
+    recon = inputs.target.new_zeros((), dtype=torch.promote_types(inputs.target.dtype, torch.float32))
+    interaction = torch.zeros_like(recon)
+    leaves = [t.detach().requires_grad_(need) for t, need in zip(inputs.differentiable(), need_grads, strict=True)]
+    query_grad = torch.zeros_like(leaves[0]) if need_grads[0] else None
+    weights, any_grad = leaves[1:], any(need_grads)
+    for start in range(0, L, step):
+        tile = inputs.pixels(start, min(start + step, L))
+        queries = tile.queries.detach().requires_grad_(need_grads[0])
+        with torch.set_grad_enabled(any_grad):
+            tile_recon, tile_pairs = _loss(tile.with_tensors([queries, *weights]))
+            share = tile.target.shape[1] / L  # a mean over the tile's pixels is this share of the mean over all
+            total = grad_scale * (inputs.recon_weight * tile_recon + inputs.interaction_weight * share * tile_pairs)
+        recon += tile_recon.detach()
+        interaction += share * tile_pairs.detach()
+        if any_grad:
+            total.backward()
+            if query_grad is not None:
+                query_grad[:, start : start + step] = queries.grad
+    grads = [leaf.grad if leaf.grad is not None or not leaf.requires_grad else torch.zeros_like(leaf) for leaf in leaves]
+    grads[0] = query_grad
+    return recon, interaction, grads
+
+
+class _TiledLoss(torch.autograd.Function):
+    """Runs a backend's ``decoder_loss`` in forward and hands out its gradients in backward."""
+
+    @staticmethod
+    def forward(ctx, inputs: LossInputs, grad_scale, backend: str, *tensors: Tensor):
+        need = list(ctx.needs_input_grad[3:])
+        run = reference_decoder_loss if backend == "reference" else backends.load(backend).decoder_loss
+        recon, interaction, grads = run(inputs.with_tensors(list(tensors)), need, grad_scale)
+        total = inputs.recon_weight * recon + inputs.interaction_weight * interaction
+        ctx.grads, ctx.grad_scale = grads, grad_scale
+        ctx.mark_non_differentiable(recon, interaction)
+        return total, recon, interaction
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dtotal: Tensor, *_):
+        if ctx.grads is None:
+            raise RuntimeError(
+                "decoder.loss was already differentiated: its gradients are handed out once. Call it again."
+            )
+        factor = dtotal / ctx.grad_scale
+        grads = [None if g is None else g * factor.to(g.dtype) for g in ctx.grads]
+        ctx.grads = None
+        return None, None, None, *grads
+
+
+def decoder_loss(inputs: LossInputs, grad_scale: float | Tensor = 1.0, backend: str = "auto") -> DecoderLossTerms:
+    """The decoder's loss with its gradients made on the way forward, tile by tile.
+
+    Inputs that need no gradient cost none; under ``no_grad`` only the forward runs. Differentiating twice raises.
+    Inside forward AD, a functorch transform or ``torch.compile`` the untiled reference is traced instead, which is
+    right in every mode.
+    """
+    flat = inputs.differentiable()
+    if torch.compiler.is_compiling() or under_transform():
+        recon, interaction = _loss(inputs)
+        total = inputs.recon_weight * recon + inputs.interaction_weight * interaction
+        return DecoderLossTerms(total, recon.detach(), interaction.detach())
+    name = backends.select("decoder_loss", flat, backend)
+    return DecoderLossTerms(*_TiledLoss.apply(inputs, grad_scale, name, *flat))
