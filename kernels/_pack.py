@@ -1,0 +1,102 @@
+"""Small operands in the layout that kernels load: padded to whole tiles, so that their loads are wide and unmasked.
+
+Both halves of a decoder layer are the same shape of computation, ``f(n · W_in + b_in) · W_out``: in attention the hidden
+columns are heads x slots and f is the softmax inside each head; in the feed-forward they are its units and f is GELU.
+Everything here is O(D · columns) an image at most, thousands of times below the pixels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .launch import LaunchConfig
+
+MAX_SLOTS, MAX_COLUMNS = 64, 512
+
+
+class Packed(NamedTuple):
+    """Hidden columns in groups of ``block``; slots of a head padded to ``slots`` (1 for a feed-forward)."""
+
+    w_in: Tensor  # [N, DP, C] in the compute dtype
+    b_in: Tensor  # [N, C] fp32; -inf for padded and masked slots
+    w_out: Tensor  # [N, C, DP] in the compute dtype
+    block: int
+    slots: int
+
+    @property
+    def groups(self) -> int:
+        return self.w_in.shape[2] // self.block
+
+    @property
+    def columns(self) -> int:
+        return self.w_in.shape[2]
+
+
+def next_power(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def round_up(n: int, block: int) -> int:
+    return -(-n // block) * block
+
+
+def pack_attention(
+    G: Tensor, g: Tensor, U: Tensor, slot_mask: Tensor | None, dtype: torch.dtype, config: LaunchConfig
+) -> Packed:
+    """G [B,D,H,K], g [B,H,K], U [B,H,K,D] -> heads padded to whole groups, slots to a power of two."""
+    B, D, H, K = G.shape
+    slots = max(4, next_power(K))
+    block = max(16, slots, min(config.block_c, next_power(H * slots)))
+    heads, width = round_up(H * slots, block) // slots, round_up(D, config.block_d)
+    w_in = G.new_zeros(B, width, heads, slots, dtype=dtype)
+    w_in[:, :D, :H, :K] = G
+    w_out = U.new_zeros(B, heads, slots, width, dtype=dtype)
+    w_out[:, :H, :K, :D] = U
+    b_in = g.new_full((B, heads, slots), float("-inf"), dtype=torch.float32)
+    b_in[:, :H, :K] = g if slot_mask is None else g.float().masked_fill(~slot_mask[:, None], float("-inf"))
+    return Packed(w_in.flatten(2), b_in.flatten(1), w_out.flatten(1, 2), block, slots)
+
+
+def unpack_attention(dw_in: Tensor, db_in: Tensor, dw_out: Tensor, G: Tensor, slots: int) -> tuple[Tensor, ...]:
+    """Reduced gradients (both weights as [B, DP, C]) -> dG [B,D,H,K], dg [B,H,K], dU [B,H,K,D]."""
+    _, D, H, K = G.shape
+    dG = dw_in.unflatten(2, (-1, slots))[:, :D, :H, :K]
+    dg = db_in.unflatten(1, (-1, slots))[:, :H, :K]
+    dU = dw_out.unflatten(2, (-1, slots))[:, :D, :H, :K].permute(0, 2, 3, 1)
+    return tuple(t.to(G.dtype).contiguous() for t in (dG, dg, dU))
+
+
+class FoldedNorm(NamedTuple):
+    """First linear layer with the norm's affine part folded in: ``w1 (nw ∘ n + nb) + b1 = w n + b``."""
+
+    w: Tensor  # [F, D] fp32
+    b: Tensor  # [F] fp32
+
+
+def fold_norm(norm_weight: Tensor, norm_bias: Tensor, w1: Tensor, b1: Tensor) -> FoldedNorm:
+    w1 = w1.float()
+    return FoldedNorm(w1 * norm_weight.float(), torch.addmv(b1.float(), w1, norm_bias.float()))
+
+
+def unfold_norm_grads(
+    dw: Tensor, db: Tensor, norm_weight: Tensor, norm_bias: Tensor, w1: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dw [F,D], db [F] of ``fold_norm`` -> gradients of norm_weight, norm_bias and w1 (that of b1 is db)."""
+    w1 = w1.float()
+    return (dw * w1).sum(0), w1.t() @ db, torch.addr(dw * norm_weight.float(), db, norm_bias.float())
+
+
+def pack_feed_forward(folded: FoldedNorm, w2: Tensor, dtype: torch.dtype, config: LaunchConfig) -> Packed:
+    """w [F,D], b [F], w2 [D,F] -> one image's worth of padded weights, units in groups of ``config.block_c``."""
+    F, D = folded.w.shape
+    columns, width = round_up(F, config.block_c), round_up(D, config.block_d)
+    w_in = w2.new_zeros(1, width, columns, dtype=dtype)
+    w_in[0, :D, :F] = folded.w.t()
+    w_out = w2.new_zeros(1, columns, width, dtype=dtype)
+    w_out[0, :F, :D] = w2.t()
+    b_in = w2.new_zeros(1, columns, dtype=torch.float32)
+    b_in[0, :F] = folded.b
+    return Packed(w_in, b_in, w_out, config.block_c, 1)

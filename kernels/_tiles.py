@@ -1,0 +1,162 @@
+"""Triton helpers that more than one kernel uses.
+
+A tile of rows [BLOCK_L, D] is a tuple of chunks [BLOCK_L, BLOCK_D], the last one padded with zeros: widths such as 180
+or 43 are no powers of two, and one block of 256 would waste a third of every product. Widths are constexpr, so that the
+compiler sees how far rows are aligned (180 bf16 = 360 bytes: loads of 8 bytes; fp32: 16) and vectorises.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# The interpreter's `tl.dot` multiplies the bit patterns of bf16 as integers (Triton 3.9): there, products are taken in
+# fp32, which holds every product of two 16-bit numbers exactly.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b, accumulated in fp32."""
+    if INTERPRETED:
+        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def load_rows(ptr, stride, mask_l, D: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows ``ptr + l·stride`` as a tuple of chunks [BLOCK_L, BLOCK_D]; zeros in masked rows and past column D."""
+    rows = ()
+    for c in tl.static_range(tl.cdiv(D, BLOCK_D)):
+        offs_d = c * BLOCK_D + tl.arange(0, BLOCK_D)
+        offs = tl.arange(0, BLOCK_L)[:, None] * stride + offs_d[None, :]
+        if (c + 1) * BLOCK_D <= D:
+            rows = rows + (tl.load(ptr + offs, mask=mask_l[:, None], other=0.0),)
+        else:
+            rows = rows + (tl.load(ptr + offs, mask=mask_l[:, None] & (offs_d < D)[None, :], other=0.0),)
+    return rows
+
+
+@triton.jit
+def store_rows(ptr, stride, rows, mask_l, D: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The inverse of ``load_rows``, rounding to the element type of the pointer."""
+    for c in tl.static_range(len(rows)):
+        offs_d = c * BLOCK_D + tl.arange(0, BLOCK_D)
+        offs = tl.arange(0, BLOCK_L)[:, None] * stride + offs_d[None, :]
+        value = rows[c].to(ptr.dtype.element_ty)
+        if (c + 1) * BLOCK_D <= D:
+            tl.store(ptr + offs, value, mask=mask_l[:, None])
+        else:
+            tl.store(ptr + offs, value, mask=mask_l[:, None] & (offs_d < D)[None, :])
+
+
+@triton.jit
+def load_tile(ptr, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] of a packed matrix: padded by its launcher, so nothing is masked and loads are 16 bytes wide."""
+    return tl.load(ptr + tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, COLUMNS)[None, :])
+
+
+@triton.jit
+def zero_rows(ROWS: tl.constexpr, COLUMNS: tl.constexpr, COUNT: tl.constexpr):
+    """A tuple of COUNT fp32 accumulators [ROWS, COLUMNS]."""
+    rows = ()
+    for _ in tl.static_range(COUNT):
+        rows = rows + (tl.zeros([ROWS, COLUMNS], tl.float32),)
+    return rows
+
+
+@triton.jit
+def bias_rows(rows, bias_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """rows + bias, in fp32."""
+    out = ()
+    for c in tl.static_range(len(rows)):
+        offs_d = c * BLOCK_D + tl.arange(0, BLOCK_D)
+        out = out + (rows[c].to(tl.float32) + tl.load(bias_ptr + offs_d, mask=offs_d < D, other=0.0)[None, :],)
+    return out
+
+
+@triton.jit
+def norm_rows(rows, eps, D: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr):
+    """Layer norm without affine part -> chunks in DTYPE, and 1/σ [BLOCK_L].
+
+    The whole row is in registers, so the variance is the mean of squared deviations, which does not cancel.
+    """
+    total = tl.sum(rows[0].to(tl.float32), 1)
+    for c in tl.static_range(1, len(rows)):
+        total += tl.sum(rows[c].to(tl.float32), 1)
+    mean = total / D
+    square = tl.zeros_like(mean)
+    for c in tl.static_range(len(rows)):
+        inside = c * BLOCK_D + tl.arange(0, BLOCK_D) < D
+        deviation = tl.where(inside[None, :], rows[c].to(tl.float32) - mean[:, None], 0.0)
+        square += tl.sum(deviation * deviation, 1)
+    rstd = tl.rsqrt(square / D + eps)
+    out = ()
+    for c in tl.static_range(len(rows)):
+        inside = c * BLOCK_D + tl.arange(0, BLOCK_D) < D
+        normed = (rows[c].to(tl.float32) - mean[:, None]) * rstd[:, None]
+        out = out + (tl.where(inside[None, :], normed, 0.0).to(DTYPE),)
+    return out, rstd
+
+
+@triton.jit
+def norm_rows_grad(drows, normed, rstd, D: tl.constexpr):
+    """Gradient of ``norm_rows``: rstd · (dn − mean(dn) − n · mean(dn · n)). Columns past D hold zeros in both."""
+    first = tl.sum(drows[0], 1)
+    second = tl.sum(drows[0] * normed[0].to(tl.float32), 1)
+    for c in tl.static_range(1, len(drows)):
+        first += tl.sum(drows[c], 1)
+        second += tl.sum(drows[c] * normed[c].to(tl.float32), 1)
+    first, second = first / D, second / D
+    out = ()
+    for c in tl.static_range(len(drows)):
+        out = out + (rstd[:, None] * (drows[c] - first[:, None] - normed[c].to(tl.float32) * second[:, None]),)
+    return out
+
+
+@triton.jit
+def slot_softmax(scores, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, KP: tl.constexpr):
+    """Softmax over slots inside each head: scores [BLOCK_L, BLOCK_C] -> [BLOCK_L, BLOCK_C // KP, KP].
+
+    Padded and masked slots carry -inf and get weight 0; a head without any slot gets zeros.
+    """
+    scores = tl.reshape(scores, [BLOCK_L, BLOCK_C // KP, KP])
+    top = tl.max(scores, 2)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    weights = tl.exp(scores - top[:, :, None])
+    # The largest weight is exactly 1, so a sum below 1 is that of a head without slots, 0.
+    return weights / tl.maximum(tl.sum(weights, 2), 1.0)[:, :, None]
+
+
+@triton.jit
+def slot_softmax_grad(attn, dattn, dslot_map):
+    """dS = A ∘ (dA + dw − Σ_k A (dA + dw)); attn, dattn [BLOCK_L, heads, KP], dslot_map [BLOCK_L, KP]."""
+    dattn = dattn + dslot_map[:, None, :]
+    return attn * (dattn - tl.sum(attn * dattn, 2)[:, :, None])
+
+
+@triton.jit
+def load_map(ptr, mask_l, K: tl.constexpr, KP: tl.constexpr, BLOCK_L: tl.constexpr):
+    """[BLOCK_L, KP] of a slot map with rows of K; zeros in the padding."""
+    offs_k = tl.arange(0, KP)
+    offs = tl.arange(0, BLOCK_L)[:, None] * K + offs_k[None, :]
+    return tl.load(ptr + offs, mask=mask_l[:, None] & (offs_k < K)[None, :], other=0.0)
+
+
+@triton.jit
+def store_map(ptr, slot_map, mask_l, K: tl.constexpr, KP: tl.constexpr, BLOCK_L: tl.constexpr):
+    offs_k = tl.arange(0, KP)
+    offs = tl.arange(0, BLOCK_L)[:, None] * K + offs_k[None, :]
+    tl.store(ptr + offs, slot_map, mask=mask_l[:, None] & (offs_k < K)[None, :])
+
+
+@triton.jit
+def gelu(u):
+    """The exact GELU, u · Φ(u)."""
+    return 0.5 * u * (1.0 + tl.erf(u * 0.7071067811865476))
+
+
+@triton.jit
+def gelu_grad(u):
+    """Φ(u) + u · φ(u)."""
+    return 0.5 * (1.0 + tl.erf(u * 0.7071067811865476)) + u * 0.3989422804014327 * tl.exp(-0.5 * u * u)

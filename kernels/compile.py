@@ -1,0 +1,183 @@
+"""Kernels to machine code for a GPU that is not there, and what the disassembly says about it.
+
+Takes recorded launches (``launch.record``), so exactly what ships is compiled: same constexprs, same block sizes, same
+argument specialisation as the just-in-time path. Machine code is read with the disassembler that Triton bundles.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .launch import Launch
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+_POINTERS = {
+    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+_TENSOR_CORE = re.compile(r"^(HMMA|HGMMA|UTCHMMA|UTCQMMA|v_mfma)")
+_GLOBAL_LOAD = re.compile(r"^(LDG|LDGSTS|UTMALDG|global_load|buffer_load)")
+_WIDTHS = {"64": 8, "128": 16, "U8": 1, "S8": 1, "U16": 2, "S16": 2, "dword": 4, "dwordx2": 8, "dwordx4": 16}
+
+# Per multiprocessor: registers, shared memory (bytes, and what the driver keeps a block), warps, blocks, TMEM columns.
+_LIMITS = {
+    "sm_80": (65536, 164 * 1024, 1024, 64, 32, None),
+    "sm_90": (65536, 228 * 1024, 1024, 64, 32, None),
+    "sm_100": (65536, 228 * 1024, 1024, 64, 32, 512),
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel's machine code and what was read from it. Absent figures (AMD) are None."""
+
+    asm: dict[str, Any]  # "ptx", "cubin", ... as Triton names them
+    registers: int | None  # per thread
+    spills: int | None  # local-memory instructions (LDL, STL); None where they can't be read
+    stack_bytes: int | None  # per thread
+    shared_bytes: int  # per block
+    tensor_cores: dict[str, int]  # instruction -> count
+    global_loads: dict[str, int]  # "16 B" -> instructions of that width
+    global_stores: dict[str, int]
+    tma_loads: int
+    warps_per_multiprocessor: int | None  # resident, of 64
+
+    @property
+    def occupancy(self) -> float | None:
+        return None if self.warps_per_multiprocessor is None else self.warps_per_multiprocessor / 64
+
+
+def target(arch: str) -> GPUTarget:
+    if arch.startswith("sm_"):
+        return GPUTarget("cuda", int(arch[3:]), 32)
+    return GPUTarget("hip", arch, 64)
+
+
+def source(launch: Launch) -> ASTSource:
+    """The launch as the just-in-time path would specialise it: 16-byte pointers, multiples of 16, ones folded."""
+    signature: dict[str, str] = {}
+    constexprs: dict[str, Any] = dict(launch.constexprs)
+    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, name in enumerate(launch.kernel.arg_names):
+        if name in launch.constexprs:
+            signature[name] = "constexpr"
+            continue
+        value = launch.args[name]
+        if isinstance(value, Tensor):
+            signature[name] = _POINTERS[value.dtype]
+            attrs[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1:
+            signature[name] = "constexpr"
+            constexprs[name] = 1
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attrs[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constexprs, attrs)
+
+
+def compile_launch(launch: Launch, arch: str) -> Compiled:
+    """Compile one recorded launch for ``arch`` and read its machine code."""
+    options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
+    kernel = triton.compile(source(launch), target=target(arch), options=options)
+    shared = kernel.metadata.shared
+    if arch.startswith("sm_"):
+        sass, registers, stack = _disassemble(kernel.asm["cubin"])
+        opcodes = _opcodes(sass)
+        spills = sum(n for op, n in opcodes.items() if op.split(".")[0] in ("LDL", "STL"))
+        tmem = getattr(kernel.metadata, "tmem_size", 0) or 0
+        warps = _resident_warps(arch, registers, shared, launch.config.num_warps, tmem)
+        return _compiled(kernel.asm, opcodes, registers, spills, stack, shared, warps)
+    text = kernel.asm["amdgcn"]
+    opcodes = Counter(re.findall(r"^\s+([a-z]\w+)", text, re.M))
+    registers = _number(r"\.vgpr_count:\s+(\d+)", text)
+    spills = _number(r"\.vgpr_spill_count:\s+(\d+)", text)
+    return _compiled(kernel.asm, opcodes, registers, spills, _number(r"\.private_segment_fixed_size:\s+(\d+)", text),
+                     shared, None)  # fmt: skip
+
+
+def _compiled(asm, opcodes, registers, spills, stack, shared, warps) -> Compiled:
+    return Compiled(
+        asm=dict(asm),
+        registers=registers,
+        spills=spills,
+        stack_bytes=stack,
+        shared_bytes=shared,
+        tensor_cores=dict(sorted(_count(opcodes, _TENSOR_CORE).items())),
+        global_loads=_by_width(opcodes, _GLOBAL_LOAD),
+        global_stores=_by_width(opcodes, re.compile(r"^(STG|global_store|buffer_store)")),
+        tma_loads=sum(n for op, n in opcodes.items() if op.startswith("UTMALDG")),
+        warps_per_multiprocessor=warps,
+    )
+
+
+def _number(pattern: str, text: str) -> int | None:
+    found = re.search(pattern, text)
+    return int(found.group(1)) if found else None
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _disassemble(cubin: bytes) -> tuple[str, int, int]:
+    """SASS, registers and stack bytes a thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        sass = subprocess.run([_tool("nvdisasm"), file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack = _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
+    if registers is None or stack is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {usage[:200]!r}")
+    return sass, registers, stack
+
+
+def _opcodes(sass: str) -> Counter[str]:
+    return Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", sass, re.M))
+
+
+def _count(opcodes: Counter[str], pattern: re.Pattern[str]) -> Counter[str]:
+    """Counts by instruction and its first two modifiers: HGMMA.64x32x16, HMMA.16816.F32."""
+    out: Counter[str] = Counter()
+    for op, n in opcodes.items():
+        if pattern.match(op):
+            out[".".join(op.split(".")[:2])] += n
+    return out
+
+
+def _by_width(opcodes: Counter[str], pattern: re.Pattern[str]) -> dict[str, int]:
+    widths: Counter[int] = Counter()
+    for op, n in opcodes.items():
+        if pattern.match(op) and not op.startswith("UTMA"):
+            widths[next((_WIDTHS[p] for p in re.split(r"[._]", op)[1:] if p in _WIDTHS), 4)] += n
+    return {f"{width} B": widths[width] for width in sorted(widths)}
+
+
+def _resident_warps(arch: str, registers: int, shared: int, warps: int, tmem: int) -> int | None:
+    """Warps of this kernel that fit a multiprocessor at once, by registers (in units of 8 a thread), shared memory,
+    warps, blocks and tensor memory."""
+    if arch not in _LIMITS:
+        return None
+    file, memory, reserved, max_warps, max_blocks, columns = _LIMITS[arch]
+    blocks = min(max_blocks, max_warps // warps, file // (math.ceil(registers / 8) * 8 * 32 * warps))
+    blocks = min(blocks, memory // (shared + reserved))
+    if columns and tmem:
+        blocks = min(blocks, columns // tmem)
+    return blocks * warps

@@ -1,0 +1,307 @@
+"""Folded cross-attention of pixels to slots, alone or with the layer norm and the residual of a decoder layer.
+
+With n = x (alone) or n = norm(x) (``NORM``), per pixel l and over columns (h, k)::
+
+    S = n·G + g      A = softmax over k inside each h      y = A·U + b (+ x with NORM)      slot_map = Σ_h A
+
+Backward, from dy and dw = ∂/∂slot_map, S and A recomputed::
+
+    dA = dy·Uᵀ      dS = A ∘ (dA + dw − Σ_k A (dA + dw))      dn = dS·Gᵀ      dx = dn, or norm'(dn) + dy with NORM
+    dG = nᵀ·dS      dg = Σ_l dS      dU = Aᵀ·dy      db = Σ_l dy
+
+Saved: nothing but the inputs. Tensors are row-major; x may have batch 1, shared by all images: it is never repeated, and
+one program sums its gradient over the images. Products accumulate in fp32; softmax, norm and sums are fp32. dG, dg and
+dU are summed over pixels as fp32 partials of fixed ranges of pixels, then over those by a second reduction: the same
+call gives the same bits. No program stores a score or a weight of a head.
+
+Two backward kernels rather than one: dx needs all columns of a few rows, dG and dU all rows of a few columns, and both
+sets of accumulators (2 x 192 x 128 fp32) are three quarters of a multiprocessor's registers. S and dA are computed twice.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from ._pack import Packed, pack_attention, unpack_attention
+from ._tiles import (
+    bias_rows,
+    dot,
+    load_map,
+    load_rows,
+    load_tile,
+    norm_rows,
+    norm_rows_grad,
+    slot_softmax,
+    slot_softmax_grad,
+    store_map,
+    store_rows,
+    zero_rows,
+)
+
+
+@triton.jit
+def attend(
+    normed, acc, w_in_ptr, b_in_ptr, w_out_ptr, image,
+    D: tl.constexpr, KP: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """acc + A·U and the slot map [BLOCK_L, KP] of a tile of normed rows; one group of heads at a time."""
+    WIDTH: tl.constexpr = tl.cdiv(D, BLOCK_D) * BLOCK_D
+    w_in_ptr += image * (WIDTH * COLUMNS)
+    w_out_ptr += image * (WIDTH * COLUMNS)
+    b_in_ptr += image * COLUMNS
+    slot_map = tl.zeros([BLOCK_L, KP], tl.float32)
+    for group in range(COLUMNS // BLOCK_C):
+        column = group * BLOCK_C
+        scores = tl.zeros([BLOCK_L, BLOCK_C], tl.float32)
+        for c in tl.static_range(len(normed)):
+            w = load_tile(w_in_ptr + c * BLOCK_D * COLUMNS + column, COLUMNS, BLOCK_D, BLOCK_C)
+            scores = dot(normed[c], w, scores, PRECISION)
+        scores += tl.load(b_in_ptr + column + tl.arange(0, BLOCK_C))[None, :]
+        attn = slot_softmax(scores, BLOCK_L, BLOCK_C, KP)
+        slot_map += tl.sum(attn, 1)
+        weights = tl.reshape(attn, [BLOCK_L, BLOCK_C]).to(normed[0].dtype)
+        out = ()
+        for c in tl.static_range(len(normed)):
+            w = load_tile(w_out_ptr + column * WIDTH + c * BLOCK_D, WIDTH, BLOCK_C, BLOCK_D)
+            out = out + (dot(weights, w, acc[c], PRECISION),)
+        acc = out
+    return acc, slot_map
+
+
+@triton.jit
+def _folded_attention_fwd_kernel(
+    x_ptr, w_in_ptr, b_in_ptr, w_out_ptr, bias_ptr, y_ptr, map_ptr, L, eps,
+    D: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, COLUMNS: tl.constexpr,
+    NORM: tl.constexpr, SHARED_X: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    image = tl.program_id(1).to(tl.int64)
+    start = tl.program_id(0).to(tl.int64) * BLOCK_L
+    mask_l = start + tl.arange(0, BLOCK_L) < L
+    row = image * L + start
+    x_row = start if SHARED_X else row
+    x = load_rows(x_ptr + x_row * D, D, mask_l, D, BLOCK_L, BLOCK_D)
+    if NORM:
+        normed, _ = norm_rows(x, eps, D, BLOCK_D, x_ptr.dtype.element_ty)
+        acc = bias_rows(x, bias_ptr, D, BLOCK_D)
+    else:
+        normed = x
+        acc = bias_rows(zero_rows(BLOCK_L, BLOCK_D, len(x)), bias_ptr, D, BLOCK_D)
+    y, slot_map = attend(
+        normed, acc, w_in_ptr, b_in_ptr, w_out_ptr, image, D, KP, COLUMNS, PRECISION, BLOCK_L, BLOCK_C, BLOCK_D
+    )
+    store_map(map_ptr + row * K, slot_map, mask_l, K, KP, BLOCK_L)
+    store_rows(y_ptr + row * D, D, y, mask_l, D, BLOCK_L, BLOCK_D)
+
+
+@triton.jit
+def _attn_and_grad(
+    normed, dy, dslot_map, w_in, b_in, w_out,
+    KP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A and dS [BLOCK_L, BLOCK_C] of one group of heads, in the compute dtype; dS also in fp32."""
+    scores = tl.zeros([BLOCK_L, BLOCK_C], tl.float32)
+    dattn = tl.zeros([BLOCK_L, BLOCK_C], tl.float32)
+    for c in tl.static_range(len(normed)):
+        scores = dot(normed[c], w_in[c], scores, PRECISION)
+        dattn = dot(dy[c], tl.trans(w_out[c]), dattn, PRECISION)
+    attn = slot_softmax(scores + b_in[None, :], BLOCK_L, BLOCK_C, KP)
+    dscores = slot_softmax_grad(attn, tl.reshape(dattn, [BLOCK_L, BLOCK_C // KP, KP]), dslot_map)
+    dscores = tl.reshape(dscores, [BLOCK_L, BLOCK_C])
+    return tl.reshape(attn, [BLOCK_L, BLOCK_C]).to(dy[0].dtype), dscores
+
+
+@triton.jit
+def _folded_attention_dx_kernel(
+    x_ptr, dy_ptr, dmap_ptr, residual_ptr, w_in_ptr, b_in_ptr, w_out_ptr, dx_ptr, L, images, eps,
+    D: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, COLUMNS: tl.constexpr,
+    NORM: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # Program (l, i): rows of image i of x, which stands for ``images`` images of dy (1, or all where x is shared).
+    WIDTH: tl.constexpr = tl.cdiv(D, BLOCK_D) * BLOCK_D
+    x_image = tl.program_id(1).to(tl.int64)
+    start = tl.program_id(0).to(tl.int64) * BLOCK_L
+    mask_l = start + tl.arange(0, BLOCK_L) < L
+    x_row = x_image * L + start
+    normed = load_rows(x_ptr + x_row * D, D, mask_l, D, BLOCK_L, BLOCK_D)
+    if NORM:
+        normed, rstd = norm_rows(normed, eps, D, BLOCK_D, x_ptr.dtype.element_ty)
+    dnormed = zero_rows(BLOCK_L, BLOCK_D, len(normed))
+    for i in range(images):
+        image = x_image * images + i
+        row = image * L + start
+        dy = load_rows(dy_ptr + row * D, D, mask_l, D, BLOCK_L, BLOCK_D)
+        dslot_map = load_map(dmap_ptr + row * K, mask_l, K, KP, BLOCK_L)
+        for column in range(0, COLUMNS, BLOCK_C):
+            b_in = tl.load(b_in_ptr + image * COLUMNS + column + tl.arange(0, BLOCK_C))
+            w_in = ()
+            w_out = ()
+            w_in_image = w_in_ptr + image * (WIDTH * COLUMNS) + column
+            w_out_image = w_out_ptr + (image * COLUMNS + column) * WIDTH
+            for c in tl.static_range(len(normed)):
+                w_in = w_in + (load_tile(w_in_image + c * BLOCK_D * COLUMNS, COLUMNS, BLOCK_D, BLOCK_C),)
+                w_out = w_out + (load_tile(w_out_image + c * BLOCK_D, WIDTH, BLOCK_C, BLOCK_D),)
+            _, dscores = _attn_and_grad(normed, dy, dslot_map, w_in, b_in, w_out, KP, PRECISION, BLOCK_L, BLOCK_C)
+            dscores = dscores.to(x_ptr.dtype.element_ty)
+            out = ()
+            for c in tl.static_range(len(normed)):
+                out = out + (dot(dscores, tl.trans(w_in[c]), dnormed[c], PRECISION),)
+            dnormed = out
+    if NORM:
+        dnormed = norm_rows_grad(dnormed, normed, rstd, D)
+        residual = load_rows(residual_ptr + x_row * D, D, mask_l, D, BLOCK_L, BLOCK_D)
+        dx = ()
+        for c in tl.static_range(len(normed)):
+            dx = dx + (dnormed[c] + residual[c].to(tl.float32),)
+        dnormed = dx
+    store_rows(dx_ptr + x_row * D, D, dnormed, mask_l, D, BLOCK_L, BLOCK_D)
+
+
+@triton.jit
+def _folded_attention_dw_kernel(
+    x_ptr, dy_ptr, dmap_ptr, w_in_ptr, b_in_ptr, w_out_ptr, dw_in_ptr, db_in_ptr, dw_out_ptr, L, blocks, eps,
+    D: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, COLUMNS: tl.constexpr,
+    NORM: tl.constexpr, SHARED_X: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # Program (group of heads, part, image): its columns of dG and dU over ``blocks`` tiles of rows. Groups run fastest,
+    # so that those which read the same rows run together and find them in L2.
+    WIDTH: tl.constexpr = tl.cdiv(D, BLOCK_D) * BLOCK_D
+    CHUNKS: tl.constexpr = tl.cdiv(D, BLOCK_D)
+    column = tl.program_id(0) * BLOCK_C
+    part = tl.program_id(1)
+    image = tl.program_id(2).to(tl.int64)
+    b_in = tl.load(b_in_ptr + image * COLUMNS + column + tl.arange(0, BLOCK_C))
+    w_in = ()
+    w_out = ()
+    for c in tl.static_range(CHUNKS):
+        w_in = w_in + (
+            load_tile(w_in_ptr + image * (WIDTH * COLUMNS) + c * BLOCK_D * COLUMNS + column, COLUMNS, BLOCK_D, BLOCK_C),
+        )
+        w_out = w_out + (
+            load_tile(w_out_ptr + (image * COLUMNS + column) * WIDTH + c * BLOCK_D, WIDTH, BLOCK_C, BLOCK_D),
+        )
+    dw_in = zero_rows(BLOCK_D, BLOCK_C, CHUNKS)
+    dw_out = zero_rows(BLOCK_D, BLOCK_C, CHUNKS)
+    db_in = tl.zeros([BLOCK_C], tl.float32)
+    for block in range(blocks):
+        start = (part.to(tl.int64) * blocks + block) * BLOCK_L
+        mask_l = start + tl.arange(0, BLOCK_L) < L
+        row = image * L + start
+        x_row = start if SHARED_X else row
+        normed = load_rows(x_ptr + x_row * D, D, mask_l, D, BLOCK_L, BLOCK_D)
+        dy = load_rows(dy_ptr + row * D, D, mask_l, D, BLOCK_L, BLOCK_D)
+        dslot_map = load_map(dmap_ptr + row * K, mask_l, K, KP, BLOCK_L)
+        if NORM:
+            normed, _ = norm_rows(normed, eps, D, BLOCK_D, x_ptr.dtype.element_ty)
+        # Rows past L have dy = 0 and dslot_map = 0, hence dS = 0: they add nothing to any sum.
+        attn, dscores = _attn_and_grad(normed, dy, dslot_map, w_in, b_in, w_out, KP, PRECISION, BLOCK_L, BLOCK_C)
+        db_in += tl.sum(dscores, 0)
+        dscores = dscores.to(x_ptr.dtype.element_ty)
+        new_in = ()
+        new_out = ()
+        for c in tl.static_range(CHUNKS):
+            new_in = new_in + (dot(tl.trans(normed[c]), dscores, dw_in[c], PRECISION),)
+            new_out = new_out + (dot(tl.trans(dy[c]), attn, dw_out[c], PRECISION),)
+        dw_in = new_in
+        dw_out = new_out
+    partial = image * tl.num_programs(1) + part
+    tl.store(db_in_ptr + partial * COLUMNS + column + tl.arange(0, BLOCK_C), db_in)
+    offs = tl.arange(0, BLOCK_D)[:, None] * COLUMNS + column + tl.arange(0, BLOCK_C)[None, :]
+    for c in tl.static_range(CHUNKS):
+        offs_c = (partial * WIDTH + c * BLOCK_D) * COLUMNS + offs
+        tl.store(dw_in_ptr + offs_c, dw_in[c])
+        tl.store(dw_out_ptr + offs_c, dw_out[c])
+
+
+def constexprs(packed: Packed, K: int, config: launch.LaunchConfig, dtype: torch.dtype, D: int) -> dict[str, object]:
+    """What every kernel with an attention half needs to know when it is compiled."""
+    return {
+        "D": D, "K": K, "KP": packed.slots, "COLUMNS": packed.columns, "PRECISION": launch.precision(dtype),
+        "BLOCK_L": config.block_l, "BLOCK_C": packed.block, "BLOCK_D": config.block_d,
+    }  # fmt: skip
+
+
+def folded_attention_fwd(
+    x: Tensor, G: Tensor, g: Tensor, U: Tensor, b: Tensor, slot_mask: Tensor | None, norm: bool, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """x [B or 1,L,D], G [B,D,H,K], g [B,H,K], U [B,H,K,D], b [D] -> y [B,L,D] like x, slot_map [B,L,K] fp32."""
+    x = x.contiguous()
+    B, D, _, K = G.shape
+    L = x.shape[1]
+    config = launch.select(_folded_attention_fwd_kernel, x, D)
+    packed = pack_attention(G, g, U, slot_mask, x.dtype, config)
+    y, slot_map = x.new_empty(B, L, D), x.new_empty(B, L, K, dtype=torch.float32)
+    args = {
+        "x_ptr": x, "w_in_ptr": packed.w_in, "b_in_ptr": packed.b_in, "w_out_ptr": packed.w_out,
+        "bias_ptr": b.contiguous(), "y_ptr": y, "map_ptr": slot_map, "L": L, "eps": eps,
+    }  # fmt: skip
+    flags = {"NORM": norm, "SHARED_X": x.shape[0] != B}
+    grid = (triton.cdiv(L, config.block_l), B)
+    launch.run(_folded_attention_fwd_kernel, grid, args, constexprs(packed, K, config, x.dtype, D) | flags, config)
+    return y, slot_map
+
+
+def folded_attention_bwd(
+    dy: Tensor,
+    dslot_map: Tensor,
+    x: Tensor,
+    G: Tensor,
+    g: Tensor,
+    U: Tensor,
+    slot_mask: Tensor | None,
+    norm: bool,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> dx like x, dG, dg, dU like G, g, U, db [D] in the dtype of G."""
+    x, dy, dslot_map = x.contiguous(), dy.to(x.dtype).contiguous(), dslot_map.float().contiguous()
+    dx = _input_grad(dy, dslot_map, x, G, g, U, slot_mask, norm, eps)
+    dG, dg, dU = _weight_grads(dy, dslot_map, x, G, g, U, slot_mask, norm, eps)
+    return dx, dG, dg, dU, dy.sum((0, 1), dtype=torch.float32).to(G.dtype)
+
+
+def _input_grad(dy, dslot_map, x, G, g, U, slot_mask, norm, eps) -> Tensor:
+    B, D, _, K = G.shape
+    L = x.shape[1]
+    config = launch.select(_folded_attention_dx_kernel, x, D)
+    packed = pack_attention(G, g, U, slot_mask, x.dtype, config)
+    dx = torch.empty_like(x)
+    shared = x.shape[0] != B
+    residual = dy.sum(0, keepdim=True, dtype=torch.float32) if shared and norm else dy
+    args = {
+        "x_ptr": x, "dy_ptr": dy, "dmap_ptr": dslot_map, "residual_ptr": residual, "w_in_ptr": packed.w_in,
+        "b_in_ptr": packed.b_in, "w_out_ptr": packed.w_out, "dx_ptr": dx, "L": L, "images": B if shared else 1,
+        "eps": eps,
+    }  # fmt: skip
+    grid = (triton.cdiv(L, config.block_l), x.shape[0])
+    values = constexprs(packed, K, config, x.dtype, D) | {"NORM": norm}
+    launch.run(_folded_attention_dx_kernel, grid, args, values, config)
+    return dx
+
+
+def _weight_grads(dy, dslot_map, x, G, g, U, slot_mask, norm, eps) -> tuple[Tensor, ...]:
+    B, D, _, K = G.shape
+    L = x.shape[1]
+    config = launch.select(_folded_attention_dw_kernel, x, D)
+    packed = pack_attention(G, g, U, slot_mask, x.dtype, config)
+    tiles = triton.cdiv(L, config.block_l)
+    parts = launch.splits(B * packed.groups, tiles)
+    blocks = triton.cdiv(tiles, parts)
+    parts = max(triton.cdiv(tiles, blocks), 1)
+    width = packed.w_in.shape[1]
+    dw_in, dw_out = (x.new_empty(B, parts, width, packed.columns, dtype=torch.float32) for _ in range(2))
+    db_in = x.new_empty(B, parts, packed.columns, dtype=torch.float32)
+    args = {
+        "x_ptr": x, "dy_ptr": dy, "dmap_ptr": dslot_map, "w_in_ptr": packed.w_in, "b_in_ptr": packed.b_in,
+        "w_out_ptr": packed.w_out, "dw_in_ptr": dw_in, "db_in_ptr": db_in, "dw_out_ptr": dw_out,
+        "L": L, "blocks": blocks, "eps": eps,
+    }  # fmt: skip
+    values = constexprs(packed, K, config, x.dtype, D) | {"NORM": norm, "SHARED_X": x.shape[0] != B}
+    launch.run(_folded_attention_dw_kernel, (packed.groups, parts, B), args, values, config)
+    return unpack_attention(dw_in.sum(1), db_in.sum(1), dw_out.sum(1), G, packed.slots)

@@ -1,0 +1,201 @@
+"""How kernels are launched: block sizes from a committed table, and a recorder that stands in for a GPU.
+
+Every launcher calls ``run`` with its tensors and constexprs. On a GPU (or in Triton's interpreter) that launches; inside
+``record(arch)`` it appends a ``Launch`` instead, so the compiler front end, the cost tests and the command line see
+exactly the launches that ship. The table ``launches.json`` maps architecture, kernel, element type and width class to
+block sizes; ``fastslots kernels tune`` rewrites it on a real GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TABLE = Path(__file__).with_name("launches.json")
+DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+WIDTH_CLASSES = (64, 192, 384, 1024)
+"""Largest row width of each class of the table: a tile holds whole rows, so the width sets its register use."""
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Block sizes of one kernel on one architecture."""
+
+    block_l: int  # rows (pixels) of a tile
+    block_c: int  # hidden columns taken at once: heads x padded slots, or feed-forward units
+    num_warps: int
+    num_stages: int
+    block_d: int = 64  # columns of a chunk of a row
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch: what the compiler needs and what the cost model is held against."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: Mapping[str, Any]
+    constexprs: Mapping[str, Any]
+    config: LaunchConfig
+
+    @property
+    def name(self) -> str:
+        return kernel_name(self.kernel)
+
+
+@dataclass
+class Recorder:
+    arch: str
+    launches: list[Launch]
+
+
+_recorder: ContextVar[Recorder | None] = ContextVar("fastslots_launch_recorder", default=None)
+_override: ContextVar[LaunchConfig | None] = ContextVar("fastslots_launch_override", default=None)
+
+
+@contextlib.contextmanager
+def record(arch: str) -> Iterator[list[Launch]]:
+    """Collect launches for ``arch`` ("sm_90") instead of launching; call launchers with tensors on ``meta``."""
+    recorder = Recorder(arch, [])
+    token = _recorder.set(recorder)
+    try:
+        yield recorder.launches
+    finally:
+        _recorder.reset(token)
+
+
+@contextlib.contextmanager
+def override(config: LaunchConfig) -> Iterator[None]:
+    """Use ``config`` for every kernel inside: what the tuner and tests of odd block sizes need."""
+    token = _override.set(config)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def interpreted() -> bool:
+    """True where Triton runs kernels on the CPU: ``TRITON_INTERPRET=1``, read when the kernels were imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def kernel_name(kernel: Any) -> str:
+    """``_folded_attention_fwd_kernel`` -> ``folded_attention_fwd``."""
+    return kernel.fn.__name__.removeprefix("_").removesuffix("_kernel")
+
+
+@cache
+def _table() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+    return json.loads(TABLE.read_text())
+
+
+def reload_table() -> None:
+    """Forget the table read so far (the tuner has rewritten it)."""
+    _table.cache_clear()
+
+
+def save_table(table: dict[str, dict[str, dict[str, dict[str, int]]]]) -> None:
+    """Write the table, one configuration a line."""
+    lines = ["{"]
+    for arch, kernels in sorted(table.items()):
+        lines.append(f'  "{arch}": {{')
+        for kernel, entries in sorted(kernels.items()):
+            rows = [f'      "{key}": {json.dumps(entry)}' for key, entry in sorted(entries.items())]
+            lines += [f'    "{kernel}": {{', ",\n".join(rows), "    },"]
+        lines[-1] = "    }"
+        lines.append("  },")
+    lines[-1] = "  }"
+    TABLE.write_text("\n".join([*lines, "}", ""]))
+    reload_table()
+
+
+def table() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+    """The table, as a copy that may be changed and saved."""
+    return json.loads(json.dumps(_table()))
+
+
+@cache
+def _device_arch(index: int) -> str:
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{10 * major + minor}"
+
+
+def arch_of(tensor: Tensor) -> str:
+    """The architecture that a launch on this tensor would run on."""
+    recorder = _recorder.get()
+    if recorder is not None:
+        return recorder.arch
+    return _device_arch(tensor.device.index or 0) if tensor.is_cuda else "interpreter"
+
+
+def table_key(dtype: torch.dtype, width: int) -> str:
+    """``bf16/192``: element type and width class."""
+    fits = [limit for limit in WIDTH_CLASSES if width <= limit]
+    if not fits:
+        raise ValueError(f"width {width} is above {WIDTH_CLASSES[-1]}, the widest row a tile holds")
+    return f"{DTYPES[dtype]}/{fits[0]}"
+
+
+def select(kernel: Any, like: Tensor, width: int) -> LaunchConfig:
+    """Block sizes for ``kernel`` on rows of ``width`` elements of the dtype and device of ``like``.
+
+    An architecture that the table does not know takes the entries of the newest one below it.
+    """
+    forced = _override.get()
+    if forced is not None:
+        return forced
+    arch, entries = arch_of(like), _table()
+    if arch not in entries:
+        known = sorted((int(name[3:]), name) for name in entries if name.startswith("sm_"))
+        number = int(arch[3:]) if arch.startswith("sm_") else known[0][0]
+        arch = [name for value, name in known if value <= number][-1] if number >= known[0][0] else known[0][1]
+    return LaunchConfig(**entries[arch][kernel_name(kernel)][table_key(like.dtype, width)])
+
+
+def precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of fp32 products: TF32 exactly where the user lets torch's own products use it."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" or dtype != torch.float32 else "tf32"
+
+
+def run(
+    kernel: Any, grid: tuple[int, ...], args: Mapping[str, Any], constexprs: Mapping[str, Any], config: LaunchConfig
+) -> None:
+    """Launch, or record. An empty grid launches nothing."""
+    recorder = _recorder.get()
+    if recorder is not None:
+        recorder.launches.append(Launch(kernel, grid, dict(args), dict(constexprs), config))
+        return
+    if 0 in grid:
+        return
+    device = next(a.device for a in args.values() if isinstance(a, Tensor))
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        kernel[grid](**args, **constexprs, num_warps=config.num_warps, num_stages=config.num_stages)
+
+
+def splits(programs: int, blocks: int, target: int = 512) -> int:
+    """Into how many parts a reduction over ``blocks`` tiles is cut, so that about ``target`` programs run.
+
+    A function of the shape alone, never of the device: the partial sums, and so the bits, are the same everywhere.
+    """
+    return max(1, min(blocks, -(-target // max(programs, 1))))
+
+
+def with_columns(config: LaunchConfig, columns: int) -> LaunchConfig:
+    return replace(config, block_c=columns)
+
+
+def as_dict(config: LaunchConfig) -> dict[str, int]:
+    return asdict(config)

@@ -1,0 +1,67 @@
+"""The ``triton`` backend: the raw functions that ``fastslots.ops`` calls on CUDA tensors.
+
+With ``TRITON_INTERPRET=1`` set before the first import of triton, the same kernels take CPU tensors (for tests).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import launch
+from ._pack import MAX_COLUMNS, MAX_SLOTS
+from ._tiles import INTERPRETED
+from .cross_attention import cross_attention_bwd, cross_attention_fwd
+from .decoder_layer import decoder_layer_bwd, decoder_layer_fwd
+from .folded_cross_attention import folded_attention_bwd, folded_attention_fwd
+
+__all__ = [
+    "cross_attention_bwd", "cross_attention_fwd", "decoder_layer_bwd", "decoder_layer_fwd",
+    "folded_cross_attention_bwd", "folded_cross_attention_fwd", "why_not",
+]  # fmt: skip
+
+
+def why_not(op: str, tensors: Sequence[Tensor]) -> str | None:
+    """None when these kernels serve ``op`` on these tensors (in the order of the public call), else the reason."""
+    if op == "decoder_loss":
+        return "the tiled decoder loss has no kernels of its own here; its layers do"
+    x = tensors[0]
+    if not x.is_cuda and not INTERPRETED.value:
+        return f"the tensors are on {x.device}, not on a CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU)"
+    if x.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return f"{torch.cuda.get_device_name(x.device)} is older than sm_80"
+    if x.dtype not in launch.DTYPES:
+        return f"{str(x.dtype).removeprefix('torch.')} is not one of fp16, bf16, fp32"
+    return _too_large(op, tensors)
+
+
+def _too_large(op: str, tensors: Sequence[Tensor]) -> str | None:
+    """Limits of the shapes: a tile holds whole rows and all slots of a head."""
+    width = tensors[0].shape[-1]
+    if op == "cross_attention":
+        heads, slots = 1, tensors[1].shape[2] if len(tensors) > 1 else 1
+    else:
+        heads, slots = tensors[1].shape[2:] if len(tensors) > 1 else (1, 1)
+    if slots > MAX_SLOTS:
+        return f"{slots} slots are more than {MAX_SLOTS}, the most that one tile holds"
+    if heads * slots > MAX_COLUMNS:
+        return f"{heads} heads x {slots} slots are more than {MAX_COLUMNS} columns"
+    if width > launch.WIDTH_CLASSES[-1]:
+        return f"rows of {width} elements are wider than {launch.WIDTH_CLASSES[-1]}"
+    return None
+
+
+def folded_cross_attention_fwd(
+    x: Tensor, G: Tensor, g: Tensor, U: Tensor, b: Tensor, slot_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x [B or 1,L,D], already normed -> y = A·U + b (no residual), slot_map."""
+    return folded_attention_fwd(x, G, g, U, b, slot_mask, norm=False)
+
+
+def folded_cross_attention_bwd(
+    dy: Tensor, dslot_map: Tensor, x: Tensor, G: Tensor, g: Tensor, U: Tensor, slot_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> dx, dG, dg, dU, db."""
+    return folded_attention_bwd(dy, dslot_map, x, G, g, U, slot_mask, norm=False)
