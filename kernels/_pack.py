@@ -1,6 +1,6 @@
 """Small operands in the layout that kernels load: padded to whole tiles, so that their loads are wide and unmasked.
 
-Both halves of a decoder layer are the same shape of computation, ``f(n · W_in + b_in) · W_out``: in attention the hidden
+Both halves of a decoder layer have one shape of computation, ``f(n · W_in + b_in) · W_out``: in attention the hidden
 columns are heads x slots and f is the softmax inside each head; in the feed-forward they are its units and f is GELU.
 Everything here is O(D · columns) an image at most, thousands of times below the pixels.
 """

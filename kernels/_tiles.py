@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005  (the Triton front end has no starred tuples)
 """Triton helpers that more than one kernel uses.
 
 A tile of rows [BLOCK_L, D] is a tuple of chunks [BLOCK_L, BLOCK_D], the last one padded with zeros: widths such as 180

@@ -29,6 +29,7 @@ _POINTERS = {
 }  # fmt: skip
 _TENSOR_CORE = re.compile(r"^(HMMA|HGMMA|UTCHMMA|UTCQMMA|v_mfma)")
 _GLOBAL_LOAD = re.compile(r"^(LDG|LDGSTS|UTMALDG|global_load|buffer_load)")
+_ATOMIC = re.compile(r"^(ATOMG?\b|RED\b|global_atomic|buffer_atomic)")
 _WIDTHS = {"64": 8, "128": 16, "U8": 1, "S8": 1, "U16": 2, "S16": 2, "dword": 4, "dwordx2": 8, "dwordx4": 16}
 
 # Per multiprocessor: registers, shared memory (bytes, and what the driver keeps a block), warps, blocks, TMEM columns.
@@ -52,6 +53,7 @@ class Compiled:
     global_loads: dict[str, int]  # "16 B" -> instructions of that width
     global_stores: dict[str, int]
     tma_loads: int
+    atomics: int  # none: every reduction has a fixed order
     warps_per_multiprocessor: int | None  # resident, of 64
 
     @property
@@ -121,6 +123,7 @@ def _compiled(asm, opcodes, registers, spills, stack, shared, warps) -> Compiled
         global_loads=_by_width(opcodes, _GLOBAL_LOAD),
         global_stores=_by_width(opcodes, re.compile(r"^(STG|global_store|buffer_store)")),
         tma_loads=sum(n for op, n in opcodes.items() if op.startswith("UTMALDG")),
+        atomics=sum(n for op, n in opcodes.items() if _ATOMIC.match(op)),
         warps_per_multiprocessor=warps,
     )
 

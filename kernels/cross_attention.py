@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005  (the Triton front end has no starred tuples)
 """Cross-attention of pixels to few slots, with the weights summed over heads in the same pass.
 
     S = scale · q kᵀ      A = softmax_k S      out = A v      slot_map[l,k] = Σ_h A[h,l,k]      (arXiv 2411.07784, §4)
@@ -23,7 +24,17 @@ from torch import Tensor
 
 from . import launch
 from ._pack import next_power, round_up
-from ._tiles import dot, load_map, load_rows, load_tile, slot_softmax, slot_softmax_grad, store_map, store_rows, zero_rows
+from ._tiles import (
+    dot,
+    load_map,
+    load_rows,
+    load_tile,
+    slot_softmax,
+    slot_softmax_grad,
+    store_map,
+    store_rows,
+    zero_rows,
+)
 
 
 @triton.jit
@@ -177,9 +188,7 @@ def cross_attention_bwd(
     q, dout, dslot_map = _unit_rows(q), _unit_rows(dout.to(q.dtype)), dslot_map.float().contiguous()
     config = launch.select(_cross_attention_bwd_kernel, q, d)
     args, values = _operands(q, k, v, scale, slot_mask, config)
-    tiles = triton.cdiv(L, config.block_l)
-    blocks = triton.cdiv(tiles, launch.splits(B * H, tiles, target=2048))
-    parts = max(triton.cdiv(tiles, max(blocks, 1)), 1)
+    parts, blocks = launch.split(L, config, B * H, target=2048)
     width, slots = args["k_ptr"].shape[3], values["KP"]
     dq = q.new_empty(B, H, L, d)
     dk, dv = (q.new_empty(B, H, parts, width, slots, dtype=torch.float32) for _ in range(2))

@@ -1,10 +1,11 @@
+# ruff: noqa: RUF005  (the Triton front end has no starred tuples)
 """One pre-norm decoder layer in one kernel: norm, folded attention, residual, norm, feed-forward, residual.
 
     z = x + A·U + b,  A = softmax_k(norm(x)·G + g)        y = z + W2 gelu(W1 n + b1) + b2,  n = norm(z)
 
-x is read once and y written once; z, n and the hidden units live in registers, and the weights (0.3 MB in bf16 at widths
-180 and 360) stream through L2 in groups of ``BLOCK_C`` columns. The affine part of the second norm is folded into W1 and
-b1, in fp32, by the launcher.
+x is read once and y written once; z, n and the hidden units live in registers, and the weights (0.3 MB in bf16 at
+widths 180 and 360) stream through L2 in groups of ``BLOCK_C`` columns. The affine part of the second norm is folded
+into W1 and b1, in fp32, by the launcher.
 
 Backward saves x alone. The attention kernel writes z again; then, with u = W1 n + b1 and h = gelu(u)::
 
@@ -254,9 +255,7 @@ def _weight_grads(dy: Tensor, z: Tensor, folded, w2: Tensor, eps: float) -> tupl
     D, rows, F = z.shape[2], z.shape[0] * z.shape[1], w2.shape[1]
     config = launch.select(_feed_forward_dw_kernel, z, D)
     units = pack_feed_forward(folded, w2, z.dtype, config)
-    tiles = triton.cdiv(rows, config.block_l)
-    blocks = triton.cdiv(tiles, launch.splits(units.groups, tiles))
-    parts = max(triton.cdiv(tiles, max(blocks, 1)), 1)
+    parts, blocks = launch.split(rows, config, units.groups)
     dw1, dw2 = (z.new_empty(parts, units.w_in.shape[1], units.columns, dtype=torch.float32) for _ in range(2))
     db1 = z.new_empty(parts, units.columns, dtype=torch.float32)
     args = {

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005  (the Triton front end has no starred tuples)
 """Folded cross-attention of pixels to slots, alone or with the layer norm and the residual of a decoder layer.
 
 With n = x (alone) or n = norm(x) (``NORM``), per pixel l and over columns (h, k)::
@@ -9,13 +10,13 @@ Backward, from dy and dw = ∂/∂slot_map, S and A recomputed::
     dA = dy·Uᵀ      dS = A ∘ (dA + dw − Σ_k A (dA + dw))      dn = dS·Gᵀ      dx = dn, or norm'(dn) + dy with NORM
     dG = nᵀ·dS      dg = Σ_l dS      dU = Aᵀ·dy      db = Σ_l dy
 
-Saved: nothing but the inputs. Tensors are row-major; x may have batch 1, shared by all images: it is never repeated, and
-one program sums its gradient over the images. Products accumulate in fp32; softmax, norm and sums are fp32. dG, dg and
-dU are summed over pixels as fp32 partials of fixed ranges of pixels, then over those by a second reduction: the same
-call gives the same bits. No program stores a score or a weight of a head.
+Saved: nothing but the inputs. Tensors are row-major; x may have batch 1, shared by all images: it is never repeated,
+and one program sums its gradient over the images. Products accumulate in fp32; softmax, norm and sums are fp32. dG, dg
+and dU are summed over pixels as fp32 partials of fixed ranges of pixels, then over those by a second reduction: the
+same call gives the same bits. No program stores a score or a weight of a head.
 
 Two backward kernels rather than one: dx needs all columns of a few rows, dG and dU all rows of a few columns, and both
-sets of accumulators (2 x 192 x 128 fp32) are three quarters of a multiprocessor's registers. S and dA are computed twice.
+sets of accumulators (2 x 192 x 128 fp32) are three quarters of a multiprocessor's registers. S and dA are made twice.
 """
 
 from __future__ import annotations
@@ -290,10 +291,7 @@ def _weight_grads(dy, dslot_map, x, G, g, U, slot_mask, norm, eps) -> tuple[Tens
     L = x.shape[1]
     config = launch.select(_folded_attention_dw_kernel, x, D)
     packed = pack_attention(G, g, U, slot_mask, x.dtype, config)
-    tiles = triton.cdiv(L, config.block_l)
-    parts = launch.splits(B * packed.groups, tiles)
-    blocks = triton.cdiv(tiles, parts)
-    parts = max(triton.cdiv(tiles, blocks), 1)
+    parts, blocks = launch.split(L, config, B * packed.groups)
     width = packed.w_in.shape[1]
     dw_in, dw_out = (x.new_empty(B, parts, width, packed.columns, dtype=torch.float32) for _ in range(2))
     db_in = x.new_empty(B, parts, packed.columns, dtype=torch.float32)

@@ -1,8 +1,8 @@
 """How kernels are launched: block sizes from a committed table, and a recorder that stands in for a GPU.
 
-Every launcher calls ``run`` with its tensors and constexprs. On a GPU (or in Triton's interpreter) that launches; inside
-``record(arch)`` it appends a ``Launch`` instead, so the compiler front end, the cost tests and the command line see
-exactly the launches that ship. The table ``launches.json`` maps architecture, kernel, element type and width class to
+Every launcher calls ``run`` with its tensors and constexprs. On a GPU (or in Triton's interpreter) that launches;
+inside ``record(arch)`` it appends a ``Launch`` instead, so the compiler front end, the cost tests and the command line
+see exactly the launches that ship. The table ``launches.json`` maps architecture, kernel, product and width class to
 block sizes; ``fastslots kernels tune`` rewrites it on a real GPU.
 """
 
@@ -141,27 +141,32 @@ def arch_of(tensor: Tensor) -> str:
 
 
 def table_key(dtype: torch.dtype, width: int) -> str:
-    """``bf16/192``: element type and width class."""
+    """``bf16/192``: kind of product (fp16, bf16, tf32, fp32) and width class."""
     fits = [limit for limit in WIDTH_CLASSES if width <= limit]
     if not fits:
         raise ValueError(f"width {width} is above {WIDTH_CLASSES[-1]}, the widest row a tile holds")
-    return f"{DTYPES[dtype]}/{fits[0]}"
+    return f"{'tf32' if precision(dtype) == 'tf32' else DTYPES[dtype]}/{fits[0]}"
+
+
+def table_arch(arch: str) -> str:
+    """The table's architecture that serves ``arch``: itself, or the newest NVIDIA one that is not newer.
+
+    The entries of sm_80, the smallest, serve whatever is older or not NVIDIA's.
+    """
+    if arch in _table():
+        return arch
+    known = sorted(int(name[3:]) for name in _table() if name.startswith("sm_"))
+    number = int(arch[3:]) if arch.startswith("sm_") else known[0]
+    return f"sm_{max([value for value in known if value <= number], default=known[0])}"
 
 
 def select(kernel: Any, like: Tensor, width: int) -> LaunchConfig:
-    """Block sizes for ``kernel`` on rows of ``width`` elements of the dtype and device of ``like``.
-
-    An architecture that the table does not know takes the entries of the newest one below it.
-    """
+    """Block sizes for ``kernel`` on rows of ``width`` elements of the dtype and device of ``like``."""
     forced = _override.get()
     if forced is not None:
         return forced
-    arch, entries = arch_of(like), _table()
-    if arch not in entries:
-        known = sorted((int(name[3:]), name) for name in entries if name.startswith("sm_"))
-        number = int(arch[3:]) if arch.startswith("sm_") else known[0][0]
-        arch = [name for value, name in known if value <= number][-1] if number >= known[0][0] else known[0][1]
-    return LaunchConfig(**entries[arch][kernel_name(kernel)][table_key(like.dtype, width)])
+    entries = _table()[table_arch(arch_of(like))]
+    return LaunchConfig(**entries[kernel_name(kernel)][table_key(like.dtype, width)])
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -185,12 +190,14 @@ def run(
         kernel[grid](**args, **constexprs, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
-def splits(programs: int, blocks: int, target: int = 512) -> int:
-    """Into how many parts a reduction over ``blocks`` tiles is cut, so that about ``target`` programs run.
+def split(rows: int, config: LaunchConfig, programs: int, target: int = 512) -> tuple[int, int]:
+    """Parts into which a reduction over ``rows`` is cut, and tiles in each, so that about ``target`` programs run.
 
-    A function of the shape alone, never of the device: the partial sums, and so the bits, are the same everywhere.
+    A function of the shape and the table alone: the order of the sums, and so the bits, never depend on the load.
     """
-    return max(1, min(blocks, -(-target // max(programs, 1))))
+    tiles = max(1, -(-rows // config.block_l))
+    blocks = -(-tiles // min(tiles, -(-target // max(programs, 1))))
+    return -(-tiles // blocks), blocks
 
 
 def with_columns(config: LaunchConfig, columns: int) -> LaunchConfig:

@@ -1,0 +1,102 @@
+"""``fastslots kernels``: compile the Triton kernels for a GPU that is not there, report, and tune on one that is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from fastslots.errors import UserError
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser("kernels", help="compile, report on and tune the Triton kernels")
+    commands = parser.add_subparsers(dest="kernels_command", required=True)
+
+    compile_ = commands.add_parser("compile", help="compile every shipped launch, without a GPU")
+    compile_.add_argument("--target", choices=TARGETS, required=True, help="architecture to compile for")
+    compile_.add_argument("--out", type=Path, required=True, help="folder for machine code, PTX and JSON")
+    compile_.add_argument("--all", action="store_true", help="every preset and fp16 too, not clevr6 alone")
+    compile_.set_defaults(run=_compile)
+
+    report = commands.add_parser("report", help="table and roofline of what `compile` wrote")
+    report.add_argument("dir", type=Path, help="the folder given to `compile`")
+    report.add_argument("--out", type=Path, help="folder for report.md and roofline-*.svg (default: DIR)")
+    report.set_defaults(run=_report)
+
+    tune = commands.add_parser("tune", help="time the candidates on this GPU and rewrite the launch table")
+    tune.set_defaults(run=_tune)
+
+
+def _compile(args: argparse.Namespace) -> int:
+    _need_triton()
+    from fastslots.kernels import _tiles, report, shipped
+
+    if _tiles.INTERPRETED.value:
+        raise UserError("TRITON_INTERPRET is set, so there is nothing to compile: unset it")
+    presets = shipped.PRESETS.values() if args.all else [shipped.PRESETS["clevr6"]]
+    precisions = list(shipped.PRECISIONS) if args.all else ["bf16", "tf32", "fp32"]
+    if args.target == "gfx942":  # CDNA3 has no TF32 products that Triton would emit
+        precisions.remove("tf32")
+    out = args.out / args.target
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: {error.strerror}: name a folder that can be written") from None
+    rows = []
+    for shape in presets:
+        for precision in precisions:
+            for name, launch in shipped.record_shipped(args.target, shape, precision):
+                row, asm = report.compile_row(name, launch, args.target, shape, precision)
+                stem = out / f"{shape.name}-{precision}-{name}"
+                for kind in ("cubin", "ptx", "hsaco", "amdgcn"):
+                    code = asm.get(kind)
+                    if code is not None:
+                        stem.with_suffix(f".{kind}").write_bytes(code if isinstance(code, bytes) else code.encode())
+                stem.with_suffix(".json").write_text(json.dumps(row, indent=1) + "\n")
+                rows.append(row)
+                print(report.one_line(row), flush=True)
+    spilled = [row["kernel"] for row in rows if row["spills"] or row["stack_bytes"]]
+    print(f"{len(rows)} launches in {out}; {len(spilled)} use local memory" + (f": {spilled}" if spilled else ""))
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    _need_triton()
+    from fastslots.kernels import report
+
+    files = sorted(args.dir.rglob("*.json")) if args.dir.is_dir() else []
+    rows = [row for row in (json.loads(file.read_text()) for file in files) if "tensor_cores" in row]
+    if not rows:
+        raise UserError(f"{args.dir} holds no compiled kernels: run `fastslots kernels compile --out {args.dir}` first")
+    out = args.out or args.dir
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.md").write_text(report.markdown(rows))
+    for arch in sorted({row["target"] for row in rows}):
+        svg = report.roofline_svg(rows, arch)
+        if svg is not None:
+            (out / f"roofline-{arch}.svg").write_text(svg)
+    print(f"wrote {out / 'report.md'} ({len(rows)} launches)")
+    return 0
+
+
+def _tune(args: argparse.Namespace) -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("`fastslots kernels tune` times kernels on a GPU, and torch sees none here: run it on a GPU")
+    _need_triton()
+    from fastslots.kernels import launch, tune
+
+    arch = tune.tune(lambda line: print(line, flush=True))
+    print(f"rewrote the {arch} entries of {launch.TABLE}")
+    return 0
+
+
+def _need_triton() -> None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"triton can't be imported ({error}): install it (it is made for Linux)") from None

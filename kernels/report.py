@@ -1,0 +1,160 @@
+"""What was compiled, as rows, a markdown table and a roofline: machine code read, bytes and floors modelled."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from . import cost
+from .compile import compile_launch
+from .launch import Launch, as_dict
+from .shipped import PRESETS, Shape
+
+Row = dict[str, Any]
+
+
+def compile_row(name: str, launch: Launch, arch: str, shape: Shape, precision: str) -> tuple[Row, dict[str, Any]]:
+    """Compile one launch -> its row (JSON) and its code by kind."""
+    compiled = compile_launch(launch, arch)
+    model = cost.launch_cost(launch)
+    row = {
+        "kernel": name, "preset": shape.name, "precision": precision, "target": arch, "grid": list(launch.grid),
+        "config": as_dict(launch.config),
+        "constexprs": dict(launch.constexprs),
+        "arguments": {k: list(v.shape) if isinstance(v, Tensor) else v for k, v in launch.args.items()},
+        "registers": compiled.registers, "spills": compiled.spills, "stack_bytes": compiled.stack_bytes,
+        "shared_bytes": compiled.shared_bytes, "occupancy": compiled.occupancy,
+        "tensor_cores": compiled.tensor_cores, "atomics": compiled.atomics,
+        "global_loads": compiled.global_loads, "global_stores": compiled.global_stores,
+        "tma_loads": compiled.tma_loads,
+        "model": {
+            "bytes": model.bytes, "bytes_requested": model.requested, "flops": model.flops,
+            "flops_issued": model.issued,
+            "floor_us": {
+                d.name: round(d.floor_us(model.bytes, model.flops, precision), 1)
+                for d in cost.DEVICES if d.arch == arch
+            },
+        },
+    }  # fmt: skip
+    return row, compiled.asm
+
+
+def one_line(row: Row) -> str:
+    cores = " ".join(f"{n} {op}" for op, n in row["tensor_cores"].items()) or "no tensor cores"
+    return (
+        f"{row['target']} {row['preset']} {row['precision']} {row['kernel']}: {row['registers']} registers, "
+        f"{row['spills']} spills, {row['shared_bytes'] / 1024:.0f} KiB shared, {cores}"
+    )
+
+
+def markdown(rows: list[Row]) -> str:
+    """The table of compiled launches, then the floors of a training step."""
+    lines = [
+        "# Compiled kernels",
+        "",
+        "Registers, local-memory instructions (spills), shared memory, occupancy and instruction counts are read",
+        "from the machine code. MB, GFLOP and floors are a **model** (each tensor moved once, published peaks).",
+        "",
+        "| target | preset | product | kernel | rows x columns | warps | registers | spills | shared KiB | occupancy "
+        "| tensor-core instructions | loads by width | MB | GFLOP | floor µs |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        config, model = row["config"], row["model"]
+        occupancy = "" if row["occupancy"] is None else f"{row['occupancy']:.0%}"
+        columns = row["constexprs"].get("BLOCK_C", row["constexprs"].get("KP"))
+        cells = [
+            row["target"], row["preset"], row["precision"], row["kernel"], f"{config['block_l']} x {columns}",
+            config["num_warps"], row["registers"], row["spills"], f"{row['shared_bytes'] / 1024:.0f}", occupancy,
+            ", ".join(f"{n} {op}" for op, n in row["tensor_cores"].items()) or "none",
+            ", ".join(f"{n} x {width}" for width, n in row["global_loads"].items()),
+            f"{model['bytes'] / 1e6:.0f}", f"{model['flops'] / 1e9:.1f}",
+            ", ".join(f"{us:g}" for us in model["floor_us"].values()),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return "\n".join([*lines, "", *step_floors(), ""])
+
+
+def step_floors(preset: str = "clevr6", layers: int = 2) -> list[str]:
+    """Bytes, FLOPs and floors of the decoder's Transformer in one training step, by method."""
+    shape = PRESETS[preset]
+    lines = [
+        f"## The {preset} decoder Transformer, one training step (model)",
+        "",
+        f"{layers} layers, forward and backward, B = {shape.B}, {shape.L} pixels. Published and folded: every",
+        "operation of eager PyTorch reads and writes its tensors. Fused: the launches above. A floor is the longer of",
+        "bytes at the published bandwidth and FLOPs at the published peak.",
+        "",
+        "| method | GB | GFLOP | " + " | ".join(f"{d.name} ms" for d in cost.DEVICES) + " |",
+        "|---|---|---|" + "---|" * len(cost.DEVICES),
+    ]
+    for label, bytes_, flops, precision in step_costs(shape, layers):
+        floors = " | ".join(f"{d.floor_us(bytes_, flops, precision) / 1e3:.2f}" for d in cost.DEVICES)
+        lines.append(f"| {label} | {bytes_ / 1e9:.2f} | {flops / 1e9:.0f} | {floors} |")
+    return lines
+
+
+def step_costs(shape: Shape, layers: int) -> list[tuple[str, float, float, str]]:
+    """(method, bytes, FLOPs, product) of one training step of the decoder's layers."""
+    from .shipped import PRECISIONS, inputs, matmul_precision, record, run_op
+
+    sizes = (shape.B * shape.L, shape.D, shape.F, shape.H, shape.d, shape.K)
+    out: list[tuple[str, float, float, str]] = []
+    for method, element, precision in (("published", 4, "fp32"), ("published", 2, "bf16"), ("folded", 2, "bf16")):
+        bytes_, flops = cost.eager_cost(method, *sizes, element)
+        out.append((f"{method}, {precision}", layers * bytes_, layers * flops, precision))
+    for precision in ("fp32", "tf32", "bf16"):
+        total_bytes = total_flops = 0
+        for layer in range(layers):
+            with matmul_precision(precision), record("sm_90") as launches:
+                run_op("decoder_layer", inputs(shape, PRECISIONS[precision], shared=layer == 0))
+            costs = [cost.launch_cost(item) for item in launches]
+            total_bytes += sum(c.bytes for c in costs)
+            total_flops += sum(c.flops for c in costs)
+        out.append((f"fused, {precision}", total_bytes, total_flops, precision))
+    return out
+
+
+def roofline_svg(rows: list[Row], arch: str, width: int = 720, height: int = 440) -> str | None:
+    """FLOP per byte against the attainable rate of each bf16 launch of one architecture (model), as SVG."""
+    device = next((d for d in cost.DEVICES if d.arch == arch), None)
+    shown = (arch, "bf16", "clevr6")
+    points = [row for row in rows if (row["target"], row["precision"], row["preset"]) == shown]
+    if device is None or not points:
+        return None
+    left, bottom, right, top = 70, height - 50, width - 20, 40
+    low, high, floor, roof = 1.0, 10000.0, 1e12, 4e15
+
+    def x(intensity: float) -> float:
+        return left + (right - left) * math.log(intensity / low) / math.log(high / low)
+
+    def y(rate: float) -> float:
+        return bottom - (bottom - top) * math.log(rate / floor) / math.log(roof / floor)
+
+    peak = device.peak["bf16"]
+    corner = peak / device.bandwidth
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
+        'font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        f'<text x="{left}" y="22">{device.name}, bf16: attainable TFLOP/s by FLOP per byte (a model)</text>',
+        f'<polyline fill="none" stroke="black" points="{x(max(low, floor / device.bandwidth)):.1f},'
+        f'{y(max(floor, low * device.bandwidth)):.1f} {x(corner):.1f},{y(peak):.1f} {right},{y(peak):.1f}"/>',
+        f'<text x="{right - 150}" y="{y(peak) - 6:.1f}">{peak / 1e12:.0f} TFLOP/s</text>',
+    ]
+    for tick in (1, 10, 100, 1000, 10000):
+        parts.append(f'<text x="{x(tick) - 8:.1f}" y="{bottom + 18}">{tick}</text>')
+    for tick in (1e12, 1e13, 1e14, 1e15):
+        parts.append(f'<text x="{left - 45}" y="{y(tick) + 4:.1f}">{tick / 1e12:.0f}</text>')
+    parts.append(f'<text x="{(left + right) // 2 - 60}" y="{height - 12}">FLOP per byte moved</text>')
+    for i, row in enumerate(points):
+        intensity = row["model"]["flops"] / row["model"]["bytes"]
+        rate = min(peak, intensity * device.bandwidth)
+        parts.append(f'<circle cx="{x(intensity):.1f}" cy="{y(rate):.1f}" r="4" fill="#c33"/>')
+        parts.append(
+            f'<text x="{right - 250}" y="{top + 150 + 15 * i}">{row["kernel"]}: {intensity:.0f} FLOP/B, '
+            f"{rate / 1e12:.0f}</text>"
+        )
+    return "\n".join([*parts, "</svg>", ""])

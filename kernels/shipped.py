@@ -1,0 +1,110 @@
+"""The launches that ship: every op, forward and backward, at the shapes of the presets, recorded without a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .cross_attention import cross_attention_bwd, cross_attention_fwd
+from .decoder_layer import decoder_layer_bwd, decoder_layer_fwd
+from .folded_cross_attention import folded_attention_bwd, folded_attention_fwd
+from .launch import Launch, record
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One decoder layer: B images of L pixels, K slots, H heads of d, query width D, feed-forward width F."""
+
+    name: str
+    B: int
+    L: int
+    K: int
+    H: int
+    d: int
+    D: int
+    F: int
+
+
+PRESETS = {
+    shape.name: shape
+    for shape in (
+        Shape("clevr6", 32, 128 * 128, 7, 12, 43, 180, 360),
+        Shape("sprites", 64, 64 * 64, 5, 12, 43, 180, 360),
+        Shape("clevrtex", 32, 16 * 16, 11, 12, 43, 360, 720),
+        Shape("sprites-mini", 32, 32 * 32, 4, 8, 8, 64, 128),
+    )
+}
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
+"""Name in tables -> element type; fp32 products are TF32 or IEEE (``launch.precision``)."""
+
+
+@contextlib.contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """torch's own switch between TF32 and IEEE products, which the kernels follow."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def inputs(shape: Shape, dtype: torch.dtype, device: str = "meta", shared: bool = False) -> dict[str, Tensor]:
+    """Random inputs (uninitialised on ``meta``) of every op at this shape, by the names of the launchers."""
+    B, L, K, H, d, D, F = shape.B, shape.L, shape.K, shape.H, shape.d, shape.D, shape.F
+
+    def make(*size: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*size, device=device) * scale).to(dtype)
+
+    return {
+        "q": make(B, H, L, d, dtype=dtype), "k": make(B, H, K, d, dtype=dtype), "v": make(B, H, K, d, dtype=dtype),
+        "dout": make(B, H, L, d, dtype=dtype), "dmap": make(B, L, K),
+        "x": make(1 if shared else B, L, D, dtype=dtype), "dy": make(B, L, D, dtype=dtype),
+        "G": make(B, D, H, K, scale=2 * D**-0.5), "g": make(B, H, K), "U": make(B, H, K, D), "b": make(D),
+        "norm_weight": make(D), "norm_bias": make(D), "w1": make(F, D, scale=D**-0.5), "b1": make(F),
+        "w2": make(D, F, scale=F**-0.5), "b2": make(D),
+    }  # fmt: skip
+
+
+def run_op(op: str, t: dict[str, Tensor]) -> None:
+    """Forward and backward of one op: "cross_attention", "folded_cross_attention" or "decoder_layer"."""
+    if op == "cross_attention":
+        scale = t["x"].shape[2] ** -0.5
+        cross_attention_fwd(t["q"], t["k"], t["v"], scale)
+        cross_attention_bwd(t["dout"], t["dmap"], t["q"], t["k"], t["v"], scale)
+        return
+    folded = (t["G"], t["g"], t["U"])
+    if op == "folded_cross_attention":
+        folded_attention_fwd(t["x"], *folded, t["b"], None, norm=False)
+        folded_attention_bwd(t["dy"], t["dmap"], t["x"], *folded, None, norm=False)
+        return
+    layer = (t["x"], *folded, t["b"], t["norm_weight"], t["norm_bias"], t["w1"], t["b1"], t["w2"], t["b2"])
+    decoder_layer_fwd(*layer)
+    decoder_layer_bwd(t["dy"], t["dmap"], *layer)
+
+
+OPS = ("cross_attention", "folded_cross_attention", "decoder_layer")
+
+
+def record_shipped(arch: str, shape: Shape, precision: str) -> list[tuple[str, Launch]]:
+    """Every distinct launch of every op at this shape, each under a name that says its variant.
+
+    The first layer of a decoder has the same queries for every image: ``shared`` launches.
+    """
+    found: dict[tuple, tuple[str, Launch]] = {}
+    for op in OPS:
+        for shared in (False, True) if op == "decoder_layer" else (False,):
+            with matmul_precision(precision), record(arch) as launches:
+                run_op(op, inputs(shape, PRECISIONS[precision], shared=shared))
+            for launch in launches:
+                norm = launch.constexprs.get("NORM", True)
+                name = launch.name + ("" if norm else "_plain") + ("_shared" if shared else "")
+                scalars = tuple(v == 1 for v in launch.args.values() if not isinstance(v, Tensor))
+                types = tuple(v.dtype for v in launch.args.values() if isinstance(v, Tensor))
+                key = (launch.name, tuple(launch.constexprs.items()), launch.config, scalars, types)
+                found.setdefault(key, (name, launch))
+    return list(found.values())
