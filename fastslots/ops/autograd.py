@@ -45,7 +45,14 @@ def _(q, k, v, scale, slot_mask, backend):
 
 @torch.library.custom_op("fastslots::cross_attention_backward", mutates_args=())
 def cross_attention_backward(
-    dout: Tensor, dslot_map: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, slot_mask: Tensor | None, backend: str
+    dout: Tensor,
+    dslot_map: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    slot_mask: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return backends.load(backend).cross_attention_bwd(dout, dslot_map, q, k, v, scale, slot_mask)
 

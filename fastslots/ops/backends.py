@@ -60,7 +60,8 @@ class Explanation:
 def explain(*tensors: Tensor, op: str = "cross_attention", backend: str = "auto") -> Explanation:
     """Say which backend would serve ``op`` on these tensors and why not another.
 
-    tensors: the call's tensor arguments (device, dtype and shape decide). Raises ValueError for an unknown op or backend.
+    tensors: the call's tensor arguments; device, dtype and shape decide. Raises ValueError for an unknown op or
+    backend, and for one named outright that cannot serve.
     """
     if op not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")

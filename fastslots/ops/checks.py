@@ -79,9 +79,7 @@ def folded(x: Tensor, f: FoldedProjections) -> None:
     same_place(x=x, G=G, g=f.g, U=f.U, b=f.b)
 
 
-def projections(
-    wq: Tensor, bq: Tensor | None, k: Tensor, v: Tensor, wo: Tensor, bo: Tensor | None
-) -> None:
+def projections(wq: Tensor, bq: Tensor | None, k: Tensor, v: Tensor, wo: Tensor, bo: Tensor | None) -> None:
     tensor("k", k, 4, "[B, H, K, d]")
     tensor("v", v, 4, "[B, H, K, d]")
     shape("v", v, tuple(k.shape), "(the shape of k)")

@@ -23,7 +23,7 @@ from fastslots.ops.autograd import under_transform
 from fastslots.ops.reference import FeedForward, FoldedProjections, OutputHead
 
 TILE_ROWS = 4096
-"""Rows (images x pixels) of a tile in plain PyTorch: large enough to feed its matrix products, small enough for cache."""
+"""Rows (images x pixels) of a tile in plain PyTorch: enough to feed its matrix products, few enough for cache."""
 
 
 class DecoderLossTerms(NamedTuple):
@@ -36,7 +36,7 @@ class DecoderLossTerms(NamedTuple):
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What a tile needs. Tensors in ``differentiable()`` order; targets, weights of pixels and masks carry no gradient."""
+    """What a tile needs. Targets, pixel weights and masks carry no gradient."""
 
     queries: Tensor  # [B or 1, L, D]
     layers: list[tuple[FoldedProjections, FeedForward]]
@@ -108,9 +108,14 @@ def reference_decoder_loss(
             total.backward()
             if query_grad is not None:
                 query_grad[:, start : start + step] = queries.grad
-    grads = [leaf.grad if leaf.grad is not None or not leaf.requires_grad else torch.zeros_like(leaf) for leaf in leaves]
+    grads = [_grad_or_zeros(leaf) for leaf in leaves]
     grads[0] = query_grad
     return recon, interaction, grads
+
+
+def _grad_or_zeros(leaf: Tensor) -> Tensor | None:
+    """Gradient of a leaf; zeros where no tile reached it (no pixels), None where none was asked for."""
+    return torch.zeros_like(leaf) if leaf.requires_grad and leaf.grad is None else leaf.grad
 
 
 class _TiledLoss(torch.autograd.Function):

@@ -1,0 +1,123 @@
+"""What defines a model: one frozen dataclass, checked when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import TypeVar
+
+from fastslots.errors import UserError
+from fastslots.models.presets import PRESETS, preset_names
+
+Config = TypeVar("Config", bound="SlotVAEConfig")
+
+
+def option(help: str, default: object) -> object:
+    """A dataclass field that carries its one line of help, which the command line shows."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotVAEConfig:
+    """Shape and loss weights of a ``SlotVAE``; the defaults are the published clevr6 model.
+
+    Raises UserError (a ValueError) that names the field, its value and what is expected.
+    """
+
+    input: str = option(
+        "what the encoder reads: 'pixels' (through a CNN) or 'features' (of a frozen network)", "pixels"
+    )
+    resolution: int = option("side R of the decoded grid, in pixels", 128)
+    channels: int = option("channels of the decoded image (3) or feature map", 3)
+    num_slots: int = option("K, latent slots an image", 7)
+    slot_dim: int = option("D, width of a slot", 64)
+    cnn_channels: int = option("channels of the first three convolutions", 64)
+    cnn_stride: int = option("down-sampling of the CNN: 1, 2, 4, 8 or 16; tokens form a grid of side R / stride", 1)
+    encoder_width: int = option(
+        "token and query width of the encoder; 0: what the slots need (2·D, or D if beta is 0)", 0
+    )
+    encoder_layers: int = option("layers of the encoder's Transformer", 5)
+    encoder_heads: int = option("heads of the encoder's attentions", 4)
+    token_hidden: int = option("hidden width of the token MLP; 0: the encoder's width", 0)
+    log_scale_bias: float = option("initial bias of the log-scale; needs an explicit encoder_width", 0.0)
+    decoder_layers: int = option("N, layers of the decoder", 2)
+    decoder_heads: int = option("H, heads of the decoder's attention", 12)
+    query_width: int = option("width of a pixel query", 180)
+    query_hidden: int = option("hidden width of the query MLP", 360)
+    slot_width: int = option("width of a slot after the slot MLP, and of all heads together", 516)
+    slot_hidden: int = option("hidden width of the slot MLP", 2064)
+    output_hidden: tuple[int, ...] = option("hidden widths of the output MLP", (180, 180))
+    octaves: int = option("octaves of the sin/cos position code", 8)
+    sigma: float = option("weight of the reconstruction error", 1.0)
+    alpha: float = option("weight of the interaction penalty", 0.05)
+    beta: float = option("weight of the KL term; 0 is a plain autoencoder", 0.05)
+
+    @classmethod
+    def preset(cls: type[Config], name: str, **overrides: object) -> Config:
+        """The preset ``name``, with any field overridden: ``SlotVAEConfig.preset("clevr6", num_slots=5)``."""
+        if name not in PRESETS:
+            raise UserError(f"unknown preset {name!r}: choose one of {', '.join(preset_names())}")
+        known = {f.name for f in fields(cls)}
+        values = {key: value for key, value in PRESETS[name].items() if key in known}
+        return cls(**{**values, **overrides})
+
+    @property
+    def variational(self) -> bool:
+        """Whether the encoder gives a mean and a scale; without KL (beta 0) it gives the slots."""
+        return self.beta != 0
+
+    @property
+    def posterior_width(self) -> int:
+        """S: 2·D (mean | log-scale) for the VAE, D for the plain autoencoder."""
+        return self.slot_dim * (2 if self.variational else 1)
+
+    @property
+    def token_width(self) -> int:
+        return self.encoder_width or self.posterior_width
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name == "output_hidden":
+                object.__setattr__(self, f.name, tuple(int(width) for width in value))
+            elif f.type == "int" and (isinstance(value, bool) or not isinstance(value, int)):
+                raise UserError(f"{f.name} must be a whole number, got {value!r}")
+            elif f.type == "float":
+                if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+                    raise UserError(f"{f.name} must be a number, got {value!r}")
+                object.__setattr__(self, f.name, float(value))
+        self._check()
+
+    def _check(self) -> None:
+        self._choice("input", ("pixels", "features"))
+        self._choice("cnn_stride", (1, 2, 4, 8, 16))
+        zero_allowed = ("encoder_width", "token_hidden")
+        positive = (
+            *("resolution", "channels", "num_slots", "slot_dim", "cnn_channels", "encoder_layers", "encoder_heads"),
+            *("decoder_layers", "decoder_heads", "query_width", "query_hidden", "slot_width", "slot_hidden", "octaves"),
+        )
+        self._at_least(1, *positive)
+        self._at_least(0, *zero_allowed, "alpha", "beta", "sigma")
+        if self.resolution < 2:
+            raise UserError(f"resolution must be at least 2, got {self.resolution}")
+        if self.resolution % self.cnn_stride:
+            raise UserError(f"resolution {self.resolution} must be a multiple of cnn_stride {self.cnn_stride}")
+        self._divides("encoder_heads", "token_width")
+        self._divides("decoder_heads", "slot_width")
+        if self.log_scale_bias and not self.encoder_width:
+            raise UserError(
+                "log_scale_bias needs an explicit encoder_width (the published encoder has no output layer)"
+            )
+
+    def _choice(self, name: str, allowed: tuple) -> None:
+        if getattr(self, name) not in allowed:
+            raise UserError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
+
+    def _at_least(self, least: int, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not least <= value < float("inf"):
+                raise UserError(f"{name} must be at least {least} and finite, got {value}")
+
+    def _divides(self, heads: str, width: str) -> None:
+        if getattr(self, width) % getattr(self, heads):
+            raise UserError(f"{width} {getattr(self, width)} must be a multiple of {heads} {getattr(self, heads)}")

@@ -1,0 +1,137 @@
+"""Slots to images: every pixel is a query that attends to the slots. A pixel never attends to a pixel."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from fastslots.models.config import SlotVAEConfig
+from fastslots.models.layers import AttentionProjections, FeedForwardLayer, grid, mlp, xavier_
+from fastslots.ops import decoder_layer
+from fastslots.ops.reference import (
+    FeedForward,
+    FoldedProjections,
+    OutputHead,
+    fold_norm,
+    fold_projections,
+    output_head,
+)
+from fastslots.ops.tiled import DecoderLossTerms, LossInputs, decoder_loss
+
+
+class DecoderLayer(nn.Module):
+    """Cross-attention to the slots and a feed-forward; ``fold`` turns the slots into what the ops take."""
+
+    def __init__(self, config: SlotVAEConfig):
+        super().__init__()
+        self.norm_q = nn.LayerNorm(config.query_width)
+        self.norm_slots = nn.LayerNorm(config.slot_width)
+        self.projections = AttentionProjections(
+            config.query_width, config.slot_width, config.slot_width, config.decoder_heads
+        )
+        self.ff = FeedForwardLayer(config.query_width)
+
+    def keys_values(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """slots [B, K, slot_width] -> k, v [B, H, K, d]."""
+        p, normed = self.projections, self.norm_slots(slots)
+        wk, wv, bv = p.key_value_weights()
+        return p.split_heads(normed @ wk.T), p.split_heads(normed @ wv.T + bv)
+
+    def fold_keys_values(self, k: Tensor, v: Tensor) -> FoldedProjections:
+        """k, v [B, H, K, d] -> folded projections, the affine part of the query norm included."""
+        p = self.projections
+        folded = fold_projections(p.to_q.weight, p.to_q.bias, k, v, p.to_out.weight, p.to_out.bias, p.scale)
+        return fold_norm(folded, self.norm_q.weight, self.norm_q.bias)
+
+    def fold(self, slots: Tensor) -> FoldedProjections:
+        return self.fold_keys_values(*self.keys_values(slots))
+
+
+class Decoder(nn.Module):
+    """slots [B, K, D] -> recon [B, C, R, R], slot_map [B, R·R, K] (sum over heads, mean over layers)."""
+
+    def __init__(self, config: SlotVAEConfig):
+        super().__init__()
+        self.resolution, self.channels = config.resolution, config.channels
+        self.slot_mlp = mlp(config.slot_dim, config.slot_hidden, config.slot_width)
+        self.query_mlp = mlp(4 * config.octaves, config.query_hidden, config.query_width)
+        self.transformer = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        self.norm = nn.LayerNorm(config.query_width)
+        self.output_mlp = mlp(config.query_width, *config.output_hidden, config.channels)
+        self.register_buffer("position_code", position_code(config.resolution, config.octaves), persistent=False)
+        xavier_(self.transformer)
+
+    def queries(self) -> Tensor:
+        """The pixels' queries, the same for every image: [1, L, query_width]."""
+        return self.query_mlp(self.position_code)[None]
+
+    def layers(self, slots: Tensor) -> list[tuple[FoldedProjections, FeedForward]]:
+        """What each layer needs to know of the slots and of its weights; K rows an image, in fp32."""
+        with torch.autocast(slots.device.type, enabled=False):
+            hidden = self.slot_mlp(slots.to(self.norm.weight.dtype))
+            return [(layer.fold(hidden), layer.ff.weights()) for layer in self.transformer]
+
+    def head(self) -> OutputHead:
+        linears = [module for module in self.output_mlp if isinstance(module, nn.Linear)]
+        return OutputHead(self.norm.weight, self.norm.bias, [m.weight for m in linears], [m.bias for m in linears])
+
+    def forward(self, slots: Tensor, slot_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """slots [B, K, D] -> recon [B, C, R, R], slot_map [B, R·R, K]; slot_mask [B, K] bool, True = a real slot."""
+        x, maps = self.queries(), []
+        for folded, ff in self.layers(slots):
+            x, slot_map = decoder_layer(x, folded, ff, slot_mask=slot_mask)
+            maps.append(slot_map)
+        pixels = output_head(x, self.head())
+        recon = pixels.transpose(1, 2).unflatten(-1, (self.resolution, self.resolution))
+        return recon, torch.stack(maps).mean(0)
+
+    def loss(
+        self,
+        slots: Tensor,
+        images: Tensor,
+        recon_weight: float | Tensor,
+        interaction_weight: float | Tensor,
+        *,
+        pixels: Tensor | None = None,
+        pixel_weight: Tensor | None = None,
+        slot_mask: Tensor | None = None,
+        grad_scale: float | Tensor = 1.0,
+        backend: str = "auto",
+    ) -> DecoderLossTerms:
+        """The decoder's loss, forward and backward tile by tile (``fastslots.ops.tiled``).
+
+        Args:
+            slots: [B, K, D]. images: [B, C, R, R], the targets.
+            recon_weight, interaction_weight: floats or 0-d tensors, known on the way forward.
+            pixels: [B, P] int64, decode these pixels alone (index into the rows of R·R); None decodes all.
+            pixel_weight: [B, P] (or [B, L]) weight of each pixel; inverse probabilities keep both terms unbiased.
+            slot_mask: [B, K] bool, True = a real slot.
+            grad_scale: the loss scale of mixed precision.
+
+        Returns:
+            total (carries the gradient), recon = Σ(x − x̂)²/B, interaction = mean over pixels of Σ_{j<k} w_j w_k.
+
+        Raises:
+            ValueError: images of another shape than the decoder's.
+        """
+        expected = (slots.shape[0], self.channels, self.resolution, self.resolution)
+        if tuple(images.shape) != expected:
+            raise ValueError(f"images has shape {list(images.shape)}, expected {list(expected)} (B of slots, C, R, R)")
+        queries, target = self.queries(), images.flatten(2).transpose(1, 2)
+        if pixels is not None:
+            queries = queries[0][pixels]
+            target = target.gather(1, pixels[..., None].expand(-1, -1, self.channels))
+        inputs = LossInputs(
+            queries, self.layers(slots), self.head(), target, pixel_weight, slot_mask, recon_weight, interaction_weight
+        )
+        return decoder_loss(inputs, grad_scale, backend)
+
+
+def position_code(resolution: int, octaves: int) -> Tensor:
+    """sin(y), sin(x), cos(y), cos(x) at frequencies 2^o·π of (y, x) in [0, 1]: [R·R, 4·octaves] fp32."""
+    frequencies = math.pi * 2.0 ** torch.arange(octaves)
+    angles = (grid(resolution)[:, :, None] * frequencies).flatten(1)  # y's octaves, then x's
+    return torch.cat([angles.sin(), angles.cos()], -1)

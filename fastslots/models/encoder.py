@@ -1,0 +1,136 @@
+"""Images to slots: CNN (or given features) -> tokens -> Transformer with learned queries."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastslots.models.config import SlotVAEConfig
+from fastslots.models.layers import AttentionProjections, FeedForwardLayer, grid, mlp, xavier_
+from fastslots.ops.reference import feed_forward
+
+
+class TokenAttention(nn.Module):
+    """Cross-attention of few queries to many tokens, folded from the other side.
+
+    All layers see the same tokens, so they come normalised once, without affine part (``tokens``), and each layer
+    folds its own norm's affine part γ, β into its projections. With H·K rows q_hk against T tokens n_t::
+
+        score[hk,t] = scale · (γ ∘ Wk_hᵀ q_hk) · n_t          β and the key bias only shift a row: they cancel
+        out[hk]     = Wv_h (γ ∘ Σ_t A[hk,t] n_t + β) + bv_h   since the weights sum to one
+
+    so no projection ever touches a token.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm_q = nn.LayerNorm(width)
+        self.norm_tokens = nn.LayerNorm(width)
+        self.projections = AttentionProjections(width, width, width, heads)
+
+    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        """queries [B, K, S], tokens [B, T, S] normalised without affine part -> [B, K, S], no residual."""
+        p, gamma, beta = self.projections, self.norm_tokens.weight, self.norm_tokens.bias
+        q = p.split_heads(p.to_q(self.norm_q(queries)))  # [B, H, K, d]
+        wk, wv, bv = p.key_value_weights()
+        heads = q.shape[1]
+        wk, wv = wk.view(heads, -1, wk.shape[1]), wv.view(heads, -1, wv.shape[1])  # [H, d, S]
+        rows = torch.einsum("bhkd,hds->bhks", q * p.scale, wk) * gamma
+        attn = torch.softmax(rows.flatten(1, 2) @ tokens.transpose(1, 2), -1)  # [B, H·K, T]
+        gathered = (attn.to(tokens.dtype) @ tokens).unflatten(1, (heads, -1)) * gamma + beta  # [B, H, K, S]
+        out = torch.einsum("bhks,hds->bkhd", gathered.to(wv.dtype), wv).flatten(2) + bv
+        return p.to_out(out)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention among the queries, scale S^-1/2 as published."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.to_qkv = nn.Linear(width, 3 * width)
+        self.to_out = nn.Linear(width, width)
+        self.scale = width**-0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, K, S] -> [B, K, S], no residual."""
+        width = x.shape[-1]
+        # The key bias cancels in the softmax, as in AttentionProjections: its third of the bias is never read.
+        bias = torch.cat([self.to_qkv.bias[:width], x.new_zeros(width), self.to_qkv.bias[2 * width :]])
+        qkv = F.linear(self.norm(x), self.to_qkv.weight, bias)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attn = torch.softmax((q * self.scale) @ k.transpose(-1, -2), -1)
+        return self.to_out((attn.to(v.dtype) @ v).transpose(1, 2).flatten(2))
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm: cross-attention to the tokens, self-attention among the queries, feed-forward."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.cross = TokenAttention(width, heads)
+        self.self_attention = SelfAttention(width, heads)
+        self.ff = FeedForwardLayer(width)
+
+    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        queries = queries + self.cross(queries, tokens)
+        queries = queries + self.self_attention(queries)
+        return feed_forward(queries, self.ff.weights())
+
+
+class Encoder(nn.Module):
+    """images [B, 3, R, R] in [0, 1] (or features [B, C, R, R]) -> [B, K, S], S = mean | log-scale, or the slots."""
+
+    def __init__(self, config: SlotVAEConfig):
+        super().__init__()
+        width = config.token_width
+        self.cnn: nn.Sequential | None = None
+        token_input = config.channels
+        if config.input == "pixels":
+            self.cnn = _cnn(config, width)
+            token_input = width
+            side = config.resolution // config.cnn_stride
+            yx = grid(side)
+            self.register_buffer("grid", torch.cat([yx, 1 - yx], -1), persistent=False)  # (y, x, 1-y, 1-x)
+            self.position = nn.Linear(4, width)
+        self.token_mlp = mlp(token_input, config.token_hidden or width, width)
+        self.queries = nn.Parameter(torch.rand(1, config.num_slots, width))
+        self.transformer = nn.ModuleList(
+            EncoderLayer(width, config.encoder_heads) for _ in range(config.encoder_layers)
+        )
+        self.norm = nn.LayerNorm(width)
+        xavier_(self.transformer)
+        self.output = nn.Linear(width, config.posterior_width) if config.encoder_width else nn.Identity()
+        if config.log_scale_bias and config.variational:
+            nn.init.constant_(self.output.bias[config.slot_dim :].detach(), config.log_scale_bias)
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """The tokens that every layer attends to, normalised once: [B, T, S]."""
+        x = images if self.cnn is None else self.cnn(images)
+        x = x.flatten(2).transpose(1, 2)
+        if self.cnn is not None:
+            x = x + self.position(self.grid)
+        x = F.layer_norm(x, x.shape[1:])  # over tokens and channels jointly
+        x = self.token_mlp(x)
+        return F.layer_norm(x, x.shape[-1:])
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.tokens(images)
+        queries = self.queries.expand(images.shape[0], -1, -1)
+        for layer in self.transformer:
+            queries = layer(queries, tokens)
+        return self.output(self.norm(queries))
+
+
+def _cnn(config: SlotVAEConfig, width: int) -> nn.Sequential:
+    """Four 5x5 convolutions with GELU after each; the first log2(stride) of them halve the picture."""
+    halvings, C = int(math.log2(config.cnn_stride)), config.cnn_channels
+    layers: list[nn.Module] = []
+    for i, (fan_in, fan_out) in enumerate(((config.channels, C), (C, C), (C, C), (C, width))):
+        layers += [nn.Conv2d(fan_in, fan_out, 5, stride=2 if i < halvings else 1, padding=2), nn.GELU()]
+    return nn.Sequential(*layers)

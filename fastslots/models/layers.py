@@ -1,0 +1,73 @@
+"""Parameters and small layers that the encoder and the decoder share."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from fastslots.ops.reference import FeedForward
+
+
+class AttentionProjections(nn.Module):
+    """The four projections of a cross-attention; keys and values share one matrix, as published.
+
+    The key bias cancels in the softmax, so no path reads it and its gradient is exactly zero: a rounding-sized one
+    would be blown up to ±lr by Adam. It exists because published checkpoints hold it.
+    """
+
+    def __init__(self, query_width: int, source_width: int, inner_width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(query_width, inner_width)
+        self.to_kv = nn.Linear(source_width, 2 * inner_width)
+        self.to_out = nn.Linear(inner_width, query_width)
+        self.scale = query_width**-0.5  # the published scale: the query's width, not the head's
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """[B, n, H·d] -> [B, H, n, d]"""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def key_value_weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Key weight [H·d, source], value weight [H·d, source], value bias [H·d]."""
+        inner = self.to_q.out_features
+        key, value = self.to_kv.weight.split(inner)
+        return key, value, self.to_kv.bias[inner:]
+
+
+class FeedForwardLayer(nn.Module):
+    """Parameters of a pre-norm feed-forward block, handed to the ops as a tuple."""
+
+    def __init__(self, width: int, expansion: int = 2):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.w1 = nn.Linear(width, expansion * width)
+        self.w2 = nn.Linear(expansion * width, width)
+
+    def weights(self) -> FeedForward:
+        w1, w2 = self.w1, self.w2
+        return FeedForward(self.norm.weight, self.norm.bias, w1.weight, w1.bias, w2.weight, w2.bias)
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers with GELU between them."""
+    layers: list[nn.Module] = []
+    for i, (fan_in, fan_out) in enumerate(pairwise(widths)):
+        layers += [nn.GELU()] * (i > 0) + [nn.Linear(fan_in, fan_out)]
+    return nn.Sequential(*layers)
+
+
+@torch.no_grad()
+def xavier_(transformer: nn.Module) -> None:
+    """The published initialisation: every matrix inside a Transformer Xavier-uniform, its biases PyTorch's default."""
+    for parameter in transformer.parameters():
+        if parameter.ndim == 2:
+            nn.init.xavier_uniform_(parameter)
+
+
+def grid(side: int) -> Tensor:
+    """Coordinates (y, x) in [0, 1] of a square grid, row by row: [side², 2] fp32."""
+    axis = torch.linspace(0, 1, side)
+    return torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
