@@ -23,7 +23,7 @@ from torch import Tensor
 
 TABLE = Path(__file__).with_name("launches.json")
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-WIDTH_CLASSES = (64, 192, 384, 1024)
+WIDTH_CLASSES = (64, 192, 384)
 """Largest row width of each class of the table: a tile holds whole rows, so the width sets its register use."""
 
 

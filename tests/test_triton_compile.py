@@ -1,0 +1,88 @@
+"""Machine code of the shipped launches, compiled without a GPU and disassembled.
+
+Each case is a process of its own: the other Triton tests run with the interpreter on, which leaves nothing to compile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is made for Linux alone")
+
+TARGETS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+SCRIPT = """
+import json, sys
+from fastslots.kernels import report, shipped
+arch, preset, precision, wanted = sys.argv[1:]
+shape = shipped.PRESETS[preset]
+for name, launch in shipped.record_shipped(arch, shape, precision):
+    if wanted in ("all", name):
+        print(json.dumps(report.compile_row(name, launch, arch, shape, precision)[0]))
+"""
+
+
+def compiled(arch: str, preset: str, precision: str, kernel: str) -> list[dict]:
+    env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, arch, preset, precision, kernel],
+        capture_output=True, text=True, env=env, timeout=280, check=False, cwd=os.path.expanduser("~"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert rows, f"no launch is called {kernel}"
+    return rows
+
+
+def check(row: dict) -> None:
+    name = f"{row['target']} {row['preset']} {row['precision']} {row['kernel']}"
+    assert row["spills"] == 0 and row["stack_bytes"] == 0, f"{name} uses local memory"
+    assert row["atomics"] == 0, f"{name} has atomics: its sums have no fixed order"
+    assert row["occupancy"] > 0, f"{name} does not fit a multiprocessor"
+    if row["precision"] != "fp32":
+        assert row["tensor_cores"], f"{name} has products but no tensor-core instruction"
+    wide = "16 B" if row["precision"] in ("fp32", "tf32") else "8 B"  # rows of 180 bf16 are aligned to 8 bytes
+    assert row["tma_loads"] or any(row["global_loads"].get(w) for w in (wide, "16 B")), f"{name} has no wide load"
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_decoder_layer_forward_compiles_clean(arch):
+    (row,) = compiled(arch, "clevr6", "bf16", "decoder_layer_fwd")
+    check(row)
+    assert any(op.startswith(TARGETS[arch]) for op in row["tensor_cores"]), row["tensor_cores"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32", "fp32"])
+@pytest.mark.parametrize("preset", ["clevr6", "sprites", "clevrtex", "sprites-mini"])
+def test_every_shipped_launch_compiles_clean(arch, preset, precision):
+    for row in compiled(arch, preset, precision, "all"):
+        check(row)
+
+
+def test_disassembly_is_read():
+    """The reader counts what is there: opcodes behind predicates, widths, local memory, atomics."""
+    script = """
+from fastslots.kernels import compile as c
+sass = '''
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0010*/              @!P0 LDG.E.64.CONSTANT R8, desc[UR4][R2.64] ;
+        /*0020*/             @!UP1 LDGSTS.E.BYPASS.128 [R9], desc[UR4][R2.64] ;
+        /*0030*/                   STL [R1], R5 ;
+        /*0040*/              @P3  LDL.LU R5, [R1] ;
+        /*0050*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0060*/                   LDG.E.U16 R4, desc[UR4][R2.64] ;
+        /*0070*/                   RED.E.ADD.F32 [R2], R3 ;
+'''
+ops = c._opcodes(sass)
+assert c._by_width(ops, c._GLOBAL_LOAD) == {"2 B": 1, "8 B": 1, "16 B": 2}, ops
+assert sum(n for op, n in ops.items() if op.split(".")[0] in ("LDL", "STL")) == 2
+assert dict(c._count(ops, c._TENSOR_CORE)) == {"HMMA.16816": 1}
+assert sum(n for op, n in ops.items() if c._ATOMIC.match(op)) == 1
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=100, cwd=os.path.expanduser("~"))
