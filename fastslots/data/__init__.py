@@ -1,0 +1,18 @@
+"""Data sets, recognised by content, and batches drawn from (seed, step) alone."""
+
+from fastslots.data.loader import Batch, Loader, read_batch, to_float
+from fastslots.data.sampling import batch_indices, step_seed
+from fastslots.data.splits import Splits, split_indices
+from fastslots.data.sprites import SpritesDataset
+
+__all__ = [
+    "Batch",
+    "Loader",
+    "Splits",
+    "SpritesDataset",
+    "batch_indices",
+    "read_batch",
+    "split_indices",
+    "step_seed",
+    "to_float",
+]

@@ -1,0 +1,121 @@
+"""Batches from any step on, prepared ahead by a thread."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastslots.data.sampling import batch_indices
+
+
+class Batch(NamedTuple):
+    """One step's images."""
+
+    step: int  # from 1
+    images: Tensor  # uint8 [b, R, R, 3], or float [b, C, R, R] where the data set gives floats
+    masks: Tensor | None  # uint8 [b, R, R], 0 = background
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 [b, R, R, 3] -> fp32 [b, 3, R, R] in [0, 1]; float [b, C, R, R] passes through as fp32."""
+    if images.dtype == torch.uint8:
+        return images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 255
+    return images.float()
+
+
+def read_batch(dataset, indices: np.ndarray) -> tuple[Tensor, Tensor | None]:
+    """Images and masks at ``indices`` of one of our data sets (``batch``) or of any torch map-style data set.
+
+    Items of the latter may be an image, a tuple (image, mask, ...), or a dict with "image" and perhaps "mask"; an
+    image is uint8 [R,R,3] or float [C,R,R] in [0, 1]; arrays or tensors.
+    """
+    if hasattr(dataset, "batch"):
+        images, masks = dataset.batch(indices)
+        return torch.from_numpy(np.ascontiguousarray(images)), None if masks is None else torch.from_numpy(masks)
+    items = [_image_and_mask(dataset[int(i)]) for i in indices]
+    images = torch.stack([image for image, _ in items])
+    masks = [mask for _, mask in items if mask is not None]
+    return images, torch.stack(masks) if len(masks) == len(items) else None
+
+
+def _image_and_mask(item) -> tuple[Tensor, Tensor | None]:
+    mask = None
+    if isinstance(item, dict):
+        item, mask = item["image"], item.get("mask")
+    elif isinstance(item, tuple | list):
+        item, mask = item[0], item[1] if len(item) > 1 and np.ndim(item[1]) == 2 else None
+    return torch.as_tensor(item), None if mask is None else torch.as_tensor(mask)
+
+
+class Loader:
+    """Iterates over ``Batch`` for step = start_step, start_step + 1, ... without end.
+
+    Args:
+        dataset: one of ours, or any torch map-style data set (see ``read_batch``).
+        indices: the rows to draw from (a split); None for all.
+        batch_size: images a step on this process; ``start``: where its slice of the global batch begins.
+        prefetch: batches prepared ahead by a thread; 0 prepares in the caller.
+
+    An error of the data set surfaces in the caller. Use as a context manager, or call ``close``.
+    """
+
+    def __init__(self, dataset, seed: int, batch_size: int, start_step: int = 1, indices=None, start=0, prefetch=2):
+        self._dataset, self._seed, self._batch_size, self._start = dataset, seed, batch_size, start
+        self._rows = range(len(dataset)) if indices is None else indices
+        self._step = start_step
+        self._closed = threading.Event()
+        self._queue: queue.Queue = queue.Queue(max(prefetch, 1))
+        self._thread = threading.Thread(target=self._work, name="fastslots-loader", daemon=True) if prefetch else None
+        if self._thread:
+            self._thread.start()
+
+    def read(self, step: int) -> Batch:
+        """The batch of any step, now."""
+        drawn = batch_indices(self._seed, step, self._batch_size, len(self._rows), self._start)
+        rows = drawn + self._rows.start if isinstance(self._rows, range) else np.asarray(self._rows)[drawn]
+        return Batch(step, *read_batch(self._dataset, rows))
+
+    def _work(self) -> None:
+        step = self._step
+        while not self._closed.is_set():
+            try:
+                item: Batch | BaseException = self.read(step)
+            except BaseException as error:  # handed to the caller, who raises it
+                item = error
+            while not self._closed.is_set():
+                try:
+                    self._queue.put(item, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if isinstance(item, BaseException):
+                return
+            step += 1
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            if self._thread is None:
+                yield self.read(self._step)
+                self._step += 1
+                continue
+            item = self._queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def close(self) -> None:
+        self._closed.set()
+        if self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()

@@ -1,0 +1,131 @@
+"""Built-in data: coloured circles, squares and triangles on black, with occlusion, masks and generating factors.
+
+Image i depends on (seed, i) alone. Shapes are painted in order, each over those before it; a scene in which less than
+35 % of a shape stays visible is drawn again. Edges are antialiased by 2x2 samples a pixel; a mask label is the shape
+that owns most of a pixel's samples, numbered from 1 in painter's order.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastslots.data.sampling import random_u64
+
+SHAPES = ("circle", "square", "triangle")
+RADIUS = (0.11, 0.19)  # of the picture's side
+MIN_VISIBLE = 0.35
+ATTEMPTS = 64
+_DRAWS = 7  # random numbers a shape: y, x, radius, shape, hue, saturation, value
+# Factors of a scene: arrays [n, max objects], 0 beyond the scene's count
+FACTORS = ("y", "x", "radius", "shape", "hue", "saturation", "value")
+
+
+class SpritesDataset:
+    """Scenes made on the fly; map-style, of any length.
+
+    Args:
+        seed: of the whole set; validation uses another.
+        size: side R in pixels. objects: least and most shapes of a scene.
+        count: length of the set; scenes beyond the first few thousand cost nothing until asked for.
+    """
+
+    def __init__(self, seed: int = 0, size: int = 32, objects: tuple[int, int] = (2, 3), count: int = 1 << 31):
+        least, most = objects
+        if size < 4 or count < 1 or not 1 <= least <= most <= 12:
+            raise ValueError(f"size >= 4, count >= 1 and 1 <= objects <= 12 expected, got {size}, {count}, {objects}")
+        self.seed, self.size, self.objects, self.count = seed, size, (least, most), count
+        axis = (np.arange(2 * size, dtype=np.float32) + 0.5) / (2 * size)
+        self._y, self._x = axis[:, None], axis[None, :]  # sample points, two a pixel and axis
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, object]:
+        """{"image": uint8 [R,R,3], "mask": uint8 [R,R], "factors": {name: [max objects]}}"""
+        if not -self.count <= index < self.count:
+            raise IndexError(index)
+        images, masks, factors = self.scenes(np.array([index % self.count]))
+        return {"image": images[0], "mask": masks[0], "factors": {name: v[0] for name, v in factors.items()}}
+
+    def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """images uint8 [n, R, R, 3], masks uint8 [n, R, R]"""
+        images, masks, _ = self.scenes(np.asarray(indices))
+        return images, masks
+
+    def scenes(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Images, masks and factors of many scenes at once; those that hide a shape are drawn again together."""
+        n, most = len(indices), self.objects[1]
+        images = np.zeros((n, self.size, self.size, 3), np.uint8)
+        masks = np.zeros((n, self.size, self.size), np.uint8)
+        factors = np.zeros((n, most, _DRAWS), np.float32)
+        pending = np.arange(n)
+        for attempt in range(ATTEMPTS):
+            drawn, present = self._draw(indices[pending], attempt)
+            owner, visible = self._paint(drawn, present)
+            # The last attempt is taken as it is: reached by fewer than one scene in 10^9 at the default sizes.
+            good = (visible | ~present).all(1) | (attempt == ATTEMPTS - 1)
+            place = pending[good]
+            images[place], masks[place] = self._render(owner[good], drawn[good])
+            factors[place] = np.where(present[good, :, None], drawn[good], 0)
+            pending = pending[~good]
+            if not len(pending):
+                break
+        named = {name: factors[:, :, i] for i, name in enumerate(FACTORS)}
+        named["shape"] = np.where(named["radius"] > 0, named["shape"].astype(np.uint8) + 1, 0).astype(np.uint8)
+        return images, masks, named
+
+    def _draw(self, indices: np.ndarray, attempt: int) -> tuple[np.ndarray, np.ndarray]:
+        """Random factors [n, most, 7] in their ranges, and which shapes exist [n, most]."""
+        least, most = self.objects
+        counters = np.arange(most * _DRAWS + 1)
+        bits = random_u64(self.seed, indices[:, None], attempt, counters[None, :])
+        u = (bits >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)  # [0, 1), exact in fp32
+        present = np.arange(most)[None, :] < least + np.floor(u[:, -1:] * (most - least + 1))
+        y, x, r, shape, hue, saturation, value = np.moveaxis(u[:, :-1].reshape(-1, most, _DRAWS), -1, 0)
+        radius = RADIUS[0] + (RADIUS[1] - RADIUS[0]) * r
+        y, x = radius + (1 - 2 * radius) * y, radius + (1 - 2 * radius) * x  # wholly inside the picture
+        shape = np.floor(shape * len(SHAPES))
+        factors = (y, x, radius, shape, hue, 0.4 + 0.6 * saturation, 0.6 + 0.4 * value)
+        return np.stack(factors, -1).astype(np.float32), present
+
+    def _paint(self, drawn: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Owner of each sample [n, 2R, 2R] (0 = background), and which shapes stay visible enough [n, most]."""
+        n, most, _ = drawn.shape
+        owner = np.zeros((n, 2 * self.size, 2 * self.size), np.uint8)
+        area = np.zeros((n, most), np.int64)
+        for j in range(most):
+            y, x, radius, shape = (drawn[:, j, i, None, None] for i in range(4))
+            dy, dx = self._y - y, self._x - x
+            inside = np.where(
+                shape == 0,
+                dy * dy + dx * dx <= radius * radius,
+                np.where(
+                    shape == 1,
+                    np.maximum(abs(dy), abs(dx)) <= radius * np.float32(0.9),
+                    # apex up: width grows from 0 at the top to 2·radius at the base
+                    (abs(dy) <= radius) & (2 * abs(dx) <= dy + radius),
+                ),
+            )
+            inside &= present[:, j, None, None]
+            area[:, j] = inside.sum((1, 2))
+            owner[inside] = j + 1
+        left = np.stack([(owner == j + 1).sum((1, 2)) for j in range(most)], 1)
+        return owner, left >= np.maximum(MIN_VISIBLE * area, 1)
+
+    def _render(self, owner: np.ndarray, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 images and masks from the owner of every sample."""
+        n, most, R = len(drawn), drawn.shape[1], self.size
+        palette = np.zeros((n, most + 1, 3), np.float32)
+        palette[:, 1:] = _rgb(drawn[:, :, 4], drawn[:, :, 5], drawn[:, :, 6])
+        samples = owner.reshape(n, R, 2, R, 2).transpose(0, 1, 3, 2, 4).reshape(n, R * R, 4)
+        colours = palette[np.arange(n)[:, None, None], samples].mean(2)
+        votes = np.stack([(samples == label).sum(-1) for label in range(most + 1)], -1)
+        masks = votes.argmax(-1)
+        return (colours * 255 + 0.5).astype(np.uint8).reshape(n, R, R, 3), masks.astype(np.uint8).reshape(n, R, R)
+
+
+def _rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """HSV in [0, 1] to RGB in [0, 1], as ``colorsys.hsv_to_rgb``, for arrays."""
+    sector = hue[..., None] * 6 + np.array([5, 3, 1], np.float32)
+    k = sector % 6
+    return value[..., None] * (1 - saturation[..., None] * np.clip(np.minimum(k, 4 - k), 0, 1))
