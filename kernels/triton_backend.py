@@ -15,18 +15,17 @@ from ._pack import MAX_COLUMNS, MAX_SLOTS
 from ._tiles import INTERPRETED
 from .cross_attention import cross_attention_bwd, cross_attention_fwd
 from .decoder_layer import decoder_layer_bwd, decoder_layer_fwd
+from .decoder_loss import decoder_loss
 from .folded_cross_attention import folded_attention_bwd, folded_attention_fwd
 
 __all__ = [
-    "cross_attention_bwd", "cross_attention_fwd", "decoder_layer_bwd", "decoder_layer_fwd",
+    "cross_attention_bwd", "cross_attention_fwd", "decoder_layer_bwd", "decoder_layer_fwd", "decoder_loss",
     "folded_cross_attention_bwd", "folded_cross_attention_fwd", "why_not",
 ]  # fmt: skip
 
 
 def why_not(op: str, tensors: Sequence[Tensor]) -> str | None:
     """None when these kernels serve ``op`` on these tensors (in the order of the public call), else the reason."""
-    if op == "decoder_loss":
-        return "the tiled decoder loss has no kernels of its own here; its layers do"
     x = tensors[0]
     if not x.is_cuda and not INTERPRETED.value:
         return f"the tensors are on {x.device}, not on a CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU)"
