@@ -106,8 +106,9 @@ class Decoder(nn.Module):
         Args:
             slots: [B, K, D]. images: [B, C, R, R], the targets.
             recon_weight, interaction_weight: floats or 0-d tensors, known on the way forward.
-            pixels: [B, P] int64, decode these pixels alone (index into the rows of R·R); None decodes all.
-            pixel_weight: [B, P] (or [B, L]) weight of each pixel; inverse probabilities keep both terms unbiased.
+            pixels: [B, P] int64, decode these pixels alone (rows of R·R, drawn with replacement); None decodes all.
+            pixel_weight: [B, P] (or [B, L]), 1 / (L · probability) of each drawn pixel, so that both terms estimate
+                those of all pixels without bias; None: drawn uniformly.
             slot_mask: [B, K] bool, True = a real slot.
             grad_scale: the loss scale of mixed precision.
 
@@ -121,13 +122,23 @@ class Decoder(nn.Module):
         if tuple(images.shape) != expected:
             raise ValueError(f"images has shape {list(images.shape)}, expected {list(expected)} (B of slots, C, R, R)")
         queries, target = self.queries(), images.flatten(2).transpose(1, 2)
+        expansion = 1.0  # the error is a sum over all pixels, of which P are seen; the penalty is a mean
         if pixels is not None:
+            expansion = self.resolution**2 / pixels.shape[1]
             queries = queries[0][pixels]
             target = target.gather(1, pixels[..., None].expand(-1, -1, self.channels))
         inputs = LossInputs(
-            queries, self.layers(slots), self.head(), target, pixel_weight, slot_mask, recon_weight, interaction_weight
+            queries=queries,
+            layers=self.layers(slots),
+            head=self.head(),
+            target=target,
+            pixel_weight=pixel_weight,
+            slot_mask=slot_mask,
+            recon_weight=recon_weight * expansion,
+            interaction_weight=interaction_weight,
         )
-        return decoder_loss(inputs, grad_scale, backend)
+        terms = decoder_loss(inputs, grad_scale, backend)
+        return terms._replace(recon=terms.recon * expansion)
 
 
 def position_code(resolution: int, octaves: int) -> Tensor:
