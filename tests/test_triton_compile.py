@@ -5,12 +5,18 @@ Each case is a process of its own: the other Triton tests run with the interpret
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 
 import pytest
+import torch
+
+from fastslots.cli import kernels
+from fastslots.errors import UserError
 
 pytest.importorskip("triton", reason="Triton is made for Linux alone")
 
@@ -63,6 +69,41 @@ def test_decoder_layer_forward_compiles_clean(arch):
 def test_every_shipped_launch_compiles_clean(arch, preset, precision):
     for row in compiled(arch, preset, precision, "all"):
         check(row)
+
+
+@pytest.mark.long
+def test_every_shipped_launch_compiles_for_amd():
+    for row in compiled("gfx942", "clevr6", "bf16", "all"):
+        assert row["tensor_cores"] and row["atomics"] == 0, row["kernel"]
+
+
+def cli(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    kernels.add_parser(parser.add_subparsers())
+    return parser.parse_args(arguments)
+
+
+def test_report_writes_table_and_roofline(tmp_path):
+    (row,) = compiled("sm_90", "clevr6", "bf16", "folded_attention_dx")
+    (tmp_path / "row.json").write_text(json.dumps(row))
+    args = cli("kernels", "report", str(tmp_path))
+    assert args.run(args) == 0
+    table = (tmp_path / "report.md").read_text()
+    assert "| folded_attention_dx |" in table and "| fused, bf16 |" in table
+    ET.fromstring((tmp_path / "roofline-sm_90.svg").read_text())  # well-formed
+
+
+def test_report_without_compiled_kernels_names_the_command(tmp_path):
+    args = cli("kernels", "report", str(tmp_path))
+    with pytest.raises(UserError, match="fastslots kernels compile"):
+        args.run(args)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: tuning would run")
+def test_tune_needs_a_gpu():
+    args = cli("kernels", "tune")
+    with pytest.raises(UserError, match="GPU"):
+        args.run(args)
 
 
 def test_disassembly_is_read():
