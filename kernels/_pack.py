@@ -90,13 +90,14 @@ def unfold_norm_grads(
 
 
 def pack_feed_forward(folded: FoldedNorm, w2: Tensor, dtype: torch.dtype, config: LaunchConfig) -> Packed:
-    """w [F,D], b [F], w2 [D,F] -> one image's worth of padded weights, units in groups of ``config.block_c``."""
+    """w [F,D], b [F], w2 [D,F] -> one image's worth of padded weights, units in groups of block_f or else block_c."""
     F, D = folded.w.shape
-    columns, width = round_up(F, config.block_c), round_up(D, config.block_d)
+    block = config.block_f or config.block_c
+    columns, width = round_up(F, block), round_up(D, config.block_d)
     w_in = w2.new_zeros(1, width, columns, dtype=dtype)
     w_in[0, :D, :F] = folded.w.t()
     w_out = w2.new_zeros(1, columns, width, dtype=dtype)
     w_out[0, :F, :D] = w2.t()
     b_in = w2.new_zeros(1, columns, dtype=torch.float32)
     b_in[0, :F] = folded.b
-    return Packed(w_in, b_in, w_out, config.block_c, 1)
+    return Packed(w_in, b_in, w_out, block, 1)

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class LaunchConfig:
     num_warps: int
     num_stages: int
     block_d: int = 64  # columns of a chunk of a row
+    block_f: int = 0  # feed-forward units at once, in a kernel that has both halves; 0: block_c
 
 
 @dataclass(frozen=True)
@@ -200,9 +201,5 @@ def split(rows: int, config: LaunchConfig, programs: int, target: int = 512) -> 
     return -(-tiles // blocks), blocks
 
 
-def with_columns(config: LaunchConfig, columns: int) -> LaunchConfig:
-    return replace(config, block_c=columns)
-
-
 def as_dict(config: LaunchConfig) -> dict[str, int]:
-    return asdict(config)
+    return {k: v for k, v in asdict(config).items() if k != "block_f" or v}
