@@ -9,14 +9,14 @@ import torch.nn as nn
 from torch import Tensor
 
 from fastslots.models.config import SlotVAEConfig
-from fastslots.models.layers import AttentionProjections, FeedForwardLayer, grid, mlp, xavier_
+from fastslots.models.layers import FeedForwardLayer, grid, mlp, xavier_
+from fastslots.nn import AttentionProjections
 from fastslots.ops import decoder_layer
 from fastslots.ops.reference import (
     FeedForward,
     FoldedProjections,
     OutputHead,
     fold_norm,
-    fold_projections,
     output_head,
 )
 from fastslots.ops.tiled import DecoderLossTerms, LossInputs, decoder_loss
@@ -36,18 +36,12 @@ class DecoderLayer(nn.Module):
 
     def keys_values(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """slots [B, K, slot_width] -> k, v [B, H, K, d]."""
-        p, normed = self.projections, self.norm_slots(slots)
-        wk, wv, bv = p.key_value_weights()
-        return p.split_heads(normed @ wk.T), p.split_heads(normed @ wv.T + bv)
-
-    def fold_keys_values(self, k: Tensor, v: Tensor) -> FoldedProjections:
-        """k, v [B, H, K, d] -> folded projections, the affine part of the query norm included."""
-        p = self.projections
-        folded = fold_projections(p.to_q.weight, p.to_q.bias, k, v, p.to_out.weight, p.to_out.bias, p.scale)
-        return fold_norm(folded, self.norm_q.weight, self.norm_q.bias)
+        return self.projections.keys_values(self.norm_slots(slots))
 
     def fold(self, slots: Tensor) -> FoldedProjections:
-        return self.fold_keys_values(*self.keys_values(slots))
+        """slots [B, K, slot_width] -> folded projections, the affine part of the query norm included."""
+        folded = self.projections.fold(*self.keys_values(slots))
+        return fold_norm(folded, self.norm_q.weight, self.norm_q.bias)
 
 
 class Decoder(nn.Module):

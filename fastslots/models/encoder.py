@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastslots.models.config import SlotVAEConfig
-from fastslots.models.layers import AttentionProjections, FeedForwardLayer, grid, mlp, xavier_
+from fastslots.models.layers import FeedForwardLayer, grid, mlp, xavier_
+from fastslots.nn import AttentionProjections
 from fastslots.ops.reference import feed_forward
 
 

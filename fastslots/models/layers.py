@@ -11,32 +11,6 @@ from torch import Tensor
 from fastslots.ops.reference import FeedForward
 
 
-class AttentionProjections(nn.Module):
-    """The four projections of a cross-attention; keys and values share one matrix, as published.
-
-    The key bias cancels in the softmax, so no path reads it and its gradient is exactly zero: a rounding-sized one
-    would be blown up to ±lr by Adam. It exists because published checkpoints hold it.
-    """
-
-    def __init__(self, query_width: int, source_width: int, inner_width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.to_q = nn.Linear(query_width, inner_width)
-        self.to_kv = nn.Linear(source_width, 2 * inner_width)
-        self.to_out = nn.Linear(inner_width, query_width)
-        self.scale = query_width**-0.5  # the published scale: the query's width, not the head's
-
-    def split_heads(self, x: Tensor) -> Tensor:
-        """[B, n, H·d] -> [B, H, n, d]"""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-    def key_value_weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Key weight [H·d, source], value weight [H·d, source], value bias [H·d]."""
-        inner = self.to_q.out_features
-        key, value = self.to_kv.weight.split(inner)
-        return key, value, self.to_kv.bias[inner:]
-
-
 class FeedForwardLayer(nn.Module):
     """Parameters of a pre-norm feed-forward block, handed to the ops as a tuple."""
 

@@ -132,8 +132,11 @@ class _TiledLoss(torch.autograd.Function):
         return total, recon, interaction
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dtotal: Tensor, *_):
+        # Not once_differentiable: that objects only where dtotal itself needs a gradient, and would let a second
+        # derivative through the folding pass, silently incomplete.
+        if torch.is_grad_enabled():
+            raise RuntimeError("decoder.loss cannot be differentiated twice (create_graph): use decoder(slots)")
         if ctx.grads is None:
             raise RuntimeError(
                 "decoder.loss was already differentiated: its gradients are handed out once. Call it again."

@@ -1,0 +1,147 @@
+"""The tiled decoder loss equals the untiled one, in value and in every gradient, and keeps autograd's promises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastslots.models import SlotVAE, SlotVAEConfig
+from fastslots.ops import interaction_penalty
+from fastslots.ops.tiled import LossInputs, _loss, decoder_loss, reference_decoder_loss
+from fastslots.testing import assert_close
+
+
+def tiny(**overrides) -> SlotVAE:
+    torch.manual_seed(0)
+    config = SlotVAEConfig.preset("sprites-mini", resolution=12, num_slots=3, encoder_layers=1, **overrides)
+    return SlotVAE(config).double()
+
+
+def inputs_of(model: SlotVAE, slots, images, **overrides) -> LossInputs:
+    decoder = model.decoder
+    target = images.flatten(2).transpose(1, 2)
+    values = dict(pixel_weight=None, slot_mask=None, recon_weight=0.7, interaction_weight=1.3) | overrides
+    return LossInputs(decoder.queries(), decoder.layers(slots), decoder.head(), target, **values)
+
+
+@pytest.fixture
+def setup():
+    model = tiny()
+    slots = torch.randn(2, 3, 16, dtype=torch.float64, requires_grad=True)
+    return model, slots, torch.rand(2, 3, 12, 12, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("rows", [1, 50, 10_000])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_tiles_add_up(setup, rows, weighted):
+    model, slots, images = setup
+    weight = torch.rand(2, 144, dtype=torch.float64) if weighted else None
+    inputs = inputs_of(model, slots, images, pixel_weight=weight)
+    flat = inputs.differentiable()
+    recon, pairs, grads = reference_decoder_loss(inputs, [True] * len(flat), rows=rows)
+    expected = _loss(inputs)
+    torch.testing.assert_close((recon, pairs), tuple(t.detach() for t in expected))
+    expected_grads = torch.autograd.grad(0.7 * expected[0] + 1.3 * expected[1], flat)
+    for a, b in zip(grads, expected_grads, strict=True):
+        assert_close(a, b, 1e-10)
+
+
+def test_gradients_through_the_model(setup):
+    model, slots, images = setup
+    parameters = [slots, *model.decoder.parameters()]
+    terms = model.decoder.loss(slots, images, 0.7, torch.tensor(1.3, dtype=torch.float64))
+    tiled = torch.autograd.grad(terms.total, parameters)
+    recon, slot_map = model.decoder(slots)
+    error = (recon - images).square().sum() / 2
+    untiled = torch.autograd.grad(0.7 * error + 1.3 * interaction_penalty(slot_map), parameters)
+    torch.testing.assert_close(terms.recon, error.detach())
+    assert not terms.recon.requires_grad and not terms.interaction.requires_grad
+    for a, b in zip(tiled, untiled, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_what_needs_no_gradient_costs_none(setup):
+    model, slots, images = setup
+    inputs = inputs_of(model, slots.detach(), images)
+    need = [False] * len(inputs.differentiable())
+    need[-1] = True
+    _, _, grads = reference_decoder_loss(inputs, need)
+    assert [g is not None for g in grads] == need
+    with torch.no_grad():
+        assert not model.decoder.loss(slots, images, 1.0, 1.0).total.requires_grad
+
+
+def test_loss_scale_leaves_the_gradient_as_it_is(setup):
+    model, slots, images = setup
+    plain = torch.autograd.grad(model.decoder.loss(slots, images, 1.0, 1.0).total, slots)[0]
+    terms = model.decoder.loss(slots, images, 1.0, 1.0, grad_scale=1024.0)
+    scaled = torch.autograd.grad(terms.total * 1024.0, slots)[0]
+    torch.testing.assert_close(scaled, plain * 1024.0)
+
+
+def test_second_backward_and_double_backward_raise(setup):
+    model, slots, images = setup
+    terms = model.decoder.loss(slots, images, 1.0, 1.0)
+    terms.total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="already differentiated"):
+        terms.total.backward()
+    total = model.decoder.loss(slots, images, 1.0, 1.0).total
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(total, slots, create_graph=True)
+
+
+def test_pixel_subsets_are_unbiased(setup):
+    """The mean over every single pixel, drawn with its probability, is the loss of all pixels."""
+    model, slots, images = setup
+    everything = model.decoder.loss(slots, images, 1.0, 1.0)
+    probability = torch.rand(144, dtype=torch.float64) + 0.1
+    probability /= probability.sum()
+    recon = interaction = 0.0
+    with torch.no_grad():
+        for pixel in range(144):
+            index = torch.full((2, 1), pixel)
+            weight = torch.full((2, 1), 1 / (144 * probability[pixel].item()), dtype=torch.float64)
+            terms = model.decoder.loss(slots, images, 1.0, 1.0, pixels=index, pixel_weight=weight)
+            recon += probability[pixel] * terms.recon
+            interaction += probability[pixel] * terms.interaction
+    torch.testing.assert_close(recon, everything.recon)
+    torch.testing.assert_close(interaction, everything.interaction)
+
+
+def test_forward_mode_and_compile_are_right(setup):
+    model, slots, images = setup
+    loss = lambda z: model.decoder.loss(z, images, 1.0, 1.0).total  # noqa: E731
+    tangent = torch.randn_like(slots)
+    _, derivative = torch.func.jvp(loss, (slots.detach(),), (tangent,))
+    gradient = torch.autograd.grad(loss(slots), slots)[0]
+    torch.testing.assert_close(derivative, (gradient * tangent).sum())
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(slots), slots)[0], gradient)
+
+
+def test_no_images_no_loss():
+    model = tiny()
+    terms = model.decoder.loss(torch.zeros(0, 3, 16).double(), torch.zeros(0, 3, 12, 12).double(), 1.0, 1.0)
+    assert terms.total.item() == 0
+
+
+def test_wrong_images_are_named(setup):
+    model, slots, images = setup
+    with pytest.raises(ValueError, match=r"images has shape \[2, 3, 12, 11\], expected \[2, 3, 12, 12\]"):
+        model.decoder.loss(slots, images[..., :11], 1.0, 1.0)
+
+
+def test_same_bits_twice(setup):
+    model, slots, images = setup
+    first, second = (
+        torch.autograd.grad(model.decoder.loss(slots, images, 1.0, 1.0).total, list(model.decoder.parameters()))
+        for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_decoder_loss_is_public_through_tensors(setup):
+    model, slots, images = setup
+    terms = decoder_loss(inputs_of(model, slots, images))
+    terms.total.backward()
+    assert slots.grad is not None and slots.grad.any()
