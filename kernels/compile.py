@@ -31,7 +31,7 @@ _TENSOR_CORE = re.compile(r"^(HMMA|HGMMA|UTCHMMA|UTCQMMA|v_mfma)")
 _GLOBAL_LOAD = re.compile(r"^(LDG|LDGSTS|UTMALDG|global_load|buffer_load)")
 _ATOMIC = re.compile(r"^(ATOMG?\b|RED\b|global_atomic|buffer_atomic)")
 _WIDTHS = {
-    "64": 8, "128": 16, "U8": 1, "S8": 1, "U16": 2, "S16": 2, "ubyte": 1, "ushort": 2, "short": 2, 
+    "64": 8, "128": 16, "U8": 1, "S8": 1, "U16": 2, "S16": 2, "ubyte": 1, "ushort": 2, "short": 2,
     "dwordx2": 8, "dwordx4": 16,
 }  # fmt: skip
 

@@ -2,8 +2,9 @@
 
 Not a measurement. ``Cost.bytes`` is the least that must move between memory and the chip: every tensor of a launch,
 once. ``Cost.requested`` is what its loads and stores ask for, most of it answered by L2, and ``Cost.issued`` the padded
-products that run; a test counts these two in Triton's interpreter. ``Cost.flops`` is the mathematics. Floors divide by
-published peaks: no kernel can be faster, and how near one comes must be measured on the device.
+products that run; a test counts these two in Triton's interpreter. ``Cost.flops`` leaves out padded rows, slots and row
+widths (heads and units padded to a whole group count). Floors divide by published peaks: no kernel can be faster, and
+how near one comes must be measured on the device.
 """
 
 from __future__ import annotations
