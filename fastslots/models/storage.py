@@ -1,0 +1,54 @@
+"""Weights with their configuration, and the models of run directories."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+
+from fastslots.errors import UserError
+from fastslots.models.config import SlotVAEConfig
+from fastslots.models.vae import SlotVAE
+
+WEIGHTS = {"best": Path("checkpoints/best.safetensors"), "last": Path("model.safetensors")}
+
+
+def weights_bytes(model: SlotVAE) -> bytes:
+    """The model's state_dict as a safetensors file that also holds its configuration."""
+    config = {f.name: getattr(model.config, f.name) for f in dataclasses.fields(SlotVAEConfig)}
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    return save(state, metadata={"fastslots.config": json.dumps(config)})
+
+
+def load_weights(path: Path) -> SlotVAE:
+    """The model of a weights file that ``weights_bytes`` made, in evaluation mode, on the CPU."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        if "fastslots.config" not in metadata:
+            raise UserError(f"{path} holds no configuration: name weights that fastslots wrote")
+        model = SlotVAE(SlotVAEConfig(**json.loads(metadata["fastslots.config"])))
+        model.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = (str(error).splitlines() or ["unreadable"])[0]
+        raise UserError(f"{path} cannot be read as weights ({reason})") from None
+    return model.eval()
+
+
+def weights_path(run: Path, weights: str) -> Path:
+    """The weights file of a run: "best" (the last ones where no evaluation has been) or "last"."""
+    if weights not in WEIGHTS:
+        raise UserError(f"weights must be best or last, got {weights!r}")
+    if not (run / "config.json").is_file():
+        raise UserError(f"{run} is no run directory (no config.json in it): name what `fastslots train --out` wrote")
+    for name in (weights, "last"):
+        if (run / WEIGHTS[name]).is_file():
+            return run / WEIGHTS[name]
+    raise UserError(f"{run} holds no weights yet: wait for its first evaluation, or resume it")
+
+
+def load_run(run: Path, weights: str = "best") -> SlotVAE:
+    return load_weights(weights_path(run, weights))

@@ -1,0 +1,30 @@
+"""Files that are whole or not there: temporary file, fsync, rename."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fastslots.errors import UserError
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write ``data`` so that ``path`` holds either what it held before or all of it, even after a power cut.
+
+    Raises UserError naming the file where the disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({error.strerror}): free space or name another folder") from None

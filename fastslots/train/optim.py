@@ -1,0 +1,58 @@
+"""The optimiser: torch's own, by name, and its state as named tensors for checkpoints without pickle."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastslots.train.config import TrainConfig, optimizer_class
+
+MUON_REST = 0.3
+"""Share of muon's rate that AdamW gives to what is no matrix: convolutions, biases, norms, the learned queries."""
+
+
+class Optimizer:
+    """One or two of torch's optimisers behind one rate."""
+
+    def __init__(self, model: nn.Module, config: TrainConfig):
+        decay = config.weight_decay
+        parameters = list(model.parameters())
+        if config.optimizer == "muon":
+            # Matrices of Transformers and MLPs; Muon makes their update orthogonal, scaled to the size of Adam's.
+            matrices = [p for p in parameters if p.ndim == 2]
+            rest = [p for p in parameters if p.ndim != 2]
+            muon = torch.optim.Muon(matrices, lr=config.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+            adamw = torch.optim.AdamW(rest, lr=config.lr, weight_decay=decay, betas=(0.9, 0.99))
+            self.parts: list[tuple[torch.optim.Optimizer, float]] = [(muon, 1.0), (adamw, MUON_REST)]
+        else:
+            cls = optimizer_class(config.optimizer)
+            assert cls is not None  # TrainConfig has checked it
+            self.parts = [(cls(parameters, lr=config.lr, weight_decay=decay), 1.0)]
+
+    def set_lr(self, lr: float) -> None:
+        for optimizer, share in self.parts:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * share
+
+    def zero_grad(self) -> None:
+        for optimizer, _ in self.parts:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Tensors and numbers under the names part.parameter.key; the groups follow from the configuration."""
+        tensors, numbers = {}, {}
+        for part, (optimizer, _) in enumerate(self.parts):
+            for index, entry in optimizer.state_dict()["state"].items():
+                for key, value in entry.items():
+                    target = tensors if isinstance(value, Tensor) else numbers
+                    target[f"{part}.{index}.{key}"] = value
+        return tensors, numbers
+
+    def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
+        for part, (optimizer, _) in enumerate(self.parts):
+            state: dict[int, dict[str, object]] = {}
+            for name, value in {**tensors, **numbers}.items():
+                owner, index, key = name.split(".", 2)
+                if int(owner) == part:
+                    state.setdefault(int(index), {})[key] = value
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
