@@ -32,8 +32,12 @@ PRESETS: dict[str, dict[str, object]] = {
         **{"encoder_width": 64, "encoder_layers": 3, "log_scale_bias": -2.0},
         **{"query_width": 64, "query_hidden": 128, "slot_width": 64, "slot_hidden": 256, "decoder_heads": 8},
         **{"output_hidden": (64, 64), "octaves": 6},
-        **{"sigma": 4.0, "alpha": 0.9375, "beta": 0.1, "batch_size": 32, "pixels_per_step": 64, "grad_clip": 1.0},
+        **{"sigma": 4.0, "alpha": 0.9375, "beta": 0.1, "batch_size": 32, "grad_clip": 1.0},
+        **{"pixels_per_step": 64, "pixel_sampling": "foreground"},
         **{"optimizer": "muon", "lr": 8e-3, "schedule": "cosine", "warmup": 100, "steps": 4_000},
+        # Too early a penalty makes slots collapse: a trace of it at first, then a ramp over most of the run.
+        **{"alpha_start": 600, "alpha_warmup": 2_800, "alpha_floor": 0.02, "beta_start": 800, "beta_warmup": 2_000},
+        **{"eval_every": 1_000, "eval_images": 200, "eval_batch": 20, "checkpoint_every": 1_000},
     },
 }
 

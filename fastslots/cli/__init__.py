@@ -1,0 +1,54 @@
+"""The command line. Exit codes: 0 done, 1 stopped on NaN, 2 bad input or usage, 130/143 after a signal."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+
+from fastslots.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line that names the flag and the nearest one that exists."""
+
+    def error(self, message: str):
+        raise UserError(message)
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown and self.prog.count(" "):  # a subcommand: its own flags are the candidates
+            known = [option for action in self._actions for option in action.option_strings]
+            flag = unknown[0].split("=")[0]
+            near = difflib.get_close_matches(flag, known, 1)
+            hint = f": did you mean {near[0]}?" if near else f": see `{self.prog} --help`"
+            raise UserError(f"unknown argument {flag}{hint}")
+        return namespace, unknown
+
+
+def build_parser() -> argparse.ArgumentParser:
+    from fastslots import __version__
+    from fastslots.cli import data, doctor, evaluate, kernels, report, train
+
+    parser = Parser(prog="fastslots", description="Train the Transformer VAE of Interaction Asymmetry, fast.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+    for module in (train, evaluate, data, report, kernels, doctor):
+        module.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command -> exit code."""
+    try:
+        args = build_parser().parse_args(argv)
+        return args.run(args)
+    except UserError as error:
+        print(f"fastslots: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `fastslots ... | head`
+        sys.stderr.close()
+        return 0

@@ -1,0 +1,25 @@
+"""fastslots report"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fastslots.errors import UserError
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser("report", help="write report.html: curves, slots and scores of a run")
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="one run, or several side by side")
+    parser.add_argument("--out", type=Path, help="file to write (default: report.html in the first run)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    for folder in args.runs:
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder} is no run directory (no config.json in it)")
+    from fastslots.train.report import write_report
+
+    print(write_report(args.runs, args.out))
+    return 0

@@ -1,0 +1,109 @@
+"""fastslots train"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from fastslots.errors import UserError
+from fastslots.models.presets import preset_names
+from fastslots.train.config import TrainConfig, read_config
+
+DEFAULT_PRESET = "sprites-mini"
+_FLAGS_ELSEWHERE = ("preset_name",)
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train a model",
+        description="Train a model. Without arguments: the preset sprites-mini on images made on the fly.",
+    )
+    parser.add_argument("preset", nargs="?", help=f"one of {', '.join(preset_names())} (default {DEFAULT_PRESET})")
+    parser.add_argument("--out", type=Path, help="folder of the run (default: the next free one in runs/)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="take the fields of a run's config.json")
+    add_fields(parser)
+    parser.set_defaults(run=run)
+
+
+def add_fields(parser: argparse.ArgumentParser) -> None:
+    """A flag for every field of TrainConfig, --batch_size and --batch-size alike; absent unless given."""
+    group = parser.add_argument_group("fields (an explicit flag beats the preset and --config)")
+    for field in dataclasses.fields(TrainConfig):
+        if field.name in _FLAGS_ELSEWHERE:
+            continue
+        names = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
+        group.add_argument(
+            *names,
+            dest=f"field_{field.name}",
+            default=argparse.SUPPRESS,
+            type=_converter(field),
+            metavar=str(field.type).split("[")[0].upper(),
+            help=f"{field.metadata['help']} (clevr6-like default: {field.default})".replace("%", "%%"),
+            **({"nargs": "?", "const": True} if field.type == "bool" else {}),
+        )
+
+
+def _converter(field: dataclasses.Field):
+    """Text -> value; an error names the flag (argparse adds it) and what was expected."""
+
+    def whole(text: str) -> int:
+        try:
+            return int(text.replace("_", ""))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+
+    def number(text: str) -> float:
+        try:
+            return float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+
+    def truth(text: str) -> bool:
+        if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+            raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+        return text.lower() in ("true", "1", "yes")
+
+    def widths(text: str) -> tuple[int, ...]:
+        return tuple(whole(part) for part in text.split(",") if part)
+
+    return {"int": whole, "float": number, "bool": truth, "tuple[int, ...]": widths}.get(str(field.type), str)
+
+
+def config_of(args: argparse.Namespace) -> TrainConfig:
+    """Preset or --config (or the run that is resumed), then the explicit flags over it."""
+    explicit = {key.removeprefix("field_"): value for key, value in vars(args).items() if key.startswith("field_")}
+    own = args.out / "config.json" if args.out and args.resume else None
+    if args.config:
+        if args.preset:
+            raise UserError("give a PRESET or --config, not both")
+        return read_config(args.config, **explicit)
+    if own is not None and own.is_file():
+        if args.preset and json.loads(own.read_text()).get("preset_name") != args.preset:
+            raise UserError(
+                f"{own.parent} was not started from preset {args.preset!r}: leave the preset out to resume it"
+            )
+        return read_config(own, **explicit)
+    preset = args.preset or DEFAULT_PRESET
+    return TrainConfig.preset(preset, preset_name=preset, **explicit)
+
+
+def run(args: argparse.Namespace) -> int:
+    config = config_of(args)
+    if args.resume and args.out is None:
+        raise UserError("--resume needs --out, the folder of the run to go on with")
+    from fastslots.train.loop import NonFiniteLossError, fit
+
+    try:
+        result = fit(config, out=args.out, resume=args.resume)
+    except NonFiniteLossError as error:
+        print(f"fastslots: stopped: {error}", file=sys.stderr)
+        return 1
+    if result.stopped_by:
+        return 128 + result.stopped_by
+    print(f"{result.out}: {result.step:,} steps done; look at {result.out / 'report.html'}")
+    return 0

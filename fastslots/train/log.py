@@ -1,0 +1,83 @@
+"""What a run writes and prints while it goes: metrics.jsonl, and a live line on a terminal or plain lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import TextIO
+
+
+class MetricsLog:
+    """metrics.jsonl: one flushed JSON object a line. A resume first cuts what lies after its checkpoint."""
+
+    def __init__(self, path: Path, last_step: int = 0):
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= last_step]
+            path.write_text("".join(f"{line}\n" for line in kept))
+        self._file = open(path, "a")
+
+    def write(self, values: dict[str, object]) -> None:
+        # JSON has no NaN: null says the same and every reader takes it.
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; a line cut short by a crash belongs to no step that is kept."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
+    """(training lines, evaluation lines) of a metrics.jsonl; a torn last line is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        if _step_of(line) < math.inf:
+            lines.append(json.loads(line))
+    return [line for line in lines if "eval" not in line], [line for line in lines if "eval" in line]
+
+
+class Progress:
+    """Losses, images/s and time left: rewritten in place on a terminal, a line every ``log_every`` steps elsewhere."""
+
+    def __init__(self, steps: int, log_every: int, first_step: int, stream: TextIO | None = None):
+        self._stream = sys.stderr if stream is None else stream
+        self._live = self._stream.isatty()
+        self._steps, self._log_every = steps, log_every
+        self._first, self._start, self._shown = first_step, time.monotonic(), 0.0
+
+    def update(self, step: int, values: dict[str, float]) -> None:
+        now = time.monotonic()
+        if self._live and now - self._shown < 0.1 and step != self._steps:
+            return
+        if not self._live and step % self._log_every and step != self._steps:
+            return
+        self._shown = now
+        done = step - self._first
+        left = (now - self._start) / done * (self._steps - step) if done else 0.0
+        losses = "  ".join(f"{name} {values[name]:.4g}" for name in ("loss", "recon", "kl"))
+        rate = f"{values['images_per_s']:.0f} images/s  {duration(left)} left"
+        text = f"step {step}/{self._steps}  {losses}  R/H² {values['interaction_normalized']:.4f}  {rate}"
+        self._stream.write(f"\r\x1b[K{text}" if self._live else f"{text}\n")
+        self._stream.flush()
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the live one."""
+        self._stream.write(f"\r\x1b[K{text}\n" if self._live else f"{text}\n")
+        self._stream.flush()
+
+
+def duration(seconds: float) -> str:
+    """1:02:03 or 4:05."""
+    minutes, s = divmod(int(seconds + 0.5), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"

@@ -1,0 +1,73 @@
+"""The images of a run: built-in sprites, a data set on disk, or any torch data set, each with its split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fastslots.data import SpritesDataset, split_indices
+from fastslots.data.sampling import step_seed
+from fastslots.errors import UserError
+from fastslots.train.config import TrainConfig
+
+_TRAIN, _VAL, _TEST = 11, 12, 13  # purposes of the built-in data's seeds
+HELD_OUT = 1_000  # built-in images in val and in test
+
+
+@dataclass(frozen=True)
+class Source:
+    """Data sets with the rows that each split draws from."""
+
+    description: str
+    splits: dict[str, tuple[Any, Any]]  # train, val, test -> (data set, rows)
+
+
+def open_source(config: TrainConfig, dataset: Any = None) -> Source:
+    """The images of ``config.data``, or of ``dataset`` (any map-style data set; see ``fastslots.data.read_batch``).
+
+    Raises UserError where training would fail: unreadable data, or images of another shape than the model's.
+    """
+    if dataset is not None:
+        return _split(dataset, f"{type(dataset).__name__} of {len(dataset)} images", False)
+    if config.data == "sprites":
+        return _builtin(config)
+    from fastslots.data import open_dataset
+
+    size = config.resolution if config.input == "pixels" else None
+    opened = open_dataset(config.data, max_objects=config.max_objects or None, size=size)
+    return _split(opened, str(opened.info), opened.info.published_split)
+
+
+def _builtin(config: TrainConfig) -> Source:
+    """Scenes made on the fly. Validation and test scenes are the same for every seed of a run."""
+    objects = (2, max(2, min(config.num_slots - 1, 4)))  # a slot is left for the background
+
+    def sprites(seed: int, count: int) -> tuple[SpritesDataset, range]:
+        return SpritesDataset(seed, config.resolution, objects, count), range(count)
+
+    splits = {
+        "train": sprites(step_seed(config.seed, 0, _TRAIN) >> 1, 1 << 31),
+        "val": sprites(step_seed(0, 0, _VAL) >> 1, HELD_OUT),
+        "test": sprites(step_seed(0, 0, _TEST) >> 1, HELD_OUT),
+    }
+    least, most = objects
+    shapes = f"{least} to {most} coloured shapes at {config.resolution} x {config.resolution}"
+    return Source(f"built-in sprites, made on the fly: {shapes}; val and test {HELD_OUT} images each", splits)
+
+
+def _split(dataset: Any, description: str, published: bool) -> Source:
+    if not len(dataset):
+        raise UserError(f"{description}: no images are left; raise --max_objects or name another data set")
+    splits = split_indices(len(dataset), published)
+    rows = {"train": splits.train, "val": splits.val, "test": splits.test}
+    return Source(f"{description}; {splits}", {name: (dataset, part) for name, part in rows.items()})
+
+
+def check_shape(config: TrainConfig, images: Any) -> None:
+    """UserError unless a float batch [b, C, R, R] fits the model."""
+    expected = (config.channels, config.resolution, config.resolution)
+    if tuple(images.shape[1:]) != expected:
+        raise UserError(
+            f"the data gives images of shape {list(images.shape[1:])}, the model expects {list(expected)}: "
+            f"set --resolution (and --channels), or give images of that size"
+        )

@@ -1,0 +1,106 @@
+"""One training step: the batch's randomness, the loss in parts, precision, clipping, the update."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastslots.data.sampling import step_seed
+from fastslots.errors import UserError
+from fastslots.models import SlotVAE
+from fastslots.train.config import TrainConfig
+from fastslots.train.optim import Optimizer
+from fastslots.train.schedule import alpha_at, beta_at, lr_at
+
+_NOISE, _PIXELS = 1, 2  # purposes of a step's random numbers
+FOREGROUND_DISTANCE = 0.05
+"""A pixel is foreground where any channel is this far from the median of the image's border."""
+
+
+class Draws(NamedTuple):
+    """All of a step's random numbers but its batch; they follow from (seed, step)."""
+
+    noise: Tensor  # [B, K, D]
+    pixels: Tensor | None  # [B, P]
+    pixel_weight: Tensor | None  # [B, P]
+
+
+def draw(config: TrainConfig, step: int, images: Tensor) -> Draws:
+    """Noise and the pixel subset of a step, made on the CPU so that they are the same on every device."""
+    B, device = len(images), images.device
+    generator = torch.Generator().manual_seed(step_seed(config.seed, step, _NOISE))
+    noise = torch.randn(B, config.num_slots, config.slot_dim, generator=generator).to(device)
+    if not config.pixels_per_step:
+        return Draws(noise, None, None)
+    generator.manual_seed(step_seed(config.seed, step, _PIXELS))
+    L, P = config.resolution**2, config.pixels_per_step
+    if config.pixel_sampling == "uniform":
+        return Draws(noise, torch.randint(L, (B, P), generator=generator).to(device), None)
+    foreground = foreground_pixels(images).cpu().float()
+    share = foreground / foreground.sum(1, keepdim=True).clamp_min(1)
+    probability = torch.where(foreground.any(1, keepdim=True), 0.5 / L + 0.5 * share, 1 / L)
+    pixels = torch.multinomial(probability, P, replacement=True, generator=generator)
+    weight = 1 / (L * probability.gather(1, pixels))
+    return Draws(noise, pixels.to(device), weight.to(device))
+
+
+def foreground_pixels(images: Tensor) -> Tensor:
+    """[B, C, R, R] -> bool [B, R·R]: pixels unlike the border, a guess that only steers which pixels are drawn."""
+    border = torch.cat([images[:, :, 0], images[:, :, -1], images[:, :, :, 0], images[:, :, :, -1]], -1)
+    background = border.median(-1).values[..., None, None]
+    return ((images - background).abs().amax(1) > FOREGROUND_DISTANCE).flatten(1)
+
+
+class Precision:
+    """Where 16 bits and TF32 are used; losses, folding, norms and softmax stay fp32 in all of them."""
+
+    def __init__(self, name: str, device: torch.device):
+        if name == "fp16" and device.type != "cuda":
+            raise UserError("precision fp16 needs a GPU: use fp32, or bf16")
+        if name == "tf32" and device.type != "cuda":
+            raise UserError("precision tf32 needs a GPU: use fp32")
+        self._device, self._dtype = device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+        if device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self._device, self._dtype or torch.bfloat16, enabled=self._dtype is not None)
+
+
+def training_step(
+    model: SlotVAE, optimizer: Optimizer, precision: Precision, config: TrainConfig, step: int, images: Tensor
+) -> dict[str, float]:
+    """Update the weights once with images [B, C, R, R] -> the step's values. One host sync, for those.
+
+    A non-finite loss or gradient leaves the weights as they were; the caller sees it in ``loss`` or ``grad_norm``.
+    """
+    lr, alpha, beta = lr_at(config, step), alpha_at(config, step), beta_at(config, step)
+    draws, scaler, parts = draw(config, step, images), precision.scaler, config.accumulate
+    optimizer.set_lr(lr)
+    optimizer.zero_grad()
+    sums = torch.zeros(4, device=images.device)
+    for rows in torch.arange(len(images), device=images.device).chunk(parts):
+        noise, pixels, weight = (None if t is None else t[rows] for t in draws)
+        with precision.autocast():
+            terms = model.training_loss(
+                *(images[rows], noise, alpha),
+                **{"beta": beta, "pixels": pixels, "pixel_weight": weight, "grad_scale": scaler.get_scale() / parts},
+            )
+        scaler.scale(terms.total / parts).backward()
+        sums += torch.stack([term.detach().float() for term in terms]) / parts
+    for part, _ in optimizer.parts:
+        scaler.unscale_(part)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or float("inf"))
+    loss, recon, kl, interaction, grad_norm = torch.cat([sums, norm.reshape(1)]).tolist()
+    if loss - loss == 0 and (grad_norm - grad_norm == 0 or scaler.is_enabled()):  # finite; the scaler skips its own
+        for part, _ in optimizer.parts:
+            scaler.step(part)
+        scaler.update()
+    normalized = interaction / config.decoder_heads**2
+    return {
+        **{"loss": loss, "recon": recon, "kl": kl, "interaction": interaction, "interaction_normalized": normalized},
+        **{"grad_norm": grad_norm, "lr": lr, "alpha": alpha, "beta": beta},
+    }
