@@ -1,12 +1,27 @@
-"""Slot Jacobians and segmentation scores."""
+"""Scores of slot models: the exact slot Jacobian, what follows from it, and segmentation by the slot map.
+
+>>> G = slot_jacobian(model.decoder, slots)                          # [B, K, R, R]
+>>> jacobian_ari(G, masks), jacobian_interaction_score(G, masks)     # masks [B, R, R], 0 = background
+"""
 
 from fastslots.metrics.ari import adjusted_rand_index
 from fastslots.metrics.jacobian import slot_jacobian
-from fastslots.metrics.jacobian_scores import jacobian_ari, jacobian_interaction_score
-from fastslots.metrics.segmentation import mean_best_overlap, mean_iou
+from fastslots.metrics.scores import (
+    JacobianMeter,
+    JacobianScores,
+    SegmentationMeter,
+    jacobian_ari,
+    jacobian_interaction_score,
+)
+from fastslots.metrics.segmentation import ari, fg_ari, mean_best_overlap, mean_iou
 
 __all__ = [
+    "JacobianMeter",
+    "JacobianScores",
+    "SegmentationMeter",
     "adjusted_rand_index",
+    "ari",
+    "fg_ari",
     "jacobian_ari",
     "jacobian_interaction_score",
     "mean_best_overlap",

@@ -1,46 +1,94 @@
-"""Adjusted Rand index, batched (Hubert and Arabie, 1985)."""
+"""Adjusted Rand index (Hubert & Arabie, 1985), batched, exact in its counts and defined for every input."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-
-def contingency(true: Tensor, predicted: Tensor, weight: Tensor) -> Tensor:
-    """Pixels of each pair of labels: integers from 0 and weights, [B, n] -> float64 [B, true, predicted]."""
-    rows = F.one_hot(true.long()).double() * weight.double()[..., None]
-    return rows.transpose(1, 2) @ F.one_hot(predicted.long()).double()
+DENSE_CELLS = 1 << 22
+"""Largest contingency table counted by addressing; beyond it the pairs of labels that occur are sorted instead."""
 
 
-def adjusted_rand_index(true: Tensor, predicted: Tensor, foreground: bool = False) -> Tensor:
-    """Agreement of two labelings of the same pixels, 1 for equal partitions and 0 on average for random ones.
+def adjusted_rand_index(true_labels: Tensor, pred_labels: Tensor, foreground_only: bool = False) -> Tensor:
+    """Agreement of two labelings of the same pixels, corrected for chance: 1 is equal up to renaming, 0 is chance.
+
+    In pairs of pixels that are together in both (tp), in one (fp, fn) or in none (tn) of the two labelings::
+
+        ARI = 2 (tp·tn − fn·fp) / ((tp + fn)(fn + tn) + (tp + fp)(fp + tn))
+
+    Equal labelings give 1, also where the quotient is 0/0: one cluster on both sides, one pixel, no pixel at all.
 
     Args:
-        true, predicted: integer labels from 0, [B, ...] of one shape.
-        foreground: leave out pixels whose true label is 0.
+        true_labels, pred_labels: [B, ...] integer (or bool), any values; they need not be contiguous.
+        foreground_only: count only the pixels whose true label is not 0, the background.
 
     Returns:
-        float64 [B]. Where both partitions are trivial in the same way (one cluster each, every pixel its own, no pixel
-        at all) they agree: 1, never NaN.
+        [B] float64 in [-0.5, 1], never NaN. Pairs are counted in int64.
 
-    Raises ValueError where the shapes differ.
+    Raises:
+        TypeError: labels that are no integers. ValueError: other shapes.
     """
-    if true.shape != predicted.shape:
-        raise ValueError(f"true has shape {list(true.shape)}, predicted {list(predicted.shape)}: they must be equal")
-    true, predicted = true.flatten(1), predicted.flatten(1)
-    if not true.numel():
-        return torch.ones(true.shape[0], dtype=torch.float64, device=true.device)
-    weight = (true != 0) if foreground else torch.ones_like(true)
-    table = contingency(true, predicted, weight)
+    true, pred = flat_labels(true_labels, pred_labels)
+    keep = true != 0 if foreground_only else torch.ones_like(true, dtype=torch.bool)
+    rows, true_names = _compact(true)
+    columns, pred_names = _compact(pred)
+    T, P = len(true_names), len(pred_names)
+    image = torch.arange(len(true), device=true.device)[:, None]
+    row_key, column_key = (image * T + rows)[keep], (image * P + columns)[keep]
+    row_pairs = _pairs_per_image(row_key, T, len(true))
+    column_pairs = _pairs_per_image(column_key, P, len(true))
+    tp = _pairs_per_image(row_key * P + columns[keep], T * P, len(true))
+    pixels = keep.sum(1)
+    fn, fp = row_pairs - tp, column_pairs - tp
+    tn = pixels * (pixels - 1) // 2 - tp - fn - fp
+    equal = (fn == 0) & (fp == 0)
+    tp, tn, fn, fp = (count.double() for count in (tp, tn, fn, fp))
+    bottom = (tp + fn) * (fn + tn) + (tp + fp) * (fp + tn)  # positive unless equal
+    return torch.where(equal, 1.0, 2 * (tp * tn - fn * fp) / bottom.masked_fill(equal, 1.0))
 
-    def pairs(count: Tensor) -> Tensor:
-        return count * (count - 1) / 2
 
-    together = pairs(table).sum((1, 2))
-    rows, columns = pairs(table.sum(2)).sum(1), pairs(table.sum(1)).sum(1)
-    total = pairs(table.sum((1, 2)))
-    expected = rows * columns / total.clamp_min(1)
-    highest = (rows + columns) / 2
-    trivial = highest == expected  # one cluster on both sides, all singletons on both, or under two pixels
-    return torch.where(trivial, torch.ones_like(together), (together - expected) / (highest - expected))
+def contingency(true_labels: Tensor, pred_labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts of pixels per pair of labels, [B, T, P] int64, and the true label of each row, [T] ascending.
+
+    Rows and columns are the labels that occur anywhere in the batch (and those between them, when few).
+    """
+    true, pred = flat_labels(true_labels, pred_labels)
+    rows, true_names = _compact(true)
+    columns, pred_names = _compact(pred)
+    T, P = len(true_names), len(pred_names)
+    image = torch.arange(len(true), device=true.device)[:, None]
+    counts = torch.bincount(((image * T + rows) * P + columns).flatten(), minlength=len(true) * T * P)
+    return counts.view(len(true), T, P), true_names
+
+
+def flat_labels(true_labels: Tensor, pred_labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as [B, pixels] int64, checked."""
+    for name, labels in (("true_labels", true_labels), ("pred_labels", pred_labels)):
+        if labels.is_floating_point() or labels.is_complex():
+            raise TypeError(f"{name} must hold integer labels, got {labels.dtype}")
+    if true_labels.shape != pred_labels.shape or true_labels.ndim < 1:
+        raise ValueError(
+            f"labels must have the same shape [B, ...]: true {list(true_labels.shape)}, pred {list(pred_labels.shape)}"
+        )
+    pixels = true_labels[:1].numel() if len(true_labels) else 0
+    return tuple(labels.long().reshape(len(labels), pixels) for labels in (true_labels, pred_labels))
+
+
+def _compact(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels renumbered from 0, and their names ascending; a small range is only shifted, which needs no sort."""
+    if labels.numel():
+        low, high = (int(bound) for bound in labels.aminmax())
+        if high - low < 256:
+            return labels - low, torch.arange(low, high + 1, device=labels.device)
+    names, renumbered = labels.unique(return_inverse=True)
+    return renumbered, names
+
+
+def _pairs_per_image(key: Tensor, keys_per_image: int, images: int) -> Tensor:
+    """Σ n(n-1)/2 over the counts n of each key, for keys image·keys_per_image + label: [images] int64."""
+    if images * keys_per_image <= DENSE_CELLS:
+        counts = torch.bincount(key, minlength=images * keys_per_image).view(images, keys_per_image)
+        return (counts * (counts - 1) // 2).sum(1)
+    key, counts = key.unique(return_counts=True)
+    pairs = torch.zeros(images, dtype=torch.int64, device=key.device)
+    return pairs.index_add_(0, key // keys_per_image, counts * (counts - 1) // 2)

@@ -1,43 +1,102 @@
-"""Overlap of predicted segments with the true objects; the background (label 0) is no object."""
+"""How well the slots' masks match the objects: ARI, mean best overlap and mean IoU.
+
+Every function takes the decoder's slot map (or labels) and the true label maps, and gives one number per image, so
+that callers average over whichever images they mean to. 0 is the label of the background.
+"""
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastslots.metrics.ari import contingency
+from fastslots.metrics.ari import adjusted_rand_index, contingency
 
 
-def overlaps(true: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU of every object with every segment: float64 [B, objects, segments]; and which objects exist [B, objects]."""
-    true, predicted = true.flatten(1), predicted.flatten(1)
-    table = contingency(true, predicted, torch.ones_like(true))
-    union = table.sum(2, keepdim=True) + table.sum(1, keepdim=True) - table
-    return (table / union.clamp_min(1))[:, 1:], table.sum(2)[:, 1:] > 0
+def ari(slot_map: Tensor, masks: Tensor) -> Tensor:
+    """Adjusted Rand index over all pixels, the background an object like any other: [B] float64.
 
-
-def mean_best_overlap(true: Tensor, predicted: Tensor) -> Tensor:
-    """mBO: each true object's highest IoU with any segment, mean over the objects of an image.
-
-    true, predicted: integer labels from 0, [B, ...]. Returns float64 [B]; NaN for an image without objects.
+    slot_map: [B, L, K] float (argmax over slots; resized bilinearly if masks are of another size), or integer labels
+    [B, R, R]. masks: [B, R, R] integer labels. Raises TypeError, ValueError for anything else.
     """
-    iou, exists = overlaps(true, predicted)
-    if not iou.shape[1]:
-        return torch.full((true.shape[0],), float("nan"), dtype=torch.float64)
-    return (iou.amax(2) * exists).sum(1) / torch.where(exists.any(1), exists.sum(1).double(), float("nan"))
+    return adjusted_rand_index(masks, slot_labels(slot_map, masks))
 
 
-def mean_iou(true: Tensor, predicted: Tensor) -> Tensor:
-    """mIoU: as mBO, but a segment serves one object only, in the matching that makes the sum largest (Hungarian).
+def fg_ari(slot_map: Tensor, masks: Tensor) -> Tensor:
+    """Adjusted Rand index over the pixels of objects alone, [B] float64; 1 for an image without any. See ``ari``."""
+    return adjusted_rand_index(masks, slot_labels(slot_map, masks), foreground_only=True)
 
-    true, predicted: integer labels from 0, [B, ...]. Returns float64 [B]; NaN for an image without objects.
+
+def mean_best_overlap(slot_map: Tensor, masks: Tensor, include_background: bool = False) -> Tensor:
+    """mBO: for each true object the largest IoU that any slot has with it, averaged over objects: [B] float64.
+
+    A slot may be the best of several objects. The background is no object, unless asked for, but a slot's pixels on it
+    count in its union. An image without objects gives 1. Arguments as in ``ari``.
     """
-    from scipy.optimize import linear_sum_assignment
+    overlap, is_object = _overlaps(slot_map, masks, include_background)
+    return _mean_over_objects(overlap.amax(-1), is_object)
 
-    iou, exists = overlaps(true, predicted)
-    scores = []
-    for image, present in zip(iou.cpu(), exists.cpu(), strict=True):
-        table = image[present].numpy()
-        rows, columns = linear_sum_assignment(table, maximize=True)
-        scores.append(table[rows, columns].sum() / len(table) if len(table) else float("nan"))
-    return torch.tensor(scores, dtype=torch.float64)
+
+def mean_iou(slot_map: Tensor, masks: Tensor, include_background: bool = False) -> Tensor:
+    """mIoU: as ``mean_best_overlap``, but each slot serves one object at most, matched for the largest sum (Hungarian).
+
+    Objects left without a slot count 0.
+    """
+    from scipy.optimize import linear_sum_assignment  # exact; kept out of the import of fastslots
+
+    overlap, is_object = _overlaps(slot_map, masks, include_background)
+    matched = torch.zeros(overlap.shape[:2], dtype=overlap.dtype)
+    for image, scores in enumerate(overlap.cpu()):  # rows that are no object hold zeros and take nothing from the sum
+        rows, columns = map(torch.from_numpy, linear_sum_assignment(scores.numpy(), maximize=True))
+        matched[image, rows] = scores[rows, columns]
+    return _mean_over_objects(matched.to(overlap.device), is_object)
+
+
+def slot_labels(slot_map: Tensor, masks: Tensor) -> Tensor:
+    """The slot with the largest weight at every pixel of the masks, [B, R, R] int64; labels are passed through.
+
+    Raises ValueError: masks that are not [B, R, R], or a slot_map that is not [B, L, K] with L a square.
+    """
+    check_masks(masks, len(slot_map))
+    if not slot_map.is_floating_point():
+        if slot_map.shape != masks.shape:
+            raise ValueError(f"labels {list(slot_map.shape)} and masks {list(masks.shape)} must have the same shape")
+        return slot_map.long()
+    side = math.isqrt(slot_map.shape[1]) if slot_map.ndim == 3 else 0
+    if side == 0 or side**2 != slot_map.shape[1]:
+        raise ValueError(f"slot_map must be [B, R·R, K], got {list(slot_map.shape)}")
+    return resize_to(slot_map.transpose(1, 2).unflatten(-1, (side, side)), masks).argmax(1)
+
+
+def resize_to(scores: Tensor, masks: Tensor) -> Tensor:
+    """scores [B, K, r, r] -> [B, K, R, R], bilinearly, where the masks [B, R, R] are of another size."""
+    if scores.shape[-2:] == masks.shape[-2:]:
+        return scores
+    return F.interpolate(scores, size=masks.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def check_masks(masks: Tensor, images: int) -> None:
+    """Raises TypeError, ValueError unless masks are [images, R, R] integer labels."""
+    if masks.is_floating_point():
+        raise TypeError(f"masks must hold integer labels, got {masks.dtype}")
+    if masks.ndim != 3 or len(masks) != images:
+        raise ValueError(f"masks must be [{images}, R, R], got {list(masks.shape)}")
+
+
+def _overlaps(slot_map: Tensor, masks: Tensor, include_background: bool) -> tuple[Tensor, Tensor]:
+    """IoU of every true label with every slot, [B, T, P] float64, and which rows are objects there, [B, T] bool."""
+    counts, names = contingency(masks, slot_labels(slot_map, masks))
+    size = counts.sum(2, keepdim=True)
+    union = size + counts.sum(1, keepdim=True) - counts
+    is_object = size[..., 0] > 0
+    if not include_background:
+        is_object = is_object & (names != 0)
+    return counts / union.clamp_min(1).double() * is_object[..., None], is_object
+
+
+def _mean_over_objects(score: Tensor, is_object: Tensor) -> Tensor:
+    """score, is_object [B, T] -> [B]; 1 where an image holds no object: nothing was missed."""
+    objects = is_object.sum(1)
+    return torch.where(objects > 0, (score * is_object).sum(1) / objects.clamp_min(1), 1.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
@@ -12,12 +11,10 @@ from torch import Tensor
 
 from fastslots.data import read_batch, to_float
 from fastslots.data.sampling import step_seed
-from fastslots.metrics import adjusted_rand_index, mean_best_overlap, mean_iou, slot_jacobian
-from fastslots.metrics.jacobian_scores import interaction_score_sums, jacobian_ari_per_image, rescale_interaction_score
+from fastslots.metrics import JacobianMeter, SegmentationMeter, slot_jacobian
 from fastslots.models import SlotVAE
 
 _NOISE = 21
-PER_IMAGE = ("j_ari", "fg_ari", "ari", "mbo", "miou")
 
 
 @torch.no_grad()
@@ -42,8 +39,7 @@ def evaluate(
     training, start = model.training, time.perf_counter()
     model.eval()
     sums = dict.fromkeys(("recon", "kl", "interaction"), 0.0)
-    scores: dict[str, list[Tensor]] = {name: [] for name in PER_IMAGE}
-    share, pixels, with_masks = 0.0, 0, 0
+    by_jacobian, by_map = JacobianMeter(), SegmentationMeter()
     for first in range(0, len(rows), batch_size):
         raw, masks = read_batch(dataset, np.asarray(rows[first : first + batch_size]))
         x = to_float(raw.to(device))
@@ -53,22 +49,18 @@ def evaluate(
             sums[name] += getattr(terms, name).item() * len(x)
         if masks is not None:
             masks = masks.long()
-            jacobian = slot_jacobian(model.decoder, result.slots).cpu()
-            scores["j_ari"].append(jacobian_ari_per_image(jacobian, masks))
-            part, count = interaction_score_sums(jacobian, masks)
-            share, pixels, with_masks = share + part, pixels + count, with_masks + len(x)
-            for name, values in segmentation_scores(result.slot_map, masks).items():
-                scores[name].append(values)
+            by_jacobian.update(slot_jacobian(model.decoder, result.slots).cpu(), masks)
+            by_map.update(result.slot_map.cpu(), masks)
         if progress:
             progress(min(first + batch_size, len(rows)), len(rows))
     model.train(training)
     out: dict[str, float | int | str] = {name: value / max(len(rows), 1) for name, value in sums.items()}
     out["interaction_normalized"] = out["interaction"] / model.config.decoder_heads**2
-    if with_masks:
-        for name, values in scores.items():
-            out[name] = torch.cat(values).nanmean().item()
-        out["jis"] = rescale_interaction_score(share / pixels, model.config.num_slots) if pixels else math.nan
-    counts = {"images": len(rows), "images_with_masks": with_masks, "foreground_pixels": pixels}
+    pixels = 0
+    if by_map.images:
+        out["j_ari"], out["jis"], _, pixels = by_jacobian.result()
+        out |= by_map.result()
+    counts = {"images": len(rows), "images_with_masks": by_map.images, "foreground_pixels": pixels}
     return out | counts | {"latent": latent, "seconds": time.perf_counter() - start}
 
 
@@ -79,18 +71,3 @@ def latent_noise(model: SlotVAE, count: int, latent: str, seed: int, first: int,
         return torch.zeros(count, *shape, device=device)
     generators = (torch.Generator().manual_seed(step_seed(seed, first + i, _NOISE)) for i in range(count))
     return torch.stack([torch.randn(*shape, generator=g) for g in generators]).to(device)
-
-
-def segmentation_scores(slot_map: Tensor, masks: Tensor) -> dict[str, Tensor]:
-    """fg_ari, ari, mbo, miou of argmax_k of the slot map [B, R·R, K], at the masks' resolution: each float64 [B]."""
-    side = math.isqrt(slot_map.shape[1])
-    maps = slot_map.transpose(1, 2).unflatten(-1, (side, side)).cpu()
-    if side != masks.shape[-1]:
-        maps = torch.nn.functional.interpolate(maps, masks.shape[1:], mode="bilinear", align_corners=False)
-    segments = maps.argmax(1)
-    return {
-        "fg_ari": adjusted_rand_index(masks, segments, foreground=True),
-        "ari": adjusted_rand_index(masks, segments),
-        "mbo": mean_best_overlap(masks, segments),
-        "miou": mean_iou(masks, segments),
-    }

@@ -10,7 +10,6 @@ from PIL import Image
 from torch import Tensor
 
 from fastslots.metrics import slot_jacobian
-from fastslots.metrics.jacobian_scores import normalise_over_slots
 from fastslots.models import SlotVAE
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; then lighter ones for sets with many slots
@@ -33,7 +32,8 @@ def slot_grid(model: SlotVAE, images: Tensor, path: Path) -> None:
     result = model(images, noise)
     R, K = model.config.resolution, model.config.num_slots
     maps = result.slot_map.transpose(1, 2).unflatten(-1, (R, R)).cpu() / model.config.decoder_heads  # in [0, 1]
-    shares = normalise_over_slots(slot_jacobian(model.decoder, result.slots).cpu())
+    jacobian = slot_jacobian(model.decoder, result.slots).cpu()
+    shares = jacobian / jacobian.sum(1, keepdim=True).clamp_min(torch.finfo(jacobian.dtype).tiny)
     rows = []
     for i in range(len(images)):
         tiles = [_rgb(images[i]), _rgb(result.recon[i]), _by_colour(maps[i]), _by_colour(shares[i])]

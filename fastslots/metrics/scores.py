@@ -1,0 +1,137 @@
+"""J-ARI and JIS, from the slot Jacobian and the true masks; at once, or batch by batch for a whole set.
+
+With P = jacobian / Σ_k jacobian, pixel by pixel (arXiv 2411.07784)::
+
+    J-ARI = adjusted Rand index, on foreground pixels, of argmax_k P against the masks; mean over images
+    JIS   = (m − 1/K) / (1 − 1/K),  m the mean of max_k P over all foreground pixels together
+
+JIS is 0 where every slot acts on a pixel alike and 1 where one slot alone does. Where the masks are of another size
+than the Jacobian (feature maps), P is resized bilinearly to theirs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastslots.metrics.ari import adjusted_rand_index
+from fastslots.metrics.segmentation import ari, check_masks, fg_ari, mean_best_overlap, mean_iou, resize_to, slot_labels
+
+
+def jacobian_ari(jacobian: Tensor, masks: Tensor) -> float:
+    """J-ARI: mean over images; an image without foreground counts 1.
+
+    jacobian: [B, K, R, R] as ``slot_jacobian`` gives it. masks: [B, R, R] integer labels, 0 = background.
+    Raises TypeError, ValueError for other arguments, an empty batch, or a Jacobian that is negative or not finite.
+    """
+    return _one_batch(jacobian, masks).jari
+
+
+def jacobian_interaction_score(jacobian: Tensor, masks: Tensor) -> float:
+    """JIS, pooled over all foreground pixels given; pixels whose Jacobian is zero are left out.
+
+    Within [0, 1]; 1 for a single slot, which shares no pixel; 0 where no pixel is left to look at. Arguments as in
+    ``jacobian_ari``.
+    """
+    return _one_batch(jacobian, masks).jis
+
+
+class JacobianScores(NamedTuple):
+    jari: float
+    jis: float
+    images: int
+    pixels: int  # foreground pixels whose Jacobian is not zero: what JIS is a mean of
+
+
+class JacobianMeter:
+    """J-ARI and JIS of a set, given batch by batch.
+
+    mode: "pooled" gives what one call with all images would give, whatever the batches; "paper" averages the batches'
+    values, as published figures do, so that it depends on how images are grouped.
+    """
+
+    def __init__(self, mode: str = "pooled"):
+        if mode not in ("pooled", "paper"):
+            raise ValueError(f"mode must be 'pooled' or 'paper', got {mode!r}")
+        self.mode = mode
+        self._batches: list[
+            tuple[float, int, float, int]
+        ] = []  # sum and count of J-ARI over images, of JIS over pixels
+
+    def update(self, jacobian: Tensor, masks: Tensor) -> None:
+        """jacobian [B, K, R, R], masks [B, R, R]; an empty batch changes nothing."""
+        share = slot_share(jacobian, masks)
+        if not len(share):
+            return
+        agreement = adjusted_rand_index(masks, share.argmax(1), foreground_only=True)
+        K = share.shape[1]
+        seen = (masks != 0) & (share.sum(1) > 0)
+        largest = share.amax(1)[seen]
+        # clamped: rounding, and resizing beside a pixel whose Jacobian is zero, may leave less than 1/K
+        specialisation = ((largest - 1 / K) / (1 - 1 / K)).clamp(0, 1) if K > 1 else torch.ones_like(largest)
+        self._batches.append(
+            (agreement.sum().item(), len(agreement), specialisation.sum().item(), specialisation.numel())
+        )
+
+    def result(self) -> JacobianScores:
+        """Raises ValueError before the first image."""
+        if not self._batches:
+            raise ValueError("no images: J-ARI and JIS need at least one")
+        jari_sums, images, jis_sums, pixels = zip(*self._batches, strict=True)
+        if self.mode == "pooled":
+            jari, jis = sum(jari_sums) / sum(images), sum(jis_sums) / max(sum(pixels), 1)
+        else:
+            jari = _mean(total / count for total, count in zip(jari_sums, images, strict=True))
+            jis = _mean(total / count for total, count in zip(jis_sums, pixels, strict=True) if count)
+        return JacobianScores(jari, jis, sum(images), sum(pixels))
+
+
+class SegmentationMeter:
+    """Means over images of ARI, FG-ARI, mBO and mIoU, given batch by batch."""
+
+    SCORES = {"ari": ari, "fg_ari": fg_ari, "mbo": mean_best_overlap, "miou": mean_iou}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self._sums = dict.fromkeys(self.SCORES, 0.0)
+        self.images = 0
+
+    def update(self, slot_map: Tensor, masks: Tensor) -> None:
+        """slot_map [B, R·R, K] float or labels [B, R, R]; masks [B, R, R] integer labels."""
+        labels = slot_labels(slot_map, masks)
+        for name, score in self.SCORES.items():
+            self._sums[name] += score(labels, masks).sum().item()
+        self.images += len(masks)
+
+    def result(self) -> dict[str, float]:
+        """Raises ValueError before the first image."""
+        if not self.images:
+            raise ValueError("no images: segmentation scores need at least one")
+        return {name: total / self.images for name, total in self._sums.items()}
+
+
+def slot_share(jacobian: Tensor, masks: Tensor) -> Tensor:
+    """Each slot's share of a pixel's Jacobian, at the masks' size: [B, K, R, R] float64; zeros where all are zero."""
+    if jacobian.ndim != 4 or not jacobian.is_floating_point() or not jacobian.shape[1]:
+        raise ValueError(f"jacobian must be float [B, K, R, R], got {jacobian.dtype} {list(jacobian.shape)}")
+    check_masks(masks, len(jacobian))
+    jacobian = jacobian.detach().double()
+    total = jacobian.sum(1, keepdim=True)
+    if not torch.isfinite(total).all() or (jacobian < 0).any():
+        raise ValueError(
+            "jacobian must be finite and not negative: the model has diverged, or this is no slot_jacobian"
+        )
+    share = torch.where(total > 0, jacobian / total.masked_fill(total == 0, 1.0), 0.0)
+    return resize_to(share, masks)
+
+
+def _one_batch(jacobian: Tensor, masks: Tensor) -> JacobianScores:
+    meter = JacobianMeter()
+    meter.update(jacobian, masks)
+    return meter.result()
+
+
+def _mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0
