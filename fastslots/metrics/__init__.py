@@ -4,8 +4,8 @@
 >>> jacobian_ari(G, masks), jacobian_interaction_score(G, masks)     # masks [B, R, R], 0 = background
 """
 
-from fastslots.metrics.ari import adjusted_rand_index
 from fastslots.metrics.jacobian import slot_jacobian
+from fastslots.metrics.rand_index import adjusted_rand_index
 from fastslots.metrics.scores import (
     JacobianMeter,
     JacobianScores,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastslots.metrics.ari import adjusted_rand_index, contingency
+from fastslots.metrics.rand_index import adjusted_rand_index, contingency
 
 
 def ari(slot_map: Tensor, masks: Tensor) -> Tensor:

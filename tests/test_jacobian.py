@@ -1,0 +1,207 @@
+"""The slot Jacobian against forward-mode derivatives of the published decoder, written out without any folding."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastslots.metrics import jacobian_ari, jacobian_interaction_score, slot_jacobian
+from fastslots.models import SlotVAEConfig
+from fastslots.models.decoder import Decoder
+
+PARITY = os.environ.get("FASTSLOTS_PARITY")
+
+
+def tiny(seed: int = 0, **overrides) -> Decoder:
+    """No two sizes coincide, and slots far enough apart that attention is not uniform."""
+    torch.manual_seed(seed)
+    sizes = dict(
+        resolution=5,
+        num_slots=3,
+        slot_dim=7,
+        encoder_heads=1,
+        decoder_heads=2,
+        slot_width=10,
+        slot_hidden=16,
+        octaves=3,
+    )
+    sizes |= dict(query_width=12, query_hidden=9, output_hidden=(8,), channels=3) | overrides
+    decoder = Decoder(SlotVAEConfig(**sizes)).double()
+    for layer in decoder.transformer:
+        torch.nn.init.normal_(layer.norm_q.bias)
+        torch.nn.init.normal_(layer.norm_q.weight, 1, 0.3)
+        layer.projections.to_q.weight.data *= 4
+    return decoder
+
+
+def draw_slots(decoder: Decoder, images: int = 2, K: int = 3) -> torch.Tensor:
+    return torch.randn(images, K, decoder.slot_mlp[0].in_features, dtype=torch.float64)
+
+
+def published_decoder(decoder: Decoder, slots: torch.Tensor, pixels, slot_mask=None) -> torch.Tensor:
+    """slots [K, D] -> [pixels, C], as published: projected queries, one attention matrix per head."""
+    x = decoder.query_mlp(decoder.position_code[pixels])
+    hidden = decoder.slot_mlp(slots)
+    for layer in decoder.transformer:
+        p = layer.projections
+        q = p.to_q(layer.norm_q(x)).unflatten(-1, (p.heads, -1)).transpose(0, 1)
+        k, v = p.to_kv(layer.norm_slots(hidden)).unflatten(-1, (2, p.heads, -1)).permute(1, 2, 0, 3)
+        scores = q @ k.transpose(1, 2) * x.shape[-1] ** -0.5
+        if slot_mask is not None:
+            scores = scores.masked_fill(~slot_mask, -torch.inf)
+        x = x + p.to_out((scores.softmax(-1) @ v).transpose(0, 1).flatten(1))
+        x = x + layer.ff.w2(F.gelu(layer.ff.w1(layer.ff.norm(x))))
+    return decoder.output_mlp(decoder.norm(x))
+
+
+def published_jacobian(decoder: Decoder, slots: torch.Tensor, pixels=slice(None), slot_mask=None) -> torch.Tensor:
+    """vmap(jacfwd) -> [B, K, pixels]."""
+
+    def one(z, mask):
+        return torch.func.jacfwd(lambda s: published_decoder(decoder, s, pixels, mask))(z)  # [pixels, C, K, D]
+
+    mask = torch.ones(slots.shape[:2], dtype=torch.bool) if slot_mask is None else slot_mask
+    with torch.no_grad():
+        return torch.func.vmap(one)(slots, mask).abs().sum((2, 4)).transpose(1, 2)
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize("overrides", [{}, {"decoder_layers": 1}, {"decoder_layers": 3}, {"channels": 20}])
+@pytest.mark.parametrize("chunk", [None, 1, 7, 60])
+def test_equals_the_published_form(overrides, chunk):
+    decoder = tiny(**overrides)
+    slots = draw_slots(decoder, images=3)
+    jacobian = slot_jacobian(decoder, slots, chunk)
+    assert jacobian.shape == (3, 3, 5, 5) and jacobian.dtype == torch.float64
+    assert relative(jacobian.flatten(2), published_jacobian(decoder, slots)) < 1e-9
+
+
+@pytest.mark.parametrize("preset", ["sprites", "clevr6", "sprites-mini"])
+def test_presets_on_a_sample_of_pixels(preset):
+    torch.manual_seed(1)
+    config = SlotVAEConfig.preset(preset, resolution=16)
+    decoder = Decoder(config)
+    slots = torch.randn(1, config.num_slots, config.slot_dim)
+    pixels = torch.tensor([0, 17, 100, 255])
+    expected = published_jacobian(decoder.double(), slots.double(), pixels)
+    actual = slot_jacobian(decoder.float(), slots).flatten(2)[..., pixels]
+    error = relative(actual, expected)
+    print(preset, error)
+    assert actual.dtype == torch.float32
+    assert error < 1e-5  # seen: 5e-7
+
+
+def test_feature_maps_of_many_channels():
+    torch.manual_seed(1)
+    config = SlotVAEConfig.preset("clevrtex", resolution=3, channels=50, num_slots=4, slot_dim=6, encoder_heads=1)
+    decoder = Decoder(config).double()
+    slots = torch.randn(1, 4, 6, dtype=torch.float64)
+    assert relative(slot_jacobian(decoder, slots).flatten(2), published_jacobian(decoder, slots)) < 1e-9
+
+
+def test_masked_slots_have_no_influence():
+    decoder = tiny()
+    slots = draw_slots(decoder)
+    mask = torch.tensor([[True, False, True], [True, True, True]])
+    jacobian = slot_jacobian(decoder, slots, slot_mask=mask).flatten(2)
+    assert not jacobian[0, 1].any()
+    assert relative(jacobian, published_jacobian(decoder, slots, slot_mask=mask)) < 1e-9
+
+
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_any_other_decoder(as_tuple):
+    decoder = tiny()
+    slots = draw_slots(decoder)
+
+    def foreign(z):
+        recon, slot_map = decoder(z)
+        return (recon, slot_map) if as_tuple else recon
+
+    for chunk in (None, 4):
+        assert relative(slot_jacobian(foreign, slots, chunk), slot_jacobian(decoder, slots)) < 1e-9
+
+
+def test_a_subclass_that_decodes_otherwise_is_not_taken_for_a_decoder():
+    class Doubled(Decoder):
+        def forward(self, slots, slot_mask=None):
+            recon, slot_map = super().forward(slots, slot_mask)
+            return 2 * recon, slot_map
+
+    decoder = tiny()
+    slots = draw_slots(decoder)
+    expected = 2 * slot_jacobian(decoder, slots)
+    decoder.__class__ = Doubled
+    assert relative(slot_jacobian(decoder, slots), expected) < 1e-9
+
+
+def test_the_same_in_every_mode():
+    decoder = tiny()
+    slots = draw_slots(decoder)
+    expected = slot_jacobian(decoder, slots)
+    with torch.no_grad():
+        assert torch.equal(slot_jacobian(decoder, slots), expected)
+    with torch.inference_mode():
+        assert torch.equal(slot_jacobian(decoder, slots * 1), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(slot_jacobian(decoder, slots), expected)
+    assert torch.equal(slot_jacobian(decoder.eval(), slots.requires_grad_()), expected)
+    assert torch.equal(slot_jacobian(torch.compile(decoder), slots), expected)
+    assert slots.grad is None and all(p.grad is None for p in decoder.parameters())
+    assert not expected.requires_grad
+
+
+def test_half_precision_weights_are_widened():
+    decoder = tiny().bfloat16()
+    slots = draw_slots(decoder).bfloat16()
+    jacobian = slot_jacobian(decoder, slots)
+    assert jacobian.dtype == torch.float32 and decoder.norm.weight.dtype == torch.bfloat16
+    assert relative(jacobian, slot_jacobian(decoder.double(), slots.double())) < 1e-5
+
+
+def test_no_images():
+    assert slot_jacobian(tiny(), torch.zeros(0, 3, 7)).shape == (0, 3, 5, 5)
+
+
+def test_wrong_arguments_are_named():
+    decoder = tiny()
+    for slots, message in [
+        (torch.zeros(3, 7), r"slots must be float \[B, K, D\], got torch.float32 \[3, 7\]"),
+        (torch.zeros(1, 3, 7).long(), "slots must be float"),
+        (torch.zeros(1, 3, 8), r"slots has shape \[1, 3, 8\], the decoder takes \[B, K, 7\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            slot_jacobian(decoder, slots)
+    slots = draw_slots(decoder)
+    with pytest.raises(ValueError, match="chunk must be at least 1"):
+        slot_jacobian(decoder, slots, 0)
+    with pytest.raises(ValueError, match=r"slot_mask has shape \[2, 4\]"):
+        slot_jacobian(decoder, slots, slot_mask=torch.ones(2, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="bind it into the callable"):
+        slot_jacobian(lambda z: decoder(z), slots, slot_mask=torch.ones(2, 3, dtype=torch.bool))
+
+
+@pytest.mark.skipif(not PARITY, reason="set FASTSLOTS_PARITY to the folder of recordings")
+def test_recorded_jacobian_and_scores():
+    from safetensors.torch import load_file
+
+    from fastslots.interop import load_official
+
+    folder = Path(PARITY or "")
+    expected = load_file(folder / "sprites_expected.safetensors")
+    record = json.loads((folder / "sprites.json").read_text())
+    model = load_official(folder / "sprites_weights.safetensors", "sprites")
+    jacobian = slot_jacobian(model.decoder, expected["z"][:2])
+    assert relative(jacobian, expected["slot_jacobian"]) < 5e-5  # seen: 5.4e-6
+    masks = expected["masks"][:2]
+    for theirs in (jacobian, expected["slot_jacobian"]):
+        assert abs(jacobian_interaction_score(theirs, masks) - record["jis"]) < 1e-5
+    assert abs(jacobian_ari(expected["slot_jacobian"], masks) - record["jari"]) < 1e-6
+    assert abs(jacobian_ari(jacobian, masks) - record["jari"]) < 2e-3  # a pixel may be a tie within rounding
