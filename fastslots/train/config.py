@@ -45,7 +45,7 @@ class TrainConfig(SlotVAEConfig):
         "uniform, or foreground: half of them where the image differs from its border", "uniform"
     )
     precision: str = option(f"of matrix products: {', '.join(PRECISIONS)}", "fp32")
-    compile: bool = option("torch.compile the encoder and the decoder", False)
+    compile: bool = option("torch.compile the encoder (the decoder runs in tiles of its own)", False)
     device: str = option("auto (a GPU where there is one), cpu, cuda, cuda:1, ...", "auto")
     threads: int = option("threads of torch on a CPU; 0: its default", 0)
     seed: int = option("of the initial weights, batches, noise and pixel subsets", 0)

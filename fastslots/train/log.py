@@ -9,11 +9,14 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+from fastslots.errors import UserError
+
 
 class MetricsLog:
     """metrics.jsonl: one flushed JSON object a line. A resume first cuts what lies after its checkpoint."""
 
-    def __init__(self, path: Path, last_step: int = 0):
+    def __init__(self, path: Path, last_step: int = 0, tensorboard: bool = False):
+        self._events = _summary_writer(path.parent, last_step) if tensorboard else None
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= last_step]
             path.write_text("".join(f"{line}\n" for line in kept))
@@ -24,9 +27,24 @@ class MetricsLog:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
+        if self._events:
+            split = f"{values['eval']}/" if "eval" in values else "train/"
+            for name, value in values.items():
+                if name != "step" and isinstance(value, int | float):
+                    self._events.add_scalar(split + name, value, values["step"])
 
     def close(self) -> None:
         self._file.close()
+        if self._events:
+            self._events.close()
+
+
+def _summary_writer(folder: Path, last_step: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs the package tensorboard: pip install 'fastslots[tensorboard]'") from None
+    return SummaryWriter(str(folder), purge_step=last_step + 1)
 
 
 def _step_of(line: str) -> float:

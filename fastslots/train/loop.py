@@ -88,7 +88,7 @@ class Trainer:
         self.progress = Progress(config.steps, config.log_every, self.step, stream)
         for reason in damaged:
             self.progress.say(f"{reason}: going back to the one before")
-        self.log = MetricsLog(folder.metrics, self.step)
+        self.log = MetricsLog(folder.metrics, self.step, config.tensorboard)
         if config.compile:
             self.model.encoder.compile()
         self.signal = 0

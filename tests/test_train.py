@@ -1,0 +1,201 @@
+"""Training end to end at a tiny size: losses, resume, signals, NaN, files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastslots.errors import UserError
+from fastslots.models import SlotVAE
+from fastslots.train import NonFiniteLossError, TrainConfig, fit
+from fastslots.train.checkpoint import latest_checkpoint
+from fastslots.train.log import read_metrics
+from fastslots.train.optim import Optimizer
+from fastslots.train.step import Precision, draw, training_step
+
+TINY = {
+    **{"resolution": 16, "num_slots": 3, "slot_dim": 4, "cnn_channels": 8, "encoder_width": 16, "encoder_layers": 1},
+    **{"query_width": 16, "query_hidden": 16, "slot_width": 16, "slot_hidden": 16, "decoder_heads": 2, "octaves": 3},
+    **{"output_hidden": (16,), "batch_size": 4, "pixels_per_step": 0, "steps": 6, "eval_every": 3, "eval_images": 4},
+    **{"checkpoint_every": 2, "threads": 1, "warmup": 2, "alpha_start": 0, "alpha_warmup": 4, "beta_start": 0},
+}
+
+
+def tiny(**overrides) -> TrainConfig:
+    return TrainConfig.preset("sprites-mini", **{**TINY, **overrides})
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_learns_and_leaves_all_its_files(tmp_path, capsys):
+    result = fit(tiny(steps=60, eval_every=30, lr=5e-3, optimizer="adam"), out=tmp_path / "run")
+    training, evaluations = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in training] == list(range(1, 61))
+    assert [line["step"] for line in evaluations] == [30, 60]
+    recon = [line["recon"] for line in training]
+    assert np.mean(recon[-10:]) < 0.5 * recon[0]
+    assert {"j_ari", "jis", "fg_ari", "ari", "mbo", "miou", "recon", "kl", "interaction"} <= result.scores.keys()
+    for name in ("config.json", "model.safetensors", "report.html", "checkpoints/best.safetensors"):
+        assert (tmp_path / "run" / name).stat().st_size > 100
+    assert len(list((tmp_path / "run" / "images").glob("*.png"))) == 2
+    model = SlotVAE.from_run(tmp_path / "run", "last")
+    assert same(model.state_dict(), weights(tmp_path / "run"))
+    assert "images/s" in capsys.readouterr().err
+
+
+def test_resume_is_bit_identical_and_cuts_the_log(tmp_path):
+    whole = fit(tiny(steps=6, pixels_per_step=20, pixel_sampling="foreground"), out=tmp_path / "whole").out
+    config = tiny(steps=6, pixels_per_step=20, pixel_sampling="foreground")
+    part = tmp_path / "part"
+    fit(config, out=part)
+    for name in ("step_00000006.safetensors", "best.safetensors"):
+        (part / "checkpoints" / name).unlink()
+    with open(part / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')  # a line that a crash cut short
+    fit(config, out=part, resume=True)
+    assert same(weights(whole), weights(part))
+    strip = lambda lines: [{k: v for k, v in line.items() if k != "images_per_s"} for line in lines]  # noqa: E731
+    assert strip(read_metrics(whole / "metrics.jsonl")[0]) == strip(read_metrics(part / "metrics.jsonl")[0])
+
+
+CLI = [sys.executable, "-m", "fastslots", "train", "--resume"]
+FLAGS = [f"--{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in TINY.items()]
+
+
+def test_sigkill_then_resume_is_bit_identical(tmp_path):
+    flags = [*FLAGS, "--steps=200", "--checkpoint_every=20", "--eval_every=0"]
+    killed = subprocess.Popen([*CLI, *flags, f"--out={tmp_path / 'killed'}"], stderr=subprocess.DEVNULL)
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    deadline = time.monotonic() + 60
+    while not list(checkpoints.glob("step_*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert 0 < latest_checkpoint(checkpoints)[0].step < 200
+    for name in ("killed", "whole"):
+        subprocess.run([*CLI, *flags, f"--out={tmp_path / name}"], check=True, capture_output=True)
+    assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+
+
+def test_sigterm_saves_a_checkpoint_and_exits_143(tmp_path):
+    flags = [*FLAGS, "--steps=100000", "--checkpoint_every=0", "--eval_every=0"]
+    run = subprocess.Popen([*CLI, *flags, f"--out={tmp_path}"], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").stat().st_size:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(60) == 143
+    assert "--resume" in run.stderr.read()
+    step = latest_checkpoint(tmp_path / "checkpoints")[0].step
+    assert step == read_metrics(tmp_path / "metrics.jsonl")[0][-1]["step"] > 0
+
+
+def test_nan_stops_with_the_batch_saved_and_good_weights(tmp_path):
+    class Poisoned(torch.utils.data.Dataset):
+        def __len__(self):
+            return 30
+
+        def __getitem__(self, index):
+            return torch.full((3, 16, 16), float("nan") if index == 7 else index / 30)
+
+    with pytest.raises(NonFiniteLossError, match=r"step \d+: loss nan"):
+        fit(tiny(steps=500), Poisoned(), tmp_path)
+    assert torch.isnan(load_file(tmp_path / "nan_batch.safetensors")["images"]).any()
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path).values())
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.05])
+@pytest.mark.parametrize("beta", [0.0, 0.05])
+def test_every_combination_of_weights_trains(tmp_path, alpha, beta):
+    result = fit(tiny(alpha=alpha, beta=beta, log_scale_bias=0.0), out=tmp_path)
+    assert np.isfinite(result.scores["recon"]) and (result.scores["kl"] == 0) == (beta == 0)
+
+
+def test_any_map_style_dataset_trains(tmp_path):
+    images = torch.rand(24, 3, 16, 16)
+    masks = torch.randint(0, 3, (24, 16, 16))
+    assert "j_ari" not in fit(tiny(steps=2), torch.utils.data.TensorDataset(images), tmp_path / "a").scores
+    assert "j_ari" in fit(tiny(steps=2), torch.utils.data.TensorDataset(images, masks), tmp_path / "b").scores
+    with pytest.raises(UserError, match=r"images of shape \[3, 16, 16\], the model expects \[3, 32, 32\]"):
+        fit(tiny(resolution=32), torch.utils.data.TensorDataset(images), tmp_path / "c")
+
+
+def test_accumulation_equals_the_whole_batch():
+    images = torch.rand(4, 3, 16, 16)
+    results = []
+    for parts in (1, 2):
+        torch.manual_seed(0)
+        config = tiny(accumulate=parts, optimizer="sgd", lr=1e-3, pixels_per_step=20)
+        model = SlotVAE(config)
+        values = training_step(
+            model, Optimizer(model, config), Precision("fp32", torch.device("cpu")), config, 5, images
+        )
+        results.append((values["loss"], torch.cat([p.detach().flatten() for p in model.parameters()])))
+    (loss_1, whole), (loss_2, halves) = results
+    assert loss_1 == pytest.approx(loss_2, rel=1e-5)
+    torch.testing.assert_close(whole, halves, rtol=1e-4, atol=1e-6)
+
+
+def test_draws_depend_on_seed_and_step_alone_and_are_unbiased():
+    images = torch.zeros(4, 3, 16, 16)
+    images[:, :, 4:8, 4:8] = 0.7
+    config = tiny(pixels_per_step=256, pixel_sampling="foreground")
+    first, again, other = draw(config, 3, images), draw(config, 3, images), draw(config, 4, images)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first.pixels, other.pixels) and not torch.equal(first.noise, other.noise)
+    inside = images[:, 0].flatten(1).gather(1, first.pixels) > 0
+    assert 0.4 < inside.float().mean() < 0.65  # half uniform, half on the foreground's 16 of 256 pixels
+    assert first.pixel_weight.mean().item() == pytest.approx(1, abs=0.1)
+
+
+def test_bf16_trains(tmp_path):
+    assert np.isfinite(fit(tiny(precision="bf16"), out=tmp_path).scores["recon"])
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        fit(tiny(precision="fp16", device="cpu"), out=tmp_path / "b")
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
+    fit(tiny(), out=tmp_path)
+    newest = max((tmp_path / "checkpoints").glob("step_*"))
+    data = bytearray(newest.read_bytes())
+    data[-100] ^= 1
+    newest.write_bytes(data)
+    result = fit(tiny(), out=tmp_path, resume=True)
+    assert result.step == 6
+    assert f"{newest} is damaged (checksum differs)" in capsys.readouterr().err
+
+
+def test_init_from_a_run(tmp_path):
+    fit(tiny(), out=tmp_path / "a")
+    start = fit(tiny(steps=1, lr=1e-30, optimizer="sgd", init_from=str(tmp_path / "a")), out=tmp_path / "b")
+    assert same(start.model.state_dict(), load_file(tmp_path / "a" / "checkpoints" / "best.safetensors"))
+    with pytest.raises(UserError, match="do not fit this model"):
+        fit(tiny(num_slots=4, init_from=str(tmp_path / "a")), out=tmp_path / "c")
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
+    fit(tiny(steps=1), out=tmp_path)
+    with pytest.raises(UserError, match="already holds a run: add --resume"):
+        fit(tiny(steps=1), out=tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["steps"] == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_unwritable_folder_is_named(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="cannot be written"):
+        fit(tiny(), out=tmp_path / "run")
