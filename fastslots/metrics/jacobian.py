@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -120,10 +120,11 @@ def _backward_route(decoder: Decoder, slots: Tensor, chunk: int | None, slot_mas
 
 def _layers(decoder: Decoder, slots: Tensor) -> list[_Layer]:
     """Folded projections and the Jacobians of keys and values for slots [B, K, D]."""
+    modules = cast("list[DecoderLayer]", list(decoder.transformer))
 
     def keys_values(z: Tensor) -> list[tuple[Tensor, Tensor]]:
         hidden = decoder.slot_mlp(z)
-        return [layer.keys_values(hidden) for layer in decoder.transformer]
+        return [layer.keys_values(hidden) for layer in modules]
 
     def derivative(direction: Tensor) -> list[tuple[Tensor, Tensor]]:
         # A slot's key depends on that slot alone, so one direction serves all slots of all images at once.
@@ -133,7 +134,7 @@ def _layers(decoder: Decoder, slots: Tensor) -> list[_Layer]:
         directions = torch.eye(slots.shape[2], dtype=slots.dtype, device=slots.device)
         jacobians = torch.func.vmap(derivative)(directions)  # per layer ([D, B, H, K, d], same)
         layers = []
-        for module, (folded, ff), kv in zip(decoder.transformer, decoder.layers(slots), jacobians, strict=True):
+        for module, (folded, ff), kv in zip(modules, decoder.layers(slots), jacobians, strict=True):
             keys, values = (j.permute(1, 2, 3, 0, 4).flatten(2, 3).contiguous() for j in kv)
             ff = FeedForward(*(t.detach() for t in ff))
             layers.append(_Layer(folded, ff, module, keys * module.projections.scale, values))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -70,8 +72,8 @@ def flat_labels(true_labels: Tensor, pred_labels: Tensor) -> tuple[Tensor, Tenso
         raise ValueError(
             f"labels must have the same shape [B, ...]: true {list(true_labels.shape)}, pred {list(pred_labels.shape)}"
         )
-    pixels = true_labels[:1].numel() if len(true_labels) else 0
-    return tuple(labels.long().reshape(len(labels), pixels) for labels in (true_labels, pred_labels))
+    flat = len(true_labels), math.prod(true_labels.shape[1:])  # not -1, which no empty tensor accepts
+    return true_labels.long().reshape(flat), pred_labels.long().reshape(flat)
 
 
 def _compact(labels: Tensor) -> tuple[Tensor, Tensor]:

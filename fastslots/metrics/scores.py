@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastslots.errors import UserError
 from fastslots.metrics.rand_index import adjusted_rand_index
 from fastslots.metrics.segmentation import ari, check_masks, fg_ari, mean_best_overlap, mean_iou, resize_to, slot_labels
 
