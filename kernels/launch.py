@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
@@ -83,11 +82,6 @@ def override(config: LaunchConfig) -> Iterator[None]:
         yield
     finally:
         _override.reset(token)
-
-
-def interpreted() -> bool:
-    """True where Triton runs kernels on the CPU: ``TRITON_INTERPRET=1``, read when the kernels were imported."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def kernel_name(kernel: Any) -> str:
