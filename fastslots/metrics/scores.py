@@ -120,9 +120,7 @@ def slot_share(jacobian: Tensor, masks: Tensor) -> Tensor:
     jacobian = jacobian.detach().double()
     total = jacobian.sum(1, keepdim=True)
     if not torch.isfinite(total).all() or (jacobian < 0).any():
-        raise ValueError(
-            "jacobian must be finite and not negative: the model has diverged, or this is no slot_jacobian"
-        )
+        raise UserError("jacobian must be finite and not negative: has the model diverged? Try an earlier checkpoint")
     share = torch.where(total > 0, jacobian / total.masked_fill(total == 0, 1.0), 0.0)
     return resize_to(share, masks)
 
