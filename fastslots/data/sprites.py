@@ -52,8 +52,9 @@ class SpritesDataset:
         images, masks, _ = self.scenes(np.asarray(indices))
         return images, masks
 
-    def scenes(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    def scenes(self, indices: np.ndarray | range) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         """Images, masks and factors of many scenes at once; those that hide a shape are drawn again together."""
+        indices = np.asarray(indices)
         n, most = len(indices), self.objects[1]
         images = np.zeros((n, self.size, self.size, 3), np.uint8)
         masks = np.zeros((n, self.size, self.size), np.uint8)

@@ -1,0 +1,97 @@
+"""fastslots data check | pack | generate"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from fastslots.errors import UserError
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser("data", help="check, pack or generate data sets")
+    actions = parser.add_subparsers(metavar="ACTION", required=True, parser_class=type(parser))
+
+    check = actions.add_parser("check", help="say what a data set is and what looks wrong")
+    check.add_argument("path", metavar="PATH", type=Path)
+    _add_shape(check)
+    check.add_argument("--json", action="store_true", help="print one JSON object")
+    check.set_defaults(run=_check)
+
+    pack = actions.add_parser("pack", help="decode any known format once, for training at memory speed")
+    pack.add_argument("source", metavar="IN", type=Path)
+    pack.add_argument("out", metavar="OUT", type=Path, help="folder to make; a partial one is continued")
+    _add_shape(pack)
+    pack.set_defaults(run=_pack)
+
+    generate = actions.add_parser("generate", help="make a data set")
+    generate.add_argument("what", choices=("sprites",), help="sprites: coloured shapes on black, with occlusion")
+    generate.add_argument("out", metavar="OUT", type=Path, help="packed folder to make")
+    generate.add_argument("--count", type=int, required=True, help="images")
+    generate.add_argument("--size", type=int, default=64, help="side in pixels (default 64)")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--objects", default="2-4", metavar="A-B", help="shapes of a scene (default 2-4)")
+    generate.set_defaults(run=_generate)
+
+
+def _add_shape(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max_objects", "--max-objects", type=int, default=0, help="keep scenes with at most so many")
+    parser.add_argument("--size", type=int, default=0, help="side in pixels (default: 128 for CLEVR, else its own)")
+
+
+def _shape(args: argparse.Namespace) -> dict[str, int | None]:
+    if args.max_objects < 0 or args.size < 0:
+        raise UserError("--max_objects and --size must be positive")
+    return {"max_objects": args.max_objects or None, "size": args.size or None}
+
+
+def _check(args: argparse.Namespace) -> int:
+    from fastslots.data.check import check
+
+    report = check(args.path, **_shape(args))
+    print(json.dumps(dataclasses.asdict(report)) if args.json else report)
+    return 0
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from fastslots.data.open import pack
+    from fastslots.data.packed import PackedDataset
+
+    if not args.source.exists():
+        raise UserError(f"{args.source}: no such file or folder")
+    _free(args.out)
+    pack(args.source, args.out, **_shape(args))
+    print(PackedDataset(args.out).info)
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from fastslots.data.packed import PackedDataset, write_packed
+    from fastslots.data.scene import Scene
+    from fastslots.data.sprites import SpritesDataset
+
+    try:
+        least, most = (int(part) for part in args.objects.split("-"))
+        dataset = SpritesDataset(args.seed, args.size, (least, most), args.count)
+    except ValueError as error:
+        raise UserError(f"--count, --size or --objects: {error} (--objects is A-B, e.g. 2-4)") from None
+    _free(args.out)
+
+    def scenes():
+        for start in range(0, args.count, 256):
+            images, masks, factors = dataset.scenes(range(start, min(start + 256, args.count)))
+            for i in range(len(images)):
+                objects = int((factors["shape"][i] > 0).sum())
+                yield Scene(images[i], masks[i], objects, {name: values[i] for name, values in factors.items()})
+
+    settings = {"seed": args.seed, "size": args.size, "objects": args.objects, "count": args.count}
+    write_packed(args.out, scenes(), "generated sprites", f"seed {args.seed}", False, settings)
+    print(PackedDataset(args.out).info)
+    return 0
+
+
+def _free(out: Path) -> None:
+    if out.exists():
+        raise UserError(f"{out} exists already: remove it or name another folder")

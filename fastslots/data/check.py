@@ -1,0 +1,84 @@
+"""The fingerprint of a data set: what it is, what is in it, and what looks wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from fastslots.data.open import open_dataset
+from fastslots.data.packed import UNKNOWN, DatasetInfo, is_packed
+from fastslots.data.splits import split_indices
+from fastslots.errors import UserError
+
+SAMPLE = 1_000  # images whose pixels are looked at
+
+
+@dataclass(frozen=True)
+class Report:
+    """``str()`` is for people; ``warnings`` are what looks wrong without being an error."""
+
+    info: DatasetInfo
+    objects: dict[int, int]  # objects of a scene -> scenes; empty where nothing tells
+    mean_colour: tuple[float, ...]  # 0..255
+    std: float
+    labels: int  # highest mask label seen
+    sampled: int
+    splits: str
+    warnings: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        info = self.info
+        histogram = ", ".join(f"{k}: {n:,}" for k, n in self.objects.items()) or "not known"
+        lines = {
+            "data set": info.kind,
+            "path": info.path,
+            "images": f"{info.count:,}" + (f" of {info.total:,}" if info.count < info.total else ""),
+            "size": f"{info.size} x {info.size}",
+            "masks": f"yes, labels up to {self.labels}" if info.has_masks else "no: J-ARI, JIS and ARI need them",
+            "objects": histogram,
+            "colour": "mean " + ", ".join(f"{c:.1f}" for c in self.mean_colour) + f", std {self.std:.1f}",
+            "split": self.splits,
+            "fingerprint": info.digest,
+        }
+        text = "\n".join(f"{name:<12} {value}" for name, value in lines.items())
+        if self.sampled < info.count:
+            text += f"\n(colours and labels of {self.sampled:,} images, evenly spaced)"
+        return "\n".join([text, *(f"warning: {warning}" for warning in self.warnings)])
+
+
+def check(path: str | Path, max_objects: int | None = None, size: int | None = None) -> Report:
+    """Open a data set as training would and look at it; UserError where training would refuse it."""
+    dataset = open_dataset(path, max_objects, size)
+    info = dataset.info
+    if is_packed(Path(path)):
+        dataset.verify()
+    if not len(dataset):
+        raise UserError(f"{path}: no scene has at most {max_objects} objects: raise --max_objects")
+    rows = np.unique(np.linspace(0, len(dataset) - 1, min(SAMPLE, len(dataset))).astype(int))
+    images, masks = dataset.batch(rows)
+    counts = dataset.objects[dataset.objects != UNKNOWN]
+    kept = counts[counts <= max_objects] if max_objects else counts
+    values, scenes = np.unique(kept, return_counts=True)
+    objects = {int(k): int(n) for k, n in zip(values, scenes, strict=True)}
+    colour = tuple(float(c) for c in images.mean((0, 1, 2)))
+    std, labels = float(images.std((1, 2, 3)).mean()), 0 if masks is None else int(masks.max())
+    splits = str(split_indices(len(dataset), info.published_split))
+    warnings = _warnings(info, objects, std, images, masks, max_objects)
+    return Report(info, objects, colour, std, labels, len(rows), splits, warnings)
+
+
+def _warnings(info, objects, std, images, masks, max_objects) -> list[str]:
+    found = []
+    if info.kind == "CLEVR v1.0":
+        found.append("another render than CLEVR with masks, and without masks: results are not comparable")
+    if info.kind.startswith("CLEVR with masks") and not max_objects and max(objects, default=0) > 6:
+        found.append("scenes with more than 6 objects (CLEVR10): published results are of CLEVR6, --max_objects 6")
+    if std < 1 or (len(images) > 1 and (images == images[:1]).all()):
+        found.append("the images are (almost) all equal or of one colour")
+    if masks is not None and not masks.any():
+        found.append("every mask is background")
+    if len(images) < 20:
+        found.append("under 20 images: evaluation uses the training images")
+    return found

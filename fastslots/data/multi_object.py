@@ -1,0 +1,96 @@
+"""TFRecord sets of multi_object_datasets (DeepMind): CLEVR with masks, Multi-dSprites, Tetrominoes, Objects Room."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fastslots.data.scene import Scene, labels_of
+from fastslots.data.tfrecord import parse_example, read_records
+from fastslots.errors import UserError
+
+SKIPPED = ("image", "mask")
+
+
+@dataclass(frozen=True)
+class Layout:
+    kind: str
+    image: tuple[int, int, int]  # height, width, channels
+    entries: int
+    entries_last: bool = False  # mask [H, W, N, 1] instead of [N, H, W, 1]
+    crop: bool = False
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        height, width, channels = self.image
+        return height * width * channels, height * width * self.entries
+
+
+LAYOUTS = (
+    Layout("CLEVR with masks", (240, 320, 3), 11, crop=True),
+    Layout("Multi-dSprites, binarised", (64, 64, 1), 4, entries_last=True),
+    Layout("Multi-dSprites, coloured on grayscale", (64, 64, 3), 6, entries_last=True),
+    Layout("Multi-dSprites, coloured on coloured", (64, 64, 3), 5, entries_last=True),
+    Layout("Objects Room", (64, 64, 3), 7),
+    Layout("Tetrominoes", (35, 35, 3), 4),
+)
+
+
+class MultiObjectReader:
+    """One of the layouts above, told by the sizes of its first image and mask."""
+
+    published_split = False
+    count = None
+
+    def __init__(self, path: Path):
+        self._path = path
+        first = next(self._examples(), None)
+        if first is None:
+            raise UserError(f"{path}: holds no record: download the file again")
+        sizes = tuple(len(first.get(name, ())) for name in SKIPPED)
+        found = [layout for layout in LAYOUTS if layout.sizes == sizes]
+        if not found:
+            known = ", ".join(layout.kind for layout in LAYOUTS)
+            raise UserError(f"{path}: image and mask of {sizes[0]} and {sizes[1]} values are none of: {known}")
+        self._layout = found[0]
+        self.kind, self.crop = self._layout.kind, self._layout.crop
+        self.native = self._layout.image[:2]
+
+    def _examples(self) -> Iterator[dict[str, np.ndarray]]:
+        for index, payload in enumerate(read_records(self._path)):
+            try:
+                yield parse_example(payload)
+            except (ValueError, KeyError, UnicodeDecodeError) as error:
+                raise UserError(f"{self._path}: record {index} is no tf.train.Example ({error})") from None
+
+    def scenes(self) -> Iterator[Scene]:
+        layout = self._layout
+        for index, features in enumerate(self._examples()):
+            sizes = tuple(len(features.get(name, ())) for name in SKIPPED)
+            if sizes != layout.sizes:
+                raise UserError(
+                    f"{self._path}: record {index} has image and mask of {sizes[0]} and {sizes[1]} values, "
+                    f"expected {layout.sizes[0]} and {layout.sizes[1]} ({layout.kind})"
+                )
+            image = features["image"].reshape(layout.image)
+            height, width, channels = layout.image
+            if layout.entries_last:
+                entries = features["mask"].reshape(height, width, layout.entries).transpose(2, 0, 1)
+            else:
+                entries = features["mask"].reshape(layout.entries, height, width)
+            visibility = features.get("visibility")
+            present = entries.any((1, 2)) if visibility is None else visibility
+            yield Scene(
+                image.repeat(3, 2) if channels == 1 else image,
+                labels_of(entries),
+                int(present.sum()) - 1,
+                {name: self._factor(value) for name, value in features.items() if name not in SKIPPED},
+            )
+
+    def _factor(self, value: np.ndarray) -> np.ndarray:
+        """[entries] or [entries, width]"""
+        wide = len(value) > self._layout.entries and len(value) % self._layout.entries == 0
+        return value.reshape(self._layout.entries, -1) if wide else value

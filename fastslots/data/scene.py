@@ -1,0 +1,67 @@
+"""One scene as every reader gives it, and the preprocessing that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+CLEVR_SIZE = 128  # the convention of Slot Attention (arXiv 2006.15055) and of the paper's arrays
+CLEVR_CROP = (29, 221, 64, 256)  # top, bottom, left, right of 240 x 320
+
+
+@dataclass
+class Scene:
+    """image uint8 [H, W, 3]; mask uint8 [H, W] of entry numbers, 0 = background, or None; factors as in the file."""
+
+    image: np.ndarray
+    mask: np.ndarray | None
+    objects: int | None  # how many; None where nothing tells
+    factors: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+class Reader(Protocol):
+    """A data set on disk, read in order."""
+
+    kind: str  # its name for people, e.g. "CLEVR with masks"
+    crop: bool  # whether CLEVR's centred crop applies
+    published_split: bool  # whether the authors' split applies (their npz)
+    count: int | None  # scenes, where known before reading
+    native: tuple[int, int]  # height and width on disk (of the first scene, where they differ)
+
+    def scenes(self) -> Iterator[Scene]: ...
+
+
+def default_size(reader: Reader) -> int:
+    return CLEVR_SIZE if reader.crop else min(reader.native)
+
+
+def preprocess(scene: Scene, crop: bool, size: int) -> Scene:
+    """Crop to a square and resize: images bilinearly (antialiased), masks by nearest neighbour."""
+    height, width = scene.image.shape[:2]
+    if crop:
+        scale = height / 240  # CLEVR v1.0 is larger by 4/3
+        centre = width / 2
+        top, bottom = round(CLEVR_CROP[0] * scale), round(CLEVR_CROP[1] * scale)
+        half = (CLEVR_CROP[3] - CLEVR_CROP[2]) / 2 * scale
+        left, right = round(centre - half), round(centre + half)
+    else:
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        bottom, right = top + side, left + side
+    image = scene.image[top:bottom, left:right]
+    mask = None if scene.mask is None else scene.mask[top:bottom, left:right]
+    if image.shape[:2] != (size, size):
+        image = np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((size, size), Image.Resampling.BILINEAR))
+        if mask is not None:
+            nearest = Image.Resampling.NEAREST
+            mask = np.asarray(Image.fromarray(np.ascontiguousarray(mask)).resize((size, size), nearest))
+    return Scene(image, mask, scene.objects, scene.factors)
+
+
+def labels_of(entries: np.ndarray) -> np.ndarray:
+    """Masks of entries [N, H, W] (0 or 255, entry 0 the background) -> label map uint8 [H, W]."""
+    return entries.argmax(0).astype(np.uint8)
