@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastslots.metrics import jacobian_ari, jacobian_interaction_score, slot_jacobian
 from fastslots.models import SlotVAEConfig
@@ -164,6 +165,23 @@ def test_half_precision_weights_are_widened():
     jacobian = slot_jacobian(decoder, slots)
     assert jacobian.dtype == torch.float32 and decoder.norm.weight.dtype == torch.bfloat16
     assert relative(jacobian, slot_jacobian(decoder.double(), slots.double())) < 1e-5
+
+
+def test_no_tensor_of_all_pixels_but_the_queries_and_the_result():
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, tuple | list) else [out]:
+                self.numel = max(self.numel, t.numel() if isinstance(t, torch.Tensor) else 0)
+            return out
+
+    decoder = tiny(resolution=40)
+    slots = draw_slots(decoder)
+    with Largest() as largest:
+        slot_jacobian(decoder, slots, 100)
+    assert largest.numel == 40 * 40 * 12  # pixels x query_width; one channel's K·D numbers a pixel would be 21 wide
 
 
 def test_no_images():

@@ -10,7 +10,8 @@ Slot k enters a layer through its key and value alone, S[l,h,k] = scale · q_lh 
 
 The small Jacobians ∂(k,v)/∂z, H·d x D a slot and layer, are shared by all pixels. Heads stay apart (d wide) rather than
 folded into the slots (Dq wide): 180 multiply-adds become 43 for each of H·K·D numbers a pixel, for one more product
-with Wq and Wo. |·| is summed on the fly, tile by tile: memory does not grow with R², nothing of size C·K·D·L exists.
+with Wq and Wo. |·| is summed on the fly, tile by tile: nothing of size C·K·D·L exists, and of what grows with R² only
+the pixels' queries and the result are held.
 """
 
 from __future__ import annotations
