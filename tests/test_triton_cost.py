@@ -10,9 +10,10 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is first importe
 import numpy as np
 import pytest
 import torch
+from triton.runtime.interpreter import InterpreterBuilder
+
 from fastslots.kernels import cost, launch, report, shipped
 from fastslots.kernels._tiles import INTERPRETED
-from triton.runtime.interpreter import InterpreterBuilder
 
 
 @contextlib.contextmanager

@@ -14,15 +14,15 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is first importe
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastslots import ops
 from fastslots.kernels import launch
 from fastslots.kernels._tiles import INTERPRETED
 from fastslots.kernels.cross_attention import cross_attention_bwd, cross_attention_fwd
 from fastslots.kernels.decoder_layer import decoder_layer_bwd, decoder_layer_fwd
 from fastslots.kernels.decoder_loss import decoder_loss
 from fastslots.kernels.folded_cross_attention import folded_attention_bwd, folded_attention_fwd
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from fastslots import ops
 from fastslots.models import SlotVAE, SlotVAEConfig
 from fastslots.ops import reference, tiled
 from fastslots.ops.reference import FeedForward, FoldedProjections, OutputHead

@@ -9,7 +9,7 @@ A backend is a module of raw functions (no autograd) in ``fastslots.kernels``, i
     folded_cross_attention_bwd(dy, dslot_map, x, G, g, U, slot_mask) -> dx, dG, dg, dU, db
     decoder_layer_fwd(x, G, g, U, b, *ff, slot_mask, eps) -> y, slot_map
     decoder_layer_bwd(dy, dslot_map, x, G, g, U, b, *ff, slot_mask, eps) -> dx, dG, dg, dU, db, *dff
-    decoder_loss(inputs, need_grads) -> recon, interaction, gradients (see tiled.py)
+    decoder_loss(inputs, need_grads, grad_scale) -> recon, interaction, gradients (see tiled.py)
 
 ``auto`` takes the first that serves: ``triton`` for CUDA tensors, ``cpu`` for CPU tensors, else ``reference``.
 """

@@ -54,7 +54,7 @@ class TrainConfig(SlotVAEConfig):
     eval_batch: int = option("images that an evaluation computes at once", 10)
     checkpoint_every: int = option("steps between checkpoints; 0: at the end alone", 5_000)
     keep_checkpoints: int = option("checkpoints that are kept besides the best weights", 2)
-    log_every: int = option("steps between progress lines where the output is no terminal", 100)
+    log_every: int = option("steps between progress lines where the output is no terminal (at least one in 10 s)", 100)
     init_from: str = option("a run directory or weights file to start from", "")
     tensorboard: bool = option("also write TensorBoard events (needs the extra 'tensorboard')", False)
 

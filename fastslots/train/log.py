@@ -11,6 +11,8 @@ from typing import TextIO
 
 from fastslots.errors import UserError
 
+SILENCE = 10.0  # seconds without a line, after which one is printed whatever the step
+
 
 class MetricsLog:
     """metrics.jsonl: one flushed JSON object a line. A resume first cuts what lies after its checkpoint."""
@@ -65,19 +67,20 @@ def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
 
 
 class Progress:
-    """Losses, images/s and time left: rewritten in place on a terminal, a line every ``log_every`` steps elsewhere."""
+    """Losses, images/s and time left: rewritten in place on a terminal, a line each ``log_every`` steps or 10 s elsewhere."""
 
     def __init__(self, steps: int, log_every: int, first_step: int, stream: TextIO | None = None):
         self._stream = sys.stderr if stream is None else stream
         self._live = self._stream.isatty()
         self._steps, self._log_every = steps, log_every
-        self._first, self._start, self._shown = first_step, time.monotonic(), 0.0
+        self._first, self._start, self._shown = first_step, time.monotonic(), time.monotonic()
 
     def update(self, step: int, values: dict[str, float]) -> None:
         now = time.monotonic()
         if self._live and now - self._shown < 0.1 and step != self._steps:
             return
-        if not self._live and step % self._log_every and step != self._steps:
+        due = step % self._log_every == 0 or step == self._steps or now - self._shown > SILENCE
+        if not self._live and not due:
             return
         self._shown = now
         done = step - self._first

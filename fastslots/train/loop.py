@@ -63,7 +63,7 @@ def fit(
     Raises:
         UserError: bad data or configuration. NonFiniteLossError: the loss was NaN or infinite.
     """
-    folder = RunFolder(Path(out) if out else next_run(config.preset_name), config, resume)
+    folder = RunFolder(Path(out) if out else next_run(config.preset_name), resume)
     trainer = Trainer(config, dataset, folder, stream)
     try:
         return trainer.run()
@@ -77,11 +77,14 @@ class Trainer:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.source = open_source(config, dataset)
+        train, rows = self.source.splits["train"]
+        check_shape(config, to_float(read_batch(train, rows[:1])[0]))
         self.precision = Precision(config.precision, self.device)
         torch.manual_seed(config.seed)
         self.model = _initial_model(config).to(self.device).train()
         self.optimizer = Optimizer(self.model, config)
         self.step, self.best, self.scores = 0, -float("inf"), {}
+        folder.create(config)
         found, damaged = latest_checkpoint(folder.checkpoints)
         if found:
             self._load(found)
@@ -125,7 +128,6 @@ class Trainer:
     def _announce(self) -> None:
         """What is about to happen, in a few lines."""
         config, say = self.config, self.progress.say
-        check_shape(config, to_float(read_batch(self.source.splits["train"][0], self.source.splits["train"][1][:1])[0]))
         (self.folder.path / "data.txt").write_text(self.source.description + "\n")
         count = sum(p.numel() for p in self.model.parameters())
         probe = torch.empty(1, device=self.device)

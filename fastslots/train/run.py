@@ -5,7 +5,7 @@ data.txt              what the images are, and their split
 metrics.jsonl         a line a training step; evaluation lines carry "eval"
 checkpoints/          step_NNNNNNNN.safetensors, best.safetensors
 model.safetensors     the last weights
-images/               a grid a evaluation
+images/               a grid an evaluation
 report.html           curves, grids, scores
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from fastslots.errors import UserError
 from fastslots.train.config import TrainConfig
+from fastslots.train.files import write_atomic
 
 
 def next_run(preset: str, root: Path = Path("runs")) -> Path:
@@ -27,24 +28,27 @@ def next_run(preset: str, root: Path = Path("runs")) -> Path:
 
 
 class RunFolder:
-    """Paths of a run, made ready to write."""
+    """Paths of a run. Refuses at once what it must not touch; ``create`` makes it, when all else is known to be good."""
 
-    def __init__(self, path: Path, config: TrainConfig, resume: bool):
+    def __init__(self, path: Path, resume: bool):
         self.path = path
         holds_run = (path / "config.json").exists()
         if holds_run and not resume:
             raise UserError(f"{path} already holds a run: add --resume to go on with it, or name another --out")
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file: name a folder for --out")
+        parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        if not os.access(parent, os.W_OK):
+            raise UserError(f"{parent} cannot be written: name another --out")
+
+    def create(self, config: TrainConfig) -> None:
+        """Make the folders and store the configuration (of a resumed run: the one it goes on with)."""
         try:
             for folder in (self.checkpoints, self.images):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{path} cannot be written ({error.strerror}): name another --out") from None
-        if not os.access(path, os.W_OK):
-            raise UserError(f"{path} cannot be written: name another --out")
-        if not holds_run:
-            (path / "config.json").write_text(config.to_json() + "\n")
+            raise UserError(f"{self.path} cannot be written ({error.strerror}): name another --out") from None
+        write_atomic(self.path / "config.json", f"{config.to_json()}\n".encode())
 
     @property
     def checkpoints(self) -> Path:

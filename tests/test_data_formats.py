@@ -1,0 +1,296 @@
+"""Every format on small files made here, and on real CLEVR where FASTSLOTS_CLEVR names its folder."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import pickle
+import struct
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from fastslots.data import SpritesDataset, open_dataset
+from fastslots.data.check import check
+from fastslots.data.open import pack
+from fastslots.data.packed import PackedDataset
+from fastslots.data.tfrecord import masked_crc, parse_example, read_records
+from fastslots.errors import UserError
+
+CLEVR = os.environ.get("FASTSLOTS_CLEVR")
+real = pytest.mark.skipif(not CLEVR, reason="set FASTSLOTS_CLEVR to a folder with CLEVR data")
+SPRITES = SpritesDataset(5, 64, (2, 4), 8)
+IMAGES, MASKS, FACTORS = SPRITES.scenes(range(8))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTSLOTS_CACHE", str(tmp_path / "cache"))
+
+
+# ---- writers of what users hold --------------------------------------------------------------------------------------
+
+
+def varint(n: int) -> bytes:
+    out = b""
+    while n > 127:
+        out, n = out + bytes([n & 127 | 128]), n >> 7
+    return out + bytes([n])
+
+
+def message(number: int, body: bytes) -> bytes:
+    return varint(number << 3 | 2) + varint(len(body)) + body
+
+
+def example(features: dict[str, object], one_value: bool = False) -> bytes:
+    entries = b""
+    for name, value in features.items():
+        if isinstance(value, bytes):
+            values = [value] if one_value else [bytes([b]) for b in value]
+            feature = message(1, b"".join(message(1, v) for v in values))
+        else:
+            feature = message(2, message(1, np.asarray(value, "<f4").tobytes()))
+        entries += message(1, message(1, name.encode()) + message(2, feature))
+    return message(1, entries)
+
+
+def frame(payload: bytes) -> bytes:
+    length = struct.pack("<Q", len(payload))
+    return length + struct.pack("<I", masked_crc(length)) + payload + struct.pack("<I", masked_crc(payload))
+
+
+def multi_dsprites(one_value: bool = False) -> list[bytes]:
+    """Eight scenes in the layout of coloured on coloured: entities on the third axis."""
+    records = []
+    for i in range(8):
+        entries = (MASKS[i][..., None] == np.arange(5)).astype(np.uint8) * 255
+        visibility = (np.arange(5) <= MASKS[i].max()).astype(np.float32)
+        factors = {"visibility": visibility, "x": np.arange(5.0), "color": np.arange(15.0)}
+        records.append(example({"image": IMAGES[i].tobytes(), "mask": entries.tobytes(), **factors}, one_value))
+    return records
+
+
+def write_tfrecord(path: Path, zipped: bool = True, **options) -> Path:
+    data = b"".join(frame(record) for record in multi_dsprites(**options))
+    path.write_bytes(gzip.compress(data, 1) if zipped else data)
+    return path
+
+
+# ---- formats ---------------------------------------------------------------------------------------------------------
+
+
+def same_scenes(dataset, kind: str, masks: bool = True):
+    assert dataset.info.kind.startswith(kind)
+    assert len(dataset) == 8 and dataset.info.size == 64
+    images, found = dataset.batch(np.arange(8))
+    assert np.array_equal(images, IMAGES)
+    assert np.array_equal(found, MASKS) if masks else found is None
+    assert np.array_equal(dataset[3]["image"], IMAGES[3]) and ("mask" in dataset[3]) == masks
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("one_value", [True, False])
+def test_tfrecord(tmp_path, zipped, one_value):
+    dataset = open_dataset(write_tfrecord(tmp_path / "x", zipped, one_value=one_value))
+    same_scenes(dataset, "Multi-dSprites, coloured on coloured")
+    assert dataset.objects.tolist() == MASKS.reshape(8, -1).max(1).tolist()
+    assert dataset[2]["factors"]["color"].shape == (5, 3) and dataset[2]["factors"]["x"][3] == 3
+
+
+@pytest.mark.parametrize("trailing", [True, False])
+def test_npz(tmp_path, trailing):
+    np.savez(tmp_path / "x.bin", IMAGES, FACTORS["x"], MASKS[..., None] if trailing else MASKS)
+    dataset = open_dataset(tmp_path / "x.bin.npz")
+    same_scenes(dataset, "npz")
+    assert dataset.info.published_split and dataset[1]["factors"]["latents"].shape == (4,)
+    np.savez(tmp_path / "floats.npz", IMAGES / np.float32(255), FACTORS["x"], MASKS)
+    same_scenes(open_dataset(tmp_path / "floats.npz"), "npz")
+
+
+def test_hdf5(tmp_path):
+    with h5py.File(tmp_path / "anything", "w") as file:
+        file["image"], file["mask"], file["x"] = IMAGES, MASKS[..., None], FACTORS["x"]
+        file["num_actual_objects"] = (FACTORS["shape"] > 0).sum(1, keepdims=True)
+    dataset = open_dataset(tmp_path / "anything")
+    same_scenes(dataset, "object-centric-library HDF5")
+    assert len(open_dataset(tmp_path / "anything", max_objects=2)) == (dataset.objects <= 2).sum()
+
+
+def test_folder_of_images(tmp_path):
+    for i in range(8):
+        Image.fromarray(IMAGES[i]).save(tmp_path / f"{i}.png")
+    same_scenes(open_dataset(tmp_path), "folder of images", masks=False)
+    with pytest.raises(UserError, match="nothing tells how many objects"):
+        open_dataset(tmp_path, max_objects=2)
+
+
+def clevr_folder(path: Path, name: str = "CLEVR_train_000000.png") -> Path:
+    (path / "images" / "train").mkdir(parents=True)
+    (path / "scenes").mkdir()
+    pixels = np.zeros((320, 480, 4), np.uint8)
+    pixels[..., 0], pixels[..., 3] = np.arange(480) // 2, 255
+    Image.fromarray(pixels).save(path / "images" / "train" / "CLEVR_train_000000.png")
+    scenes = [{"split": "train", "image_filename": name, "objects": [{"rotation": 1.0, "3d_coords": [1, 2, 3]}] * 3}]
+    (path / "scenes" / "CLEVR_train_scenes.json").write_text(json.dumps({"scenes": scenes}))
+    return path
+
+
+def test_clevr_v1(tmp_path):
+    dataset = open_dataset(clevr_folder(tmp_path))
+    assert dataset.info.kind == "CLEVR v1.0" and dataset.info.size == 128 and dataset.objects.tolist() == [3]
+    red = dataset[0]["image"][0, :, 0].astype(float)  # columns 112..368 of 480, halved by the ramp: 56..184
+    assert abs(red[0] - 56) <= 1 and abs(red[-1] - 183.5) <= 1
+    assert dataset[0]["factors"]["3d_coords"].shape == (3, 3)
+    with pytest.raises(UserError, match="lies outside the data folder"):
+        open_dataset(clevr_folder(tmp_path / "b", "../../../etc/passwd"))
+
+
+def test_packed_and_source_give_the_same_bits_in_the_same_order(tmp_path):
+    source = write_tfrecord(tmp_path / "x")
+    pack(source, tmp_path / "packed", max_objects=3)
+    packed, direct = PackedDataset(tmp_path / "packed"), open_dataset(source, max_objects=3)
+    assert len(packed) == len(direct) < 8
+    for a, b in zip(packed.batch(np.arange(len(packed))), direct.batch(np.arange(len(packed))), strict=True):
+        assert np.array_equal(a, b)
+    assert packed[0]["factors"].keys() == direct[0]["factors"].keys()
+    same = open_dataset(tmp_path / "packed")
+    assert same.info.digest == packed.info.digest
+    with pytest.raises(UserError, match="was packed at 64 x 64, not 32: set --resolution 64"):
+        open_dataset(tmp_path / "packed", size=32)
+
+
+def test_pack_continues_after_a_kill(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastslots.data.packed.FLUSH_EVERY", 2)
+    source = write_tfrecord(tmp_path / "x")
+    pack(source, tmp_path / "whole")
+
+    class Killed(BaseException):
+        pass
+
+    def kill(self, done):
+        if done == 5:
+            raise Killed
+
+    monkeypatch.setattr("fastslots.data.open._Progress.__call__", kill)
+    with pytest.raises(Killed):
+        pack(source, tmp_path / "part")
+    assert not (tmp_path / "part").exists()
+    assert json.loads((tmp_path / "part.partial" / "progress.json").read_text())["done"] == 4
+    monkeypatch.undo()
+    pack(source, tmp_path / "part")
+    for name in ("images.u8", "masks.u8", "objects.u8"):
+        assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (tmp_path / "part.partial").exists()
+
+
+def test_check_tells_what_looks_wrong(tmp_path):
+    report = check(write_tfrecord(tmp_path / "x"))
+    assert sum(report.objects.values()) == 8 and report.info.has_masks
+    assert any("under 20 images" in warning for warning in report.warnings)
+    np.savez(tmp_path / "flat.npz", np.full((30, 8, 8, 3), 9, np.uint8), np.zeros(30), np.zeros((30, 8, 8), np.uint8))
+    warnings = " ".join(check(tmp_path / "flat.npz").warnings)
+    assert "all equal" in warnings and "every mask is background" in warnings
+    pack(tmp_path / "x", tmp_path / "packed")
+    images = tmp_path / "packed" / "images.u8"
+    images.write_bytes(b"\x01" + images.read_bytes()[1:])
+    with pytest.raises(UserError, match="not those that were packed"):
+        check(tmp_path / "packed")
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_known_checksums():
+    assert masked_crc(b"123456789") == (((0xE3069283 >> 15) | (0xE3069283 << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+    assert masked_crc(b"") == 0xA282EAD8
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_truncated_tfrecord_names_the_record(tmp_path, zipped):
+    data = write_tfrecord(tmp_path / "x", zipped).read_bytes()
+    for cut in (len(data) - 1, len(data) - 9, len(data) // 2 + 5):
+        (tmp_path / "y").write_bytes(data[:cut])
+        with pytest.raises(UserError, match=r"y: record \d+ at byte \d+ is damaged"):
+            open_dataset(tmp_path / "y")
+    assert not list((tmp_path / "cache").glob("*[!l]"))  # nothing but partial folders
+
+
+TWO_RECORDS = b"".join(frame(record) for record in multi_dsprites()[:2])
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_every_flipped_bit_is_noticed(tmp_path_factory, place, bit):
+    data = bytearray(TWO_RECORDS)
+    data[int(place * len(data))] ^= 1 << bit
+    path = tmp_path_factory.mktemp("flip") / "x.tfrecord"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"record \d+ "):
+        for payload in read_records(path):
+            parse_example(payload)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=200))
+def test_random_bytes_are_no_example_or_parse(data):
+    try:
+        parse_example(data)
+    except (ValueError, KeyError):
+        pass
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("bomb-went-off",)
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda p: np.savez(p, arr_0=np.array([Bomb()], object)), "holds pickled objects, which are never loaded"),
+        (lambda p: np.savez(p, IMAGES[..., 0]), r"arr_0 has shape \[8, 64, 64\], expected images \[N, R, R, 3\]"),
+        (lambda p: np.savez(p, IMAGES, np.zeros(8), MASKS[:7]), "arr_2 has shape"),
+        (lambda p: np.savez(p, pictures=IMAGES), "no member arr_0 .it has pictures"),
+        (lambda p: np.savez(p, np.full((2, 8, 8, 3), np.nan)), r"arr_0\[0\] has NaN or infinite pixels"),
+        (lambda p: np.savez(p, np.full((2, 8, 8, 3), 7.0)), r"arr_0\[0\] has values from 7 to 7"),
+        (lambda p: p.write_bytes(b"PK\x03\x04 nonsense"), "cannot be read"),
+        (lambda p: p.write_bytes(b"\x89HDF\r\n\x1a\n nonsense"), "cannot be read as HDF5"),
+        (lambda p: p.write_bytes(pickle.dumps([1])), "not recognised; known are"),
+        (lambda p: p.write_bytes(b""), "not recognised"),
+        (lambda p: p.write_bytes(frame(example({"image": b"abc"}))), "image and mask of 3 and 0 values are none of"),
+        (lambda p: None, "no such file"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, monkeypatch, make, words):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "x.npz"
+    make(path)
+    with pytest.raises(UserError, match=words) as error:
+        open_dataset(path)
+    assert str(path) in str(error.value)
+    assert not (tmp_path / "bomb-went-off").exists()
+
+
+def test_lmdb_is_refused(tmp_path):
+    (tmp_path / "data.mdb").write_bytes(b"x")
+    with pytest.raises(UserError, match="LMDB of pickles"):
+        open_dataset(tmp_path)
+
+
+def test_unreadable_picture_is_named(tmp_path):
+    Image.fromarray(IMAGES[0]).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:99])
+    with pytest.raises(UserError, match=r"b.png cannot be read as a picture"):
+        open_dataset(tmp_path)
+
+
+@real
+def test_real_clevr_v1():
+    dataset = open_dataset(Path(CLEVR or "") / "CLEVR_v1.0-mini", max_objects=6)
+    assert (dataset.info.kind, len(dataset), dataset.info.total) == ("CLEVR v1.0", 20, 40)

@@ -1,0 +1,110 @@
+"""Sampling by (seed, step), the loader's promises, and the built-in scenes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fastslots.data import Loader, SpritesDataset, batch_indices, split_indices, to_float
+
+
+def test_sampling_is_frozen():
+    """A change of these numbers would change every run in the world: they may never change."""
+    assert batch_indices(1, 2, 8, 1000).tolist() == [13, 472, 142, 531, 594, 489, 108, 232]
+
+
+def test_sampling_depends_on_seed_step_and_place_alone():
+    whole = batch_indices(7, 3, 16, 999)
+    parts = np.concatenate([batch_indices(7, 3, 4, 999, start) for start in range(0, 16, 4)])
+    assert np.array_equal(whole, parts)
+    assert not np.array_equal(whole, batch_indices(7, 4, 16, 999))
+    assert not np.array_equal(whole, batch_indices(8, 3, 16, 999))
+
+
+def test_sampling_is_uniform_and_independent():
+    draws = np.stack([batch_indices(0, step, 64, 10) for step in range(1, 1001)])
+    counts = np.bincount(draws.ravel(), minlength=10)
+    assert abs(counts - 6400).max() < 400  # five standard deviations
+    assert abs(np.corrcoef(draws[:-1].ravel(), draws[1:].ravel())[0, 1]) < 0.02
+
+
+@pytest.mark.parametrize(
+    "n, published, sizes",
+    [(100_000, True, (90_000, 5_000, 5_000)), (53_483, True, (49_483, 2_000, 2_000)), (1000, False, (900, 50, 50)),
+     (20, False, (18, 1, 1)), (19, False, (19, 19, 19)), (100_000, False, (90_000, 5_000, 5_000))],
+)  # fmt: skip
+def test_splits(n, published, sizes):
+    splits = split_indices(n, published)
+    assert (len(splits.train), len(splits.val), len(splits.test)) == sizes
+    if n >= 20:
+        assert sorted([*splits.train, *splits.val, *splits.test]) == list(range(n))
+    if published:
+        assert splits.val.start == sizes[0]  # file order: train, val, test
+    else:
+        assert splits.val.stop == n
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_loader_starts_anywhere(prefetch):
+    dataset = SpritesDataset(0, 16, count=50)
+    with Loader(dataset, 3, 4, prefetch=prefetch) as loader:
+        steps = iter(loader)
+        first = [next(steps) for _ in range(5)]
+    with Loader(dataset, 3, 4, start_step=4, prefetch=prefetch) as loader:
+        fourth = next(iter(loader))
+    assert [batch.step for batch in first] == [1, 2, 3, 4, 5]
+    assert (
+        fourth.step == 4 and torch.equal(first[3].images, fourth.images) and torch.equal(first[3].masks, fourth.masks)
+    )
+
+
+def test_loader_draws_from_its_rows_alone():
+    images = np.arange(40, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(4, 2).repeat(3, 3)
+    with Loader(list(map(torch.from_numpy, images)), 0, 16, indices=range(10, 13), prefetch=0) as loader:
+        seen = {int(v) for _ in range(8) for v in next(iter(loader)).images[:, 0, 0, 0]}
+    assert seen == {10, 11, 12}
+
+
+def test_loader_hands_over_errors():
+    class Broken(SpritesDataset):
+        def batch(self, indices):
+            raise OSError("the disk is gone")
+
+    with Loader(Broken(0, 16), 0, 4) as loader, pytest.raises(OSError, match="the disk is gone"):
+        next(iter(loader))
+
+
+def test_to_float():
+    x = to_float(torch.full((2, 4, 4, 3), 255, dtype=torch.uint8))
+    assert x.shape == (2, 3, 4, 4) and x.dtype == torch.float32 and (x == 1).all() and x.is_contiguous()
+
+
+@pytest.mark.parametrize("size, objects", [(32, (2, 3)), (64, (2, 4))])
+def test_sprites_follow_their_recipe(size, objects):
+    dataset = SpritesDataset(9, size, objects)
+    images, masks, factors = dataset.scenes(np.arange(300))
+    present = factors["shape"] > 0
+    counts = present.sum(1)
+    assert counts.min() == objects[0] and counts.max() == objects[1]
+    assert (masks.reshape(300, -1).max(1) == counts).all()
+    area = {1: np.pi, 2: 4 * 0.81, 3: 2.0}  # of a circle, square and triangle of radius 1
+    for i in range(300):
+        for j in range(counts[i]):
+            radius = factors["radius"][i, j]
+            assert 0.11 <= radius <= 0.19
+            visible = (masks[i] == j + 1).mean() / (area[int(factors["shape"][i, j])] * radius**2)
+            assert visible > 0.25  # 35 % of its samples; pixels that it shares round either way
+    assert not images[masks == 0].max() > 200 or (images[masks == 0].max(-1) > 200).mean() < 0.01
+    brightest = images[masks > 0].max(-1)
+    assert np.median(brightest) > 140  # value of at least 0.6
+
+
+def test_sprites_depend_on_seed_and_index_alone():
+    a, b = SpritesDataset(1, 32), SpritesDataset(2, 32)
+    assert np.array_equal(a.batch(np.array([5, 3]))[0][1], a[3]["image"])
+    assert not np.array_equal(a[3]["image"], b[3]["image"])
+    with pytest.raises(IndexError):
+        SpritesDataset(count=4)[4]
+    with pytest.raises(ValueError, match="objects"):
+        SpritesDataset(objects=(3, 2))
