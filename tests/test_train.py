@@ -73,13 +73,13 @@ def test_resume_is_bit_identical_and_cuts_the_log(tmp_path):
     assert strip(read_metrics(whole / "metrics.jsonl")[0]) == strip(read_metrics(part / "metrics.jsonl")[0])
 
 
-CLI = [sys.executable, "-m", "fastslots", "train", "--resume"]
+CLI = [sys.executable, "-c", "from fastslots.cli import main; raise SystemExit(main())", "train", "--resume"]
 FLAGS = [f"--{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in TINY.items()]
 
 
 def test_sigkill_then_resume_is_bit_identical(tmp_path):
     flags = [*FLAGS, "--steps=200", "--checkpoint_every=20", "--eval_every=0"]
-    killed = subprocess.Popen([*CLI, *flags, f"--out={tmp_path / 'killed'}"], stderr=subprocess.DEVNULL)
+    killed = subprocess.Popen([*CLI, *flags, f"--out={tmp_path / 'killed'}"], stderr=subprocess.DEVNULL, cwd=tmp_path)
     checkpoints = tmp_path / "killed" / "checkpoints"
     deadline = time.monotonic() + 60
     while not list(checkpoints.glob("step_*")) and time.monotonic() < deadline:
@@ -88,13 +88,13 @@ def test_sigkill_then_resume_is_bit_identical(tmp_path):
     killed.wait()
     assert 0 < latest_checkpoint(checkpoints)[0].step < 200
     for name in ("killed", "whole"):
-        subprocess.run([*CLI, *flags, f"--out={tmp_path / name}"], check=True, capture_output=True)
+        subprocess.run([*CLI, *flags, f"--out={tmp_path / name}"], check=True, capture_output=True, cwd=tmp_path)
     assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
 
 
 def test_sigterm_saves_a_checkpoint_and_exits_143(tmp_path):
     flags = [*FLAGS, "--steps=100000", "--checkpoint_every=0", "--eval_every=0"]
-    run = subprocess.Popen([*CLI, *flags, f"--out={tmp_path}"], stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen([*CLI, *flags, f"--out={tmp_path}"], stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").stat().st_size:
         time.sleep(0.01)
     run.send_signal(signal.SIGTERM)
@@ -199,3 +199,8 @@ def test_an_unwritable_folder_is_named(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="cannot be written"):
         fit(tiny(), out=tmp_path / "run")
+
+
+def test_tensorboard_events(tmp_path):
+    fit(tiny(tensorboard=True), out=tmp_path)
+    assert list(tmp_path.glob("events.out.tfevents.*"))

@@ -44,7 +44,8 @@ def add_fields(parser: argparse.ArgumentParser) -> None:
             type=_converter(field),
             metavar=str(field.type).split("[")[0].upper(),
             help=f"{field.metadata['help']} (clevr6-like default: {field.default})".replace("%", "%%"),
-            **({"nargs": "?", "const": True} if field.type == "bool" else {}),
+            nargs="?" if field.type == "bool" else None,
+            const=True if field.type == "bool" else None,
         )
 
 

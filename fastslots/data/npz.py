@@ -20,11 +20,11 @@ class NpzReader:
 
     def __init__(self, path: Path):
         self._path = path
-        self._images = self._member("arr_0")
+        self._images = self._required("arr_0")
         if self._images.ndim != 4 or self._images.shape[3] not in (1, 3) or not len(self._images):
             shape = list(self._images.shape)
             raise UserError(f"{path}: arr_0 has shape {shape}, expected images [N, R, R, 3]")
-        self._masks = self._member("arr_2", optional=True)
+        self._masks = self._member("arr_2")
         if self._masks is not None:
             if self._masks.ndim == 4 and self._masks.shape[3] == 1:
                 self._masks = self._masks[..., 0]
@@ -33,25 +33,28 @@ class NpzReader:
                 raise UserError(f"{path}: arr_2 has shape {shapes}: expected label maps [N, R, R] or [N, R, R, 1]")
             if self._masks.dtype.kind not in "iub":
                 raise UserError(f"{path}: arr_2 holds {self._masks.dtype}, expected integer labels")
-        self._latents = self._member("arr_1", optional=True)
+        self._latents = self._member("arr_1")
         if self._latents is not None and len(self._latents) != len(self._images):
             raise UserError(f"{path}: arr_1 has {len(self._latents)} rows for {len(self._images)} images")
         self.count, self.native = len(self._images), self._images.shape[1:3]
 
-    def _member(self, name: str, optional: bool = False) -> np.ndarray | None:
+    def _member(self, name: str) -> np.ndarray | None:
         try:
             with np.load(self._path, allow_pickle=False) as file:
-                if name in file:
-                    return file[name]
-                names = ", ".join(file.files)
+                self._names = file.files
+                return file[name] if name in file else None
         except (ValueError, zipfile.BadZipFile, zlib.error, OSError, EOFError, MemoryError) as error:
             what = "holds pickled objects, which are never loaded" if "pickle" in str(error) else str(error)
             raise UserError(
                 f"{self._path}: {name} cannot be read ({what}): save plain arrays with numpy.savez"
             ) from None
-        if optional:
-            return None
-        raise UserError(f"{self._path}: no member {name} (it has {names}): expected arr_0 images, arr_2 label maps")
+
+    def _required(self, name: str) -> np.ndarray:
+        member = self._member(name)
+        if member is None:
+            names = ", ".join(self._names)
+            raise UserError(f"{self._path}: no member {name} (it has {names}): expected arr_0 images, arr_2 label maps")
+        return member
 
     def scenes(self) -> Iterator[Scene]:
         for i in range(self.count):

@@ -67,13 +67,15 @@ def pack(path: Path, folder: Path, size: int | None = None, max_objects: int | N
 def _pack(reader: Reader, path: Path, folder: Path, side: int, max_objects: int | None) -> None:
     def kept() -> Iterator[Scene]:
         for scene in reader.scenes():
-            if max_objects and scene.objects is None:
-                raise UserError(f"{path}: nothing tells how many objects its scenes have: leave out --max_objects")
-            if not max_objects or scene.objects <= max_objects:
-                yield preprocess(scene, reader.crop, side)
+            if max_objects:
+                if scene.objects is None:
+                    raise UserError(f"{path}: nothing tells how many objects its scenes have: leave out --max_objects")
+                if scene.objects > max_objects:
+                    continue
+            yield preprocess(scene, reader.crop, side)
 
     progress = _Progress(reader.count)
-    settings = {"size": side, "max_objects": max_objects, "stamp": _stamp(path)}
+    settings: dict[str, object] = {"size": side, "max_objects": max_objects, "stamp": _stamp(path)}
     write_packed(folder, kept(), reader.kind, str(path), reader.published_split, settings, progress)
     progress.end()
 

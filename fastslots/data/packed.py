@@ -228,7 +228,7 @@ class _Appender:
         shapes = [{name: np.shape(value) for name, value in factors.items()} for factors in self._factors]
         if shapes[0] and all(shape == shapes[0] for shape in shapes):
             columns = {name: np.stack([factors[name] for factors in self._factors]) for name in shapes[0]}
-            np.savez(self._folder / "factors.npz", **columns)
+            np.savez(self._folder / "factors.npz", allow_pickle=False, **columns)
         meta |= {"count": count, "size": self._size, "has_masks": self._has_masks, "digest": _digest(self._folder)}
         (self._folder / "meta.json").write_text(json.dumps(meta, indent=1))
         self._state.unlink()

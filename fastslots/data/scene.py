@@ -26,11 +26,16 @@ class Scene:
 class Reader(Protocol):
     """A data set on disk, read in order."""
 
-    kind: str  # its name for people, e.g. "CLEVR with masks"
-    crop: bool  # whether CLEVR's centred crop applies
-    published_split: bool  # whether the authors' split applies (their npz)
-    count: int | None  # scenes, where known before reading
-    native: tuple[int, int]  # height and width on disk (of the first scene, where they differ)
+    @property
+    def kind(self) -> str: ...  # its name for people, e.g. "CLEVR with masks"
+    @property
+    def crop(self) -> bool: ...  # whether CLEVR's centred crop applies
+    @property
+    def published_split(self) -> bool: ...  # whether the authors' split applies (their npz)
+    @property
+    def count(self) -> int | None: ...  # scenes, where known before reading
+    @property
+    def native(self) -> tuple[int, int]: ...  # height and width on disk (of the first scene, where they differ)
 
     def scenes(self) -> Iterator[Scene]: ...
 

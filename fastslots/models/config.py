@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastslots.errors import UserError
 from fastslots.models.presets import PRESETS, preset_names
@@ -11,7 +11,7 @@ from fastslots.models.presets import PRESETS, preset_names
 Config = TypeVar("Config", bound="SlotVAEConfig")
 
 
-def option(help: str, default: object) -> object:
+def option(help: str, default: object) -> Any:
     """A dataclass field that carries its one line of help, which the command line shows."""
     return field(default=default, metadata={"help": help})
 
@@ -53,7 +53,7 @@ class SlotVAEConfig:
     beta: float = option("weight of the KL term; 0 is a plain autoencoder", 0.05)
 
     @classmethod
-    def preset(cls: type[Config], name: str, **overrides: object) -> Config:
+    def preset(cls: type[Config], name: str, **overrides: Any) -> Config:
         """The preset ``name``, with any field overridden: ``SlotVAEConfig.preset("clevr6", num_slots=5)``."""
         if name not in PRESETS:
             raise UserError(f"unknown preset {name!r}: choose one of {', '.join(preset_names())}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 import torch.nn as nn
@@ -66,7 +68,8 @@ class Decoder(nn.Module):
         """What each layer needs to know of the slots and of its weights; K rows an image, in fp32."""
         with torch.autocast(slots.device.type, enabled=False):
             hidden = self.slot_mlp(slots.to(self.norm.weight.dtype))
-            return [(layer.fold(hidden), layer.ff.weights()) for layer in self.transformer]
+            layers = cast(Iterable[DecoderLayer], self.transformer)
+            return [(layer.fold(hidden), layer.ff.weights()) for layer in layers]
 
     def head(self) -> OutputHead:
         linears = [module for module in self.output_mlp if isinstance(module, nn.Linear)]

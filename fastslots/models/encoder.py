@@ -118,9 +118,11 @@ class Encoder(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
         xavier_(self.transformer)
-        self.output = nn.Linear(width, config.posterior_width) if config.encoder_width else nn.Identity()
-        if config.log_scale_bias and config.variational:
-            nn.init.constant_(self.output.bias[config.slot_dim :].detach(), config.log_scale_bias)
+        self.output: nn.Module = nn.Identity()
+        if config.encoder_width:
+            self.output = linear = nn.Linear(width, config.posterior_width)
+            if config.variational and config.log_scale_bias:
+                nn.init.constant_(linear.bias[config.slot_dim :].detach(), config.log_scale_bias)
 
     def tokens(self, images: Tensor) -> Tensor:
         """The tokens that every layer attends to, normalised once: [B, T, S]."""

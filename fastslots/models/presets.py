@@ -7,9 +7,17 @@ defaults of ``SlotVAEConfig`` and ``TrainConfig``.
 
 from __future__ import annotations
 
-_PAPER = {"steps": 500_000, "lr": 5e-4, "optimizer": "adam", "schedule": "paper", "alpha_warmup": 25_000}
+from typing import Any
 
-PRESETS: dict[str, dict[str, object]] = {
+_PAPER: dict[str, Any] = {
+    "steps": 500_000,
+    "lr": 5e-4,
+    "optimizer": "adam",
+    "schedule": "paper",
+    "alpha_warmup": 25_000,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
     "sprites": {
         **_PAPER,
         **{"resolution": 64, "num_slots": 5, "slot_dim": 32, "cnn_channels": 32},

@@ -72,7 +72,7 @@ def explain(*tensors: Tensor, op: str = "cross_attention", backend: str = "auto"
         candidates: tuple[str, ...] = ("triton", "reference") if on_cuda else ("cpu", "reference")
     else:
         candidates = (backend,)
-    reasons = {}
+    reasons: dict[str, str] = {}
     for name in candidates:
         reason = why_not(name, op, tensors)
         if reason is None:

@@ -107,6 +107,7 @@ def reference_decoder_loss(
         if any_grad:
             total.backward()
             if query_grad is not None:
+                assert queries.grad is not None
                 query_grad[:, start : start + step] = queries.grad
     grads = [_grad_or_zeros(leaf) for leaf in leaves]
     grads[0] = query_grad

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,7 +26,7 @@ class Checkpoint:
     step: int  # the last finished one
     tensors: dict[str, Tensor]  # "model.*" and "optimizer.*"
     numbers: dict[str, float]  # the optimiser's plain numbers
-    extra: dict[str, object]  # JSON: best score so far, loss scaler
+    extra: dict[str, Any]  # JSON: best score so far, loss scaler
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -57,7 +58,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, and what was said of newer ones that do not."""
-    damaged = []
+    damaged: list[str] = []
     for path in sorted(folder.glob(PATTERN), reverse=True):
         try:
             return load_checkpoint(path), damaged

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -98,7 +99,7 @@ class TrainConfig(SlotVAEConfig):
         return json.dumps(dataclasses.asdict(self), indent=1)
 
 
-def optimizer_class(name: str) -> type[torch.optim.Optimizer] | None:
+def optimizer_class(name: str) -> Any:
     """A class of torch.optim by its lower-case name, or None."""
     found = {key.lower(): value for key, value in vars(torch.optim).items() if isinstance(value, type)}.get(
         name.lower()

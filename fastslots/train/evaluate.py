@@ -27,7 +27,7 @@ def evaluate(
     latent: str = "mean",
     seed: int = 0,
     progress: Any = None,
-) -> dict[str, float | int | str]:
+) -> dict[str, Any]:
     """Scores of a model on the first ``images`` rows (0: all) of a data set.
 
     Returns recon = Σ(x − x̂)²/image, kl, interaction (R) and interaction_normalized (R/H²), each a mean over images;
@@ -54,7 +54,7 @@ def evaluate(
         if progress:
             progress(min(first + batch_size, len(rows)), len(rows))
     model.train(training)
-    out: dict[str, float | int | str] = {name: value / max(len(rows), 1) for name, value in sums.items()}
+    out: dict[str, Any] = {name: value / max(len(rows), 1) for name, value in sums.items()}
     out["interaction_normalized"] = out["interaction"] / model.config.decoder_heads**2
     pixels = 0
     if by_map.images:

@@ -67,7 +67,7 @@ def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
 
 
 class Progress:
-    """Losses, images/s and time left: rewritten in place on a terminal, a line each ``log_every`` steps or 10 s elsewhere."""
+    """Losses, images/s, time left: rewritten in place on a terminal; elsewhere a line each ``log_every`` steps."""
 
     def __init__(self, steps: int, log_every: int, first_step: int, stream: TextIO | None = None):
         self._stream = sys.stderr if stream is None else stream

@@ -83,7 +83,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = _initial_model(config).to(self.device).train()
         self.optimizer = Optimizer(self.model, config)
-        self.step, self.best, self.scores = 0, -float("inf"), {}
+        self.step, self.best = 0, -float("inf")
+        self.scores: dict[str, Any] = {}
         folder.create(config)
         found, damaged = latest_checkpoint(folder.checkpoints)
         if found:
@@ -208,7 +209,8 @@ class _Signals:
     """SIGINT and SIGTERM ask the loop to stop after its step; a second one stops at once."""
 
     def __init__(self, trainer: Trainer):
-        self._trainer, self._old = trainer, {}
+        self._trainer = trainer
+        self._old: dict[int, Any] = {}
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():  # handlers may be set nowhere else

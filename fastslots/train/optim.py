@@ -40,12 +40,16 @@ class Optimizer:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Tensors and numbers under the names part.parameter.key; the groups follow from the configuration."""
-        tensors, numbers = {}, {}
+        tensors: dict[str, Tensor] = {}
+        numbers: dict[str, float] = {}
         for part, (optimizer, _) in enumerate(self.parts):
             for index, entry in optimizer.state_dict()["state"].items():
                 for key, value in entry.items():
-                    target = tensors if isinstance(value, Tensor) else numbers
-                    target[f"{part}.{index}.{key}"] = value
+                    name = f"{part}.{index}.{key}"
+                    if isinstance(value, Tensor):
+                        tensors[name] = value
+                    else:
+                        numbers[name] = value
         return tensors, numbers
 
     def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:

@@ -28,7 +28,7 @@ def next_run(preset: str, root: Path = Path("runs")) -> Path:
 
 
 class RunFolder:
-    """Paths of a run. Refuses at once what it must not touch; ``create`` makes it, when all else is known to be good."""
+    """Paths of a run. Refuses at once what it must not touch; ``create`` makes it, when all else is good."""
 
     def __init__(self, path: Path, resume: bool):
         self.path = path

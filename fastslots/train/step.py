@@ -86,8 +86,13 @@ def training_step(
         noise, pixels, weight = (None if t is None else t[rows] for t in draws)
         with precision.autocast():
             terms = model.training_loss(
-                *(images[rows], noise, alpha),
-                **{"beta": beta, "pixels": pixels, "pixel_weight": weight, "grad_scale": scaler.get_scale() / parts},
+                images[rows],
+                noise,
+                alpha,
+                beta=beta,
+                pixels=pixels,
+                pixel_weight=weight,
+                grad_scale=scaler.get_scale() / parts,
             )
         scaler.scale(terms.total / parts).backward()
         sums += torch.stack([term.detach().float() for term in terms]) / parts
