@@ -1,0 +1,118 @@
+// The kernels' arguments, and the table of entry points that each instruction set fills.
+//
+// Axes: B images, H heads, L pixels, K slots, d head width, D query width, F feed-forward width, C channels.
+// Arrays are row-major and contiguous. A null gradient pointer means "not asked for"; every gradient that is asked for
+// is written, not added to. Nothing here knows Python or torch.
+#pragma once
+
+#include <cstdint>
+
+namespace fastslots {
+
+constexpr int64_t kMostMaps = 16;  // layers of a decoder, and linear maps of its head
+
+// Arrays of one decoder layer: P is `const T*` for the inputs and `T*` for their gradients.
+// The order of the members is the order of `differentiable()` in fastslots/ops/tiled.py.
+template <typename P>
+struct LayerArrays {
+  P G;            // [B, D, H, K] score weights, the query norm's affine part folded in
+  P g;            // [B, H, K]
+  P U;            // [B, H, K, D]
+  P b;            // [D]
+  P norm_weight;  // [D] of the feed-forward's norm
+  P norm_bias;    // [D]
+  P w1;           // [F, D]
+  P b1;           // [F]
+  P w2;           // [D, F]
+  P b2;           // [D]
+};
+
+// One linear map of the output head.
+template <typename P>
+struct LinearArrays {
+  P weight;  // [rows, columns]
+  P bias;    // [rows]
+};
+
+template <typename T>
+struct DecoderLossArgs {
+  int64_t batch, query_batch, pixels;  // query_batch: B, or 1 where all images share the queries
+  int64_t width, heads, slots;
+  int64_t layer_count, head_count;
+  const int64_t* ff_widths;   // [layer_count]
+  const int64_t* head_rows;   // [head_count] rows of each linear map of the head; the last is C
+
+  const T* queries;                       // [query_batch, L, D]
+  const LayerArrays<const T*>* layers;    // [layer_count]
+  const T* head_norm_weight;              // [D]
+  const T* head_norm_bias;                // [D]
+  const LinearArrays<const T*>* head;     // [head_count]
+  const T* target;                        // [B, L, C]
+  const T* pixel_weight;                  // [B, L] or null
+  const uint8_t* slot_mask;               // [B, K], 0 = no such slot; or null
+
+  T* queries_grad;
+  const LayerArrays<T*>* layer_grads;     // null: forward only
+  T* head_norm_weight_grad;
+  T* head_norm_bias_grad;
+  const LinearArrays<T*>* head_grads;
+
+  double recon_weight, interaction_weight, eps;
+  int threads;
+
+  double recon, interaction;              // results, unweighted
+};
+
+// x [x_batch, L, D] (normed already where `norm` is false) -> y [B, L, D], slot_map [B, L, K].
+// With `ff_width` 0 the layer is the folded cross-attention alone: y = A·U + b, no norm, no residual.
+template <typename T>
+struct LayerArgs {
+  int64_t batch, query_batch, pixels, width, heads, slots, ff_width;
+  const T* x;
+  LayerArrays<const T*> weights;
+  const uint8_t* slot_mask;
+  T* y;         // forward results; not touched by the backward
+  T* slot_map;
+  const T* y_grad;  // null: forward
+  const T* slot_map_grad;
+  T* x_grad;
+  LayerArrays<T*> grads;
+  double eps;
+  int threads;
+};
+
+// out [B,H,L,d] and slot_map [B,L,K] = Σ_h softmax_k(scale · q·k).  Strides of q, k, v and out_grad are in elements,
+// over (B, H, L or K); the last axis is contiguous. Results are contiguous.
+template <typename T>
+struct CrossAttentionArgs {
+  int64_t batch, heads, pixels, slots, head_width;
+  const T *q, *k, *v;
+  int64_t q_stride[3], k_stride[3], v_stride[3], out_grad_stride[3];
+  double scale;
+  const uint8_t* slot_mask;
+  T* out;
+  T* slot_map;
+  const T* out_grad;       // null: forward
+  const T* slot_map_grad;  // [B, L, K]
+  T *q_grad, *k_grad, *v_grad;
+  int threads;
+};
+
+// Entry points of one instruction set and element type.
+template <typename T>
+struct Kernels {
+  void (*decoder_loss)(DecoderLossArgs<T>&);
+  void (*normal_cdf)(const T* x, T* cdf, T* density, int64_t count);  // Φ and φ, for tests of their error
+  void (*exponential)(const T* x, T* out, int64_t count);
+};
+
+enum class Isa { portable, avx2, avx512 };
+
+bool isa_supported(Isa isa);
+const char* isa_name(Isa isa);
+Isa best_isa();
+
+const Kernels<float>& float_kernels(Isa isa);
+const Kernels<double>& double_kernels();  // portable only: the one that gradient checks use
+
+}  // namespace fastslots

@@ -1,0 +1,212 @@
+// The Python module fastslots._cpu: the only file that knows Python. Arrays come through DLPack, never converted or
+// copied (an output of the wrong dtype would be written to a temporary and lost): they must be C-contiguous, on the
+// CPU, and of the dtype and shape that the call implies. The GIL is released while kernels run.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "api.h"
+
+namespace nb = nanobind;
+using namespace fastslots;
+
+namespace {
+
+constexpr int64_t kAny = -1;
+using Shape = std::vector<int64_t>;
+
+// Takes arrays out of Python objects and keeps them alive for the call.
+template <typename T>
+class Arrays {
+ public:
+  const T* input(nb::handle object, const char* name, const Shape& shape) { return take<const T>(object, name, shape); }
+
+  T* output(nb::handle object, const char* name, const Shape& shape) {
+    return object.is_none() ? nullptr : take<T>(object, name, shape);
+  }
+
+  const uint8_t* mask(nb::handle object, const Shape& shape) {
+    return object.is_none() ? nullptr : take<const uint8_t>(object, "slot_mask", shape);
+  }
+
+  // The shape of an input whose sizes are not known yet.
+  Shape shape_of(nb::handle object, const char* name, size_t axes) {
+    take<const T>(object, name, Shape(axes, kAny));
+    return last_shape_;
+  }
+
+ private:
+  template <typename E>
+  E* take(nb::handle object, const char* name, const Shape& shape) {
+    nb::ndarray<E, nb::c_contig, nb::device::cpu> array;
+    if (!nb::try_cast(object, array, false)) {
+      const char* type = sizeof(E) == 1 ? "uint8" : sizeof(E) == 4 ? "float32" : "float64";
+      throw nb::type_error((std::string(name) + " must be a C-contiguous " + type + " array on the CPU").c_str());
+    }
+    last_shape_.assign(array.shape_ptr(), array.shape_ptr() + array.ndim());
+    bool fits = last_shape_.size() == shape.size();
+    for (size_t i = 0; fits && i < shape.size(); ++i) fits = shape[i] == kAny || shape[i] == last_shape_[i];
+    if (!fits) throw nb::value_error((std::string(name) + " has shape " + text(last_shape_) + ", expected " + text(shape)).c_str());
+    owners_.push_back(nb::borrow(object));
+    return array.data();
+  }
+
+  static std::string text(const Shape& shape) {
+    std::string out = "[";
+    for (size_t i = 0; i < shape.size(); ++i) out += (i ? ", " : "") + (shape[i] == kAny ? "any" : std::to_string(shape[i]));
+    return out + "]";
+  }
+
+  std::vector<nb::object> owners_;
+  Shape last_shape_;
+};
+
+template <typename T>
+const Kernels<T>& kernels_for(const std::string& isa) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    return double_kernels();
+  } else {
+    for (Isa candidate : {Isa::portable, Isa::avx2, Isa::avx512}) {
+      if (isa != isa_name(candidate)) continue;
+      if (!isa_supported(candidate)) throw std::invalid_argument("this processor has no " + isa);
+      return float_kernels(candidate);
+    }
+    throw std::invalid_argument("unknown instruction set " + isa);
+  }
+}
+
+// Pointers to a layer's arrays, from `objects` in the order of LayerArrays; P is `const T*` or `T*`.
+template <typename P, typename Get>
+LayerArrays<P> layer_arrays(Get get, int64_t B, int64_t D, int64_t H, int64_t K, int64_t F) {
+  LayerArrays<P> w;
+  w.G = get("G", {B, D, H, K});
+  w.g = get("g", {B, H, K});
+  w.U = get("U", {B, H, K, D});
+  w.b = get("b", {D});
+  w.norm_weight = get("norm_weight", {D});
+  w.norm_bias = get("norm_bias", {D});
+  w.w1 = get("w1", {F, D});
+  w.b1 = get("b1", {F});
+  w.w2 = get("w2", {D, F});
+  w.b2 = get("b2", {D});
+  return w;
+}
+
+constexpr int64_t kLayerArrays = 10;
+
+// inputs and grads: queries, ten arrays a layer, head norm weight and bias, head weights, head biases. grads is None for
+// the forward alone, or holds an array or None for each input. Returns recon and interaction, unweighted.
+template <typename T>
+std::tuple<double, double> decoder_loss(const std::string& isa, nb::list inputs, nb::object grads, int64_t layer_count,
+                                        nb::handle target, nb::handle pixel_weight, nb::handle slot_mask,
+                                        double recon_weight, double interaction_weight, double eps, int threads) {
+  const Kernels<T>& kernels = kernels_for<T>(isa);
+  Arrays<T> arrays;
+  DecoderLossArgs<T> args = {};
+  const int64_t head_first = 1 + layer_count * kLayerArrays, total = int64_t(inputs.size());
+  args.layer_count = layer_count;
+  args.head_count = (total - head_first - 2) / 2;
+  if (layer_count < 1 || args.head_count < 1 || total != head_first + 2 + 2 * args.head_count) {
+    throw nb::value_error("inputs: expected queries, ten arrays a layer, and a norm and linear maps of the head");
+  }
+  if (layer_count > kMostMaps || args.head_count > kMostMaps) throw nb::value_error("more than 16 layers");
+  const Shape G = arrays.shape_of(inputs[1], "G", 4), queries = arrays.shape_of(inputs[0], "queries", 3);
+  const int64_t B = args.batch = G[0], D = args.width = G[1];
+  const int64_t H = args.heads = G[2], K = args.slots = G[3];
+  const int64_t L = args.pixels = queries[1];
+  args.query_batch = queries[0];
+  if (args.query_batch != B && args.query_batch != 1) throw nb::value_error("queries: batch must be 1 or that of G");
+  args.queries = arrays.input(inputs[0], "queries", {kAny, kAny, D});
+
+  const bool backward = !grads.is_none();
+  nb::list outputs = backward ? nb::cast<nb::list>(grads) : nb::list();
+  if (backward && outputs.size() != inputs.size()) throw nb::value_error("grads: one entry for each input");
+  if (backward) args.queries_grad = arrays.output(outputs[0], "queries", queries);
+
+  std::vector<LayerArrays<const T*>> layers;
+  std::vector<LayerArrays<T*>> layer_grads;
+  std::vector<int64_t> ff_widths, head_rows;
+  for (int64_t i = 0; i < layer_count; ++i) {
+    int64_t at = 1 + i * kLayerArrays;
+    const int64_t F = arrays.shape_of(inputs[at + 6], "w1", 2)[0];
+    ff_widths.push_back(F);
+    layers.push_back(layer_arrays<const T*>(
+        [&](const char* name, const Shape& shape) { return arrays.input(inputs[at++], name, shape); }, B, D, H, K, F));
+    if (!backward) continue;
+    at = 1 + i * kLayerArrays;
+    layer_grads.push_back(layer_arrays<T*>(
+        [&](const char* name, const Shape& shape) { return arrays.output(outputs[at++], name, shape); }, B, D, H, K, F));
+  }
+
+  std::vector<LinearArrays<const T*>> head;
+  std::vector<LinearArrays<T*>> head_grads;
+  args.head_norm_weight = arrays.input(inputs[head_first], "head.norm_weight", {D});
+  args.head_norm_bias = arrays.input(inputs[head_first + 1], "head.norm_bias", {D});
+  if (backward) {
+    args.head_norm_weight_grad = arrays.output(outputs[head_first], "head.norm_weight", {D});
+    args.head_norm_bias_grad = arrays.output(outputs[head_first + 1], "head.norm_bias", {D});
+  }
+  int64_t columns = D;
+  for (int64_t i = 0; i < args.head_count; ++i) {
+    const int64_t at = head_first + 2 + i, bias_at = at + args.head_count;
+    const int64_t rows = arrays.shape_of(inputs[at], "head.weights", 2)[0];
+    const Shape shape = {rows, columns};
+    head.push_back({arrays.input(inputs[at], "head.weights", shape), arrays.input(inputs[bias_at], "head.biases", {rows})});
+    if (backward) {
+      head_grads.push_back({arrays.output(outputs[at], "head.weights", shape),
+                            arrays.output(outputs[bias_at], "head.biases", {rows})});
+    }
+    head_rows.push_back(rows);
+    columns = rows;
+  }
+  args.ff_widths = ff_widths.data();
+  args.head_rows = head_rows.data();
+  args.layers = layers.data();
+  args.head = head.data();
+  args.layer_grads = backward ? layer_grads.data() : nullptr;
+  args.head_grads = backward ? head_grads.data() : nullptr;
+  args.target = arrays.input(target, "target", {B, L, columns});
+  args.pixel_weight = pixel_weight.is_none() ? nullptr : arrays.input(pixel_weight, "pixel_weight", {B, L});
+  args.slot_mask = arrays.mask(slot_mask, {B, K});
+  args.recon_weight = recon_weight;
+  args.interaction_weight = interaction_weight;
+  args.eps = eps;
+  args.threads = threads;
+  {
+    nb::gil_scoped_release release;
+    kernels.decoder_loss(args);
+  }
+  return {args.recon, args.interaction};
+}
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (Isa isa : {Isa::avx512, Isa::avx2, Isa::portable}) {
+    if (isa_supported(isa)) names.push_back(isa_name(isa));
+  }
+  return names;
+}
+
+template <typename T>
+void bind(nb::module_& m, const std::string& suffix) {
+  m.def(("decoder_loss_" + suffix).c_str(), &decoder_loss<T>, nb::arg("isa"), nb::arg("inputs"),
+        nb::arg("grads").none(), nb::arg("layers"), nb::arg("target"), nb::arg("pixel_weight").none(),
+        nb::arg("slot_mask").none(), nb::arg("recon_weight"), nb::arg("interaction_weight"), nb::arg("eps"),
+        nb::arg("threads"));
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+  m.doc() = "fastslots' C++ kernels. Import torch first: they share its OpenMP threads.";
+  m.def("instruction_sets", &instruction_sets, "Those that this processor serves, the best first.");
+  bind<float>(m, "float32");
+  bind<double>(m, "float64");
+}

@@ -1,0 +1,117 @@
+"""The ``cpu`` backend: the C++ kernels of ``kernels/cpu`` as the raw functions that ``fastslots.ops`` calls.
+
+Arrays are passed through DLPack, contiguous and detached; threads are torch's (``torch.set_num_threads``), and so is
+the pool: the module has no OpenMP runtime of its own. Results are the same bits on every call with the same number of
+threads, and the same for 1, 2 and 4 threads.
+
+The instruction set is the best that the processor has; ``FASTSLOTS_ISA`` or ``set_isa`` name another (avx512, avx2,
+portable).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch  # before _cpu, which takes its OpenMP symbols from the runtime that torch has loaded
+from torch import Tensor
+
+from fastslots import _cpu  # type: ignore[attr-defined]
+
+MAX_LAYERS = 16
+MAX_SLOTS = 64
+MAX_COLUMNS = 512
+"""Most slots of a head, and heads x slots: what the C++ tests cover."""
+
+ISAS: tuple[str, ...] = tuple(_cpu.instruction_sets())
+"""Instruction sets that this processor serves, the best first."""
+
+
+def set_isa(name: str | None) -> None:
+    """Use this instruction set from now on; None for the best. ValueError where the processor lacks it."""
+    global _isa
+    if name is not None and name not in ISAS:
+        raise ValueError(f"instruction set {name!r} is not one that this processor serves: {', '.join(ISAS)}")
+    _isa = name or ISAS[0]
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    return _isa
+
+
+set_isa(os.environ.get("FASTSLOTS_ISA") or None)
+
+
+def why_not(op: str, tensors: Sequence[Tensor]) -> str | None:
+    """None when these kernels serve ``op`` on these tensors (in the order of the public call), else the reason."""
+    if op not in _SERVED:
+        return f"{op} has no C++ kernel"
+    x = tensors[0]
+    if x.device.type != "cpu":
+        return f"the tensors are on {x.device}, not on the CPU"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast asks for 16-bit products, these kernels are fp32 and fp64"
+    dtypes = {t.dtype for t in tensors}
+    if dtypes not in ({torch.float32}, {torch.float64}):
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        return f"{names}: all tensors must be fp32, or all fp64"
+    heads, slots = tensors[1].shape[1 if op == "cross_attention" else 2 :][:2] if len(tensors) > 1 else (1, 1)
+    heads, slots = (1, tensors[1].shape[2]) if op == "cross_attention" and len(tensors) > 1 else (heads, slots)
+    if slots > MAX_SLOTS:
+        return f"{slots} slots are more than {MAX_SLOTS}"
+    if heads * slots > MAX_COLUMNS:
+        return f"{heads} heads x {slots} slots are more than {MAX_COLUMNS} columns"
+    return None
+
+
+def _kernel(op: str, dtype: torch.dtype):
+    return getattr(_cpu, f"{op}_{str(dtype).removeprefix('torch.')}")
+
+
+def _plain(tensor: Tensor | None) -> Tensor | None:
+    """What the C++ side takes: detached, contiguous; masks as bytes."""
+    if tensor is None:
+        return None
+    tensor = tensor.detach()
+    return (tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor).contiguous()
+
+
+def decoder_loss(
+    inputs: Any, need_grads: Sequence[bool], grad_scale: float | Tensor = 1.0
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """Loss terms of ``fastslots.ops.tiled.LossInputs`` and the gradients of ``grad_scale · total``.
+
+    A tile of pixels runs through the whole decoder and back in a core's cache; see ``kernels/cpu/decoder_loss.h``.
+
+    Args:
+        inputs: queries [B or 1,L,D], layers, head, target [B,L,C], pixel_weight, slot_mask, both weights, eps.
+        need_grads: in the order of ``inputs.differentiable()``; where none is asked for, only the forward runs.
+        grad_scale: the loss scale of mixed precision, a float or a 0-d tensor.
+
+    Returns:
+        recon and interaction (scalars, unweighted), gradients in the same order (None where not asked for).
+    """
+    tensors = [_plain(t) for t in inputs.differentiable()]
+    dtype = inputs.queries.dtype
+    grads = [torch.empty_like(t) if need else None for t, need in zip(tensors, need_grads, strict=True)]
+    scale = float(grad_scale)
+    target, weight = (None if t is None else _plain(t.to(dtype)) for t in (inputs.target, inputs.pixel_weight))
+    recon, interaction = _kernel("decoder_loss", dtype)(
+        _isa,
+        tensors,
+        grads if any(need_grads) else None,
+        len(inputs.layers),
+        target,
+        weight,
+        _plain(inputs.slot_mask),
+        float(inputs.recon_weight) * scale,
+        float(inputs.interaction_weight) * scale,
+        inputs.eps,
+        torch.get_num_threads(),
+    )
+    return target.new_tensor(recon), target.new_tensor(interaction), grads
+
+
+_SERVED = ("decoder_loss",)
