@@ -34,8 +34,7 @@ class SpritesDataset:
         if size < 4 or count < 1 or not 1 <= least <= most <= 12:
             raise ValueError(f"size >= 4, count >= 1 and 1 <= objects <= 12 expected, got {size}, {count}, {objects}")
         self.seed, self.size, self.objects, self.count = seed, size, (least, most), count
-        axis = (np.arange(2 * size, dtype=np.float32) + 0.5) / (2 * size)
-        self._y, self._x = axis[:, None], axis[None, :]  # sample points, two a pixel and axis
+        self._window = np.arange(int(np.ceil(2 * RADIUS[1] * 2 * size)) + 1)  # samples that any shape fits into
 
     def __len__(self) -> int:
         return self.count
@@ -92,11 +91,18 @@ class SpritesDataset:
     def _paint(self, drawn: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Owner of each sample [n, 2R, 2R] (0 = background), and which shapes stay visible enough [n, most]."""
         n, most, _ = drawn.shape
-        owner = np.zeros((n, 2 * self.size, 2 * self.size), np.uint8)
+        samples = 2 * self.size  # of a side
+        owner = np.zeros((n, samples, samples), np.uint8)
         area = np.zeros((n, most), np.int64)
+        scene = np.arange(n)[:, None, None]
         for j in range(most):
-            y, x, radius, shape = (drawn[:, j, i, None, None] for i in range(4))
-            dy, dx = self._y - y, self._x - x
+            y, x, radius, shape = (drawn[:, j, i, None] for i in range(4))
+            # Only the samples around the shape: [n, window] rows and columns, clipped by the picture
+            rows = np.floor((y - radius) * samples).astype(np.int64) + self._window
+            columns = np.floor((x - radius) * samples).astype(np.int64) + self._window
+            dy = ((rows + 0.5) / samples - y).astype(np.float32)[:, :, None]
+            dx = ((columns + 0.5) / samples - x).astype(np.float32)[:, None, :]
+            radius, shape = radius[:, :, None], shape[:, :, None]
             inside = np.where(
                 shape == 0,
                 dy * dy + dx * dx <= radius * radius,
@@ -107,22 +113,23 @@ class SpritesDataset:
                     (abs(dy) <= radius) & (2 * abs(dx) <= dy + radius),
                 ),
             )
-            inside &= present[:, j, None, None]
+            inside &= present[:, j, None, None] & (rows < samples)[:, :, None] & (columns < samples)[:, None, :]
             area[:, j] = inside.sum((1, 2))
-            owner[inside] = j + 1
+            rows, columns = np.minimum(rows, samples - 1)[:, :, None], np.minimum(columns, samples - 1)[:, None, :]
+            place = np.broadcast_arrays(scene, rows, columns)
+            owner[tuple(axis[inside] for axis in place)] = j + 1
         left = np.stack([(owner == j + 1).sum((1, 2)) for j in range(most)], 1)
         return owner, left >= np.maximum(MIN_VISIBLE * area, 1)
 
     def _render(self, owner: np.ndarray, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """uint8 images and masks from the owner of every sample."""
-        n, most, R = len(drawn), drawn.shape[1], self.size
+        n, most = drawn.shape[:2]
         palette = np.zeros((n, most + 1, 3), np.float32)
         palette[:, 1:] = _rgb(drawn[:, :, 4], drawn[:, :, 5], drawn[:, :, 6])
-        samples = owner.reshape(n, R, 2, R, 2).transpose(0, 1, 3, 2, 4).reshape(n, R * R, 4)
-        colours = palette[np.arange(n)[:, None, None], samples].mean(2)
-        votes = np.stack([(samples == label).sum(-1) for label in range(most + 1)], -1)
-        masks = votes.argmax(-1)
-        return (colours * 255 + 0.5).astype(np.uint8).reshape(n, R, R, 3), masks.astype(np.uint8).reshape(n, R, R)
+        samples = np.stack([owner[:, y::2, x::2] for y in (0, 1) for x in (0, 1)])  # [4, n, R, R]
+        colours = sum(palette[np.arange(n)[:, None, None], part] for part in samples) / 4
+        votes = np.stack([(samples == label).sum(0, dtype=np.uint8) for label in range(most + 1)])
+        return (colours * 255 + 0.5).astype(np.uint8), votes.argmax(0).astype(np.uint8)
 
 
 def _rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
