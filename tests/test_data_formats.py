@@ -20,7 +20,7 @@ from fastslots.data import SpritesDataset, open_dataset
 from fastslots.data.check import check
 from fastslots.data.open import pack
 from fastslots.data.packed import PackedDataset
-from fastslots.data.tfrecord import masked_crc, parse_example, read_records
+from fastslots.data.tfrecord import Records, masked_crc, parse_example
 from fastslots.errors import UserError
 
 CLEVR = os.environ.get("FASTSLOTS_CLEVR")
@@ -118,7 +118,7 @@ def test_hdf5(tmp_path):
         file["image"], file["mask"], file["x"] = IMAGES, MASKS[..., None], FACTORS["x"]
         file["num_actual_objects"] = (FACTORS["shape"] > 0).sum(1, keepdims=True)
     dataset = open_dataset(tmp_path / "anything")
-    same_scenes(dataset, "object-centric-library HDF5")
+    same_scenes(dataset, "multi-object set (object-centric-library HDF5)")
     assert len(open_dataset(tmp_path / "anything", max_objects=2)) == (dataset.objects <= 2).sum()
 
 
@@ -146,7 +146,8 @@ def test_clevr_v1(tmp_path):
     assert dataset.info.kind == "CLEVR v1.0" and dataset.info.size == 128 and dataset.objects.tolist() == [3]
     red = dataset[0]["image"][0, :, 0].astype(float)  # columns 112..368 of 480, halved by the ramp: 56..184
     assert abs(red[0] - 56) <= 1 and abs(red[-1] - 183.5) <= 1
-    assert dataset[0]["factors"]["3d_coords"].shape == (3, 3)
+    factors = dataset[0]["factors"]
+    assert factors["3d_coords"].tolist() == [[0, 0, 0], *[[1, 2, 3]] * 3] and factors["rotation"].shape == (4,)
     with pytest.raises(UserError, match="lies outside the data folder"):
         open_dataset(clevr_folder(tmp_path / "b", "../../../etc/passwd"))
 
@@ -166,7 +167,7 @@ def test_packed_and_source_give_the_same_bits_in_the_same_order(tmp_path):
 
 
 def test_pack_continues_after_a_kill(tmp_path, monkeypatch):
-    monkeypatch.setattr("fastslots.data.packed.FLUSH_EVERY", 2)
+    monkeypatch.setattr("fastslots.data.packing.FLUSH_EVERY", 2)
     source = write_tfrecord(tmp_path / "x")
     pack(source, tmp_path / "whole")
 
@@ -182,10 +183,15 @@ def test_pack_continues_after_a_kill(tmp_path, monkeypatch):
         pack(source, tmp_path / "part")
     assert not (tmp_path / "part").exists()
     assert json.loads((tmp_path / "part.partial" / "progress.json").read_text())["done"] == 4
-    monkeypatch.undo()
+    parsed = []
+    monkeypatch.setattr("fastslots.data.open._Progress.__call__", lambda self, done: parsed.append(done))
     pack(source, tmp_path / "part")
-    for name in ("images.u8", "masks.u8", "objects.u8"):
-        assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert parsed == [5, 6, 7, 8]  # goes on where it was, and does not begin again
+    assert sorted(p.name for p in (tmp_path / "part").iterdir()) == sorted(
+        p.name for p in (tmp_path / "whole").iterdir()
+    )
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "part" / path.name).read_bytes() == path.read_bytes()
     assert not (tmp_path / "part.partial").exists()
 
 
@@ -232,7 +238,7 @@ def test_every_flipped_bit_is_noticed(tmp_path_factory, place, bit):
     path = tmp_path_factory.mktemp("flip") / "x.tfrecord"
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"record \d+ "):
-        for payload in read_records(path):
+        for payload in Records(path):
             parse_example(payload)
 
 
@@ -261,7 +267,8 @@ class Bomb:
         (lambda p: np.savez(p, np.full((2, 8, 8, 3), 7.0)), r"arr_0\[0\] has values from 7 to 7"),
         (lambda p: p.write_bytes(b"PK\x03\x04 nonsense"), "cannot be read"),
         (lambda p: p.write_bytes(b"\x89HDF\r\n\x1a\n nonsense"), "cannot be read as HDF5"),
-        (lambda p: p.write_bytes(pickle.dumps([1])), "not recognised; known are"),
+        (lambda p: p.write_bytes(pickle.dumps([1])), "looks like a pickle .* never loaded"),
+        (lambda p: p.write_bytes(b"nonsense"), "not recognised; known are"),
         (lambda p: p.write_bytes(b""), "not recognised"),
         (lambda p: p.write_bytes(frame(example({"image": b"abc"}))), "image and mask of 3 and 0 values are none of"),
         (lambda p: None, "no such file"),

@@ -17,6 +17,7 @@ def add_parser(commands) -> None:
     check = actions.add_parser("check", help="say what a data set is and what looks wrong")
     check.add_argument("path", metavar="PATH", type=Path)
     _add_shape(check)
+    check.add_argument("--quick", action="store_true", help="read the first scenes alone (default: all, kept decoded)")
     check.add_argument("--json", action="store_true", help="print one JSON object")
     check.set_defaults(run=_check)
 
@@ -50,7 +51,7 @@ def _shape(args: argparse.Namespace) -> dict[str, int | None]:
 def _check(args: argparse.Namespace) -> int:
     from fastslots.data.check import check
 
-    report = check(args.path, **_shape(args))
+    report = check(args.path, **_shape(args), quick=args.quick)
     print(json.dumps(dataclasses.asdict(report)) if args.json else report)
     return 0
 
@@ -59,8 +60,6 @@ def _pack(args: argparse.Namespace) -> int:
     from fastslots.data.open import pack
     from fastslots.data.packed import PackedDataset
 
-    if not args.source.exists():
-        raise UserError(f"{args.source}: no such file or folder")
     _free(args.out)
     pack(args.source, args.out, **_shape(args))
     print(PackedDataset(args.out).info)
@@ -68,7 +67,8 @@ def _pack(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from fastslots.data.packed import PackedDataset, write_packed
+    from fastslots.data.packed import PackedDataset
+    from fastslots.data.packing import write_packed
     from fastslots.data.scene import Scene
     from fastslots.data.sprites import SpritesDataset
 
@@ -79,15 +79,15 @@ def _generate(args: argparse.Namespace) -> int:
         raise UserError(f"--count, --size or --objects: {error} (--objects is A-B, e.g. 2-4)") from None
     _free(args.out)
 
-    def scenes():
-        for start in range(0, args.count, 256):
+    def scenes(done: int):
+        for start in range(done, args.count, 256):
             images, masks, factors = dataset.scenes(range(start, min(start + 256, args.count)))
             for i in range(len(images)):
                 objects = int((factors["shape"][i] > 0).sum())
                 yield Scene(images[i], masks[i], objects, {name: values[i] for name, values in factors.items()})
 
     settings = {"seed": args.seed, "size": args.size, "objects": args.objects, "count": args.count}
-    write_packed(args.out, scenes(), "generated sprites", f"seed {args.seed}", False, settings)
+    write_packed(args.out, scenes, "generated sprites", f"seed {args.seed}", settings)
     print(PackedDataset(args.out).info)
     return 0
 

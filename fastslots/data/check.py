@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import tempfile
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from fastslots.data.open import open_dataset
-from fastslots.data.packed import UNKNOWN, DatasetInfo, is_packed
+from fastslots.data.open import open_dataset, pack
+from fastslots.data.packed import UNKNOWN, DatasetInfo, PackedDataset, is_packed
 from fastslots.data.splits import split_indices
 from fastslots.errors import UserError
 
 SAMPLE = 1_000  # images whose pixels are looked at
+QUICK = 500  # scenes that --quick reads
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Report:
     labels: int  # highest mask label seen
     sampled: int
     splits: str
+    quick: bool  # only the first scenes were read
     warnings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -43,19 +46,38 @@ class Report:
             "fingerprint": info.digest,
         }
         text = "\n".join(f"{name:<12} {value}" for name, value in lines.items())
+        if self.quick:
+            text += f"\n(the first {info.total:,} scenes alone were read: damage further on would not be seen)"
         if self.sampled < info.count:
             text += f"\n(colours and labels of {self.sampled:,} images, evenly spaced)"
         return "\n".join([text, *(f"warning: {warning}" for warning in self.warnings)])
 
 
-def check(path: str | Path, max_objects: int | None = None, size: int | None = None) -> Report:
-    """Open a data set as training would and look at it; UserError where training would refuse it."""
-    dataset = open_dataset(path, max_objects, size)
-    info = dataset.info
-    if is_packed(Path(path)):
-        dataset.verify()
+def check(path: str | Path, max_objects: int | None = None, size: int | None = None, quick: bool = False) -> Report:
+    """Open a data set as training would and look at it.
+
+    Args:
+        max_objects, size: as in ``open_dataset``. quick: read the first ``QUICK`` scenes alone and keep nothing;
+            without it the whole set is read, and what training will map is kept.
+
+    Raises:
+        UserError: where training would refuse the data.
+    """
+    path = Path(path)
+    if not quick or is_packed(path):
+        dataset = open_dataset(path, max_objects, size)
+        if is_packed(path):
+            dataset.verify()
+        return _look(dataset, dataset.info, max_objects, False)
+    with tempfile.TemporaryDirectory(prefix="fastslots-") as folder:
+        pack(path, Path(folder) / "head", size, first=QUICK)
+        dataset = PackedDataset(Path(folder) / "head", max_objects, str(path))
+        return _look(dataset, dataset.info, max_objects, dataset.info.total == QUICK)
+
+
+def _look(dataset: PackedDataset, info: DatasetInfo, max_objects: int | None, quick: bool) -> Report:
     if not len(dataset):
-        raise UserError(f"{path}: no scene has at most {max_objects} objects: raise --max_objects")
+        raise UserError(f"{info.path}: no scene has at most {max_objects} objects: raise --max_objects")
     rows = np.unique(np.linspace(0, len(dataset) - 1, min(SAMPLE, len(dataset))).astype(int))
     images, masks = dataset.batch(rows)
     counts = dataset.objects[dataset.objects != UNKNOWN]
@@ -64,21 +86,33 @@ def check(path: str | Path, max_objects: int | None = None, size: int | None = N
     objects = {int(k): int(n) for k, n in zip(values, scenes, strict=True)}
     colour = tuple(float(c) for c in images.mean((0, 1, 2)))
     std, labels = float(images.std((1, 2, 3)).mean()), 0 if masks is None else int(masks.max())
-    splits = str(split_indices(len(dataset), info.published_split))
-    warnings = _warnings(info, objects, std, images, masks, max_objects)
-    return Report(info, objects, colour, std, labels, len(rows), splits, warnings)
+    splits = "of the whole set" if quick else str(split_indices(len(dataset), info.published_split))
+    warnings = _warnings(info, objects, std, images, masks)
+    if masks is not None:
+        beyond = masks.max((1, 2)) > dataset.scene_objects(rows)
+        if beyond.any():
+            first = int(rows[beyond.argmax()])
+            warnings.append(
+                f"{int(beyond.sum())} of {len(rows)} masks have labels above the scene's number of objects "
+                f"(first: image {first}, label {int(masks[beyond][0].max())}): expected 1, 2, ... and 0 = background"
+            )
+    if quick:
+        info = replace(info, digest="of the whole set")
+    elif len(dataset) < 20:
+        warnings.append("under 20 images: evaluation uses the training images")
+    return Report(info, objects, colour, std, labels, len(rows), splits, quick, warnings)
 
 
-def _warnings(info, objects, std, images, masks, max_objects) -> list[str]:
+def _warnings(
+    info: DatasetInfo, objects: dict[int, int], std: float, images: np.ndarray, masks: np.ndarray | None
+) -> list[str]:
     found = []
     if info.kind == "CLEVR v1.0":
         found.append("another render than CLEVR with masks, and without masks: results are not comparable")
-    if info.kind.startswith("CLEVR with masks") and not max_objects and max(objects, default=0) > 6:
+    if info.kind.startswith("CLEVR with masks") and max(objects, default=0) > 6:
         found.append("scenes with more than 6 objects (CLEVR10): published results are of CLEVR6, --max_objects 6")
     if std < 1 or (len(images) > 1 and (images == images[:1]).all()):
         found.append("the images are (almost) all equal or of one colour")
     if masks is not None and not masks.any():
         found.append("every mask is background")
-    if len(images) < 20:
-        found.append("under 20 images: evaluation uses the training images")
     return found

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from fastslots.data.npz import to_uint8
+from fastslots.data.npz import to_labels, to_uint8
 from fastslots.data.scene import Scene
 from fastslots.errors import UserError
 
 MAGIC = b"\x89HDF\r\n\x1a\n"
+ROWS = 64  # read at once: chunks hold several rows, and each read decodes whole chunks
 _NOT_FACTORS = ("image", "mask", "num_actual_objects")
 
 
@@ -25,34 +27,48 @@ class Hdf5Reader:
             raise UserError(f"{path} is HDF5, which needs h5py: pip install 'fastslots[hdf5]'") from None
         self._path = path
         try:
-            self._file = h5py.File(path, "r")
-        except OSError as error:
+            file = h5py.File(path, "r")
+            # Links and storage in other files could name anything on this machine: such data sets count as missing.
+            own = [name for name in file if isinstance(file.get(name, getlink=True), h5py.HardLink)]
+            self._sets: dict[str, Any] = {name: file[name] for name in own if isinstance(file[name], h5py.Dataset)}
+            self._sets = {name: s for name, s in self._sets.items() if not s.external and not s.is_virtual}
+        except (OSError, RuntimeError, KeyError, ValueError) as error:
             raise UserError(f"{path} cannot be read as HDF5 ({error}): download it again") from None
-        if "image" not in self._file or self._file["image"].ndim != 4:
-            raise UserError(f"{path}: no data set 'image' [N, H, W, 3] (it has {', '.join(self._file)})")
-        images = self._file["image"]
-        self.count, self.native = len(images), images.shape[1:3]
-        height, width = self.native
-        self.crop = (height, width) == (240, 320)
-        if "mask" in self._file and self._file["mask"].shape[:3] != images.shape[:3]:
-            shape = list(self._file["mask"].shape)
-            raise UserError(f"{path}: mask has shape {shape}, expected {[*images.shape[:3], 1]}")
-        name = "CLEVR" if {"material", "size"} <= set(self._file) and self.crop else "multi-object set"
-        self.kind = f"object-centric-library HDF5 ({name}, {height} x {width})"
+        images = self._sets.get("image")
+        if images is None or images.ndim != 4 or images.shape[3] not in (1, 3) or not len(images):
+            raise UserError(f"{path}: no data set 'image' [N, H, W, 3] (it has {', '.join(self._sets)})")
+        self._count, height, width, _ = images.shape
+        self.native = (height, width)
+        mask = self._sets.get("mask")
+        if mask is not None and mask.shape not in (images.shape[:3], (*images.shape[:3], 1)):
+            raise UserError(f"{path}: mask has shape {list(mask.shape)}, expected {[*images.shape[:3], 1]}")
+        self.crop = self.native == (240, 320)
+        name = "CLEVR with masks" if self.crop and {"material", "size"} <= set(self._sets) else "multi-object set"
+        self.kind = f"{name} (object-centric-library HDF5)"
 
-    def scenes(self) -> Iterator[Scene]:
-        file = self._file
-        columns = [key for key in file if key not in _NOT_FACTORS and file[key].shape[:1] == (self.count,)]
-        for i in range(self.count):
+    def share(self, done: int) -> float:
+        return done / self._count
+
+    def scenes(self, start: int = 0) -> Iterator[Scene]:
+        names = [n for n, s in self._sets.items() if s.shape[:1] == (self._count,) and s.dtype.kind in "iufb"]
+        for first in range(start, self._count, ROWS):
+            last = min(first + ROWS, self._count)
             try:
-                image = to_uint8(file["image"][i], f"{self._path}: image[{i}]")
-                mask = file["mask"][i].reshape(image.shape[:2]) if "mask" in file else None
-                factors = {key: np.asarray(file[key][i]) for key in columns if file[key].dtype.kind in "iufb"}
-                actual = int(file["num_actual_objects"][i].item()) if "num_actual_objects" in file else None
-            except OSError as error:
-                raise UserError(f"{self._path}: row {i} cannot be read ({error}): download the file again") from None
-            if mask is not None and (mask.min() < 0 or mask.max() > 255):
-                raise UserError(f"{self._path}: mask[{i}] has labels outside 0..255")
-            if actual is None and mask is not None:
-                actual = len(np.unique(mask[mask > 0]))
-            yield Scene(image, None if mask is None else mask.astype(np.uint8), actual, factors)
+                rows = {name: self._sets[name][first:last] for name in names}
+            except (OSError, RuntimeError, MemoryError) as error:
+                raise UserError(
+                    f"{self._path}: rows {first} to {last} cannot be read ({error}): download the file again"
+                ) from None
+            for i in range(last - first):
+                yield self._scene({name: values[i] for name, values in rows.items()}, first + i)
+
+    def _scene(self, row: dict[str, np.ndarray], index: int) -> Scene:
+        image = to_uint8(row["image"], f"{self._path}: image[{index}]")
+        mask, objects = None, None
+        if "mask" in row:
+            mask = to_labels(row["mask"].reshape(self.native), f"{self._path}: mask[{index}]")
+            objects = len(np.unique(mask[mask > 0]))
+        if "num_actual_objects" in row and row["num_actual_objects"].size == 1:
+            objects = int(row["num_actual_objects"].item())
+        factors = {name: np.asarray(value) for name, value in row.items() if name not in _NOT_FACTORS}
+        return Scene(image.repeat(3, 2) if image.shape[2] == 1 else image, mask, objects, factors)

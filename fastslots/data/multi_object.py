@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fastslots.data.scene import Scene, labels_of
-from fastslots.data.tfrecord import parse_example, read_records
+from fastslots.data.tfrecord import Records, parse_example
 from fastslots.errors import UserError
 
 SKIPPED = ("image", "mask")
@@ -43,11 +43,11 @@ class MultiObjectReader:
     """One of the layouts above, told by the sizes of its first image and mask."""
 
     published_split = False
-    count = None
 
     def __init__(self, path: Path):
         self._path = path
-        first = next(self._examples(), None)
+        self._records = Records(path)
+        first = next(self._examples(0), None)
         if first is None:
             raise UserError(f"{path}: holds no record: download the file again")
         sizes = tuple(len(first.get(name, ())) for name in SKIPPED)
@@ -59,38 +59,58 @@ class MultiObjectReader:
         self.kind, self.crop = self._layout.kind, self._layout.crop
         self.native = self._layout.image[:2]
 
-    def _examples(self) -> Iterator[dict[str, np.ndarray]]:
-        for index, payload in enumerate(read_records(self._path)):
-            try:
-                yield parse_example(payload)
-            except (ValueError, KeyError, UnicodeDecodeError) as error:
-                raise UserError(f"{self._path}: record {index} is no tf.train.Example ({error})") from None
+    def share(self, done: int) -> float:
+        return self._records.share
 
-    def scenes(self) -> Iterator[Scene]:
+    def _examples(self, start: int) -> Iterator[dict[str, np.ndarray]]:
+        """Records from ``start`` on; those before it are read, since GZIP has no random access, but not parsed."""
+        self._records.close()
+        self._records = Records(self._path)
+        for index, payload in enumerate(self._records):
+            if index >= start:
+                try:
+                    yield parse_example(payload)
+                except (ValueError, KeyError, UnicodeDecodeError) as error:
+                    raise UserError(
+                        f"{self._path}: record {index} is no tf.train.Example ({error}): download the file again"
+                    ) from None
+
+    def scenes(self, start: int = 0) -> Iterator[Scene]:
+        for index, features in enumerate(self._examples(start), start):
+            try:
+                yield self._scene(features)
+            except ValueError as error:
+                raise UserError(f"{self._path}: record {index} {error}: download the file again") from None
+
+    def _scene(self, features: dict[str, np.ndarray]) -> Scene:
         layout = self._layout
-        for index, features in enumerate(self._examples()):
-            sizes = tuple(len(features.get(name, ())) for name in SKIPPED)
-            if sizes != layout.sizes:
-                raise UserError(
-                    f"{self._path}: record {index} has image and mask of {sizes[0]} and {sizes[1]} values, "
-                    f"expected {layout.sizes[0]} and {layout.sizes[1]} ({layout.kind})"
-                )
-            image = features["image"].reshape(layout.image)
-            height, width, channels = layout.image
-            if layout.entries_last:
-                entries = features["mask"].reshape(height, width, layout.entries).transpose(2, 0, 1)
-            else:
-                entries = features["mask"].reshape(layout.entries, height, width)
-            visibility = features.get("visibility")
-            present = entries.any((1, 2)) if visibility is None else visibility
-            yield Scene(
-                image.repeat(3, 2) if channels == 1 else image,
-                labels_of(entries),
-                int(present.sum()) - 1,
-                {name: self._factor(value) for name, value in features.items() if name not in SKIPPED},
+        sizes = tuple(len(features.get(name, ())) for name in SKIPPED)
+        if sizes != layout.sizes:
+            raise ValueError(
+                f"has image and mask of {sizes[0]} and {sizes[1]} values, expected {layout.sizes[0]} and "
+                f"{layout.sizes[1]} ({layout.kind})"
             )
+        image = features["image"].reshape(layout.image)
+        height, width, channels = layout.image
+        if layout.entries_last:
+            entries = features["mask"].reshape(height, width, layout.entries).transpose(2, 0, 1)
+        else:
+            entries = features["mask"].reshape(layout.entries, height, width)
+        factors = {name: value for name, value in features.items() if name not in SKIPPED}
+        for name, value in factors.items():
+            if len(value) % layout.entries or not np.isfinite(value).all():
+                raise ValueError(
+                    f"has {len(value)} values of {name} for {layout.entries} entries, or values not finite"
+                )
+        # Without visibility an entry counts as present where its mask has a pixel.
+        present = factors.get("visibility", entries.any((1, 2)))
+        return Scene(
+            image.repeat(3, 2) if channels == 1 else image,
+            labels_of(entries),
+            int(present.sum()) - 1,
+            {name: self._factor(value) for name, value in factors.items()},
+        )
 
     def _factor(self, value: np.ndarray) -> np.ndarray:
         """[entries] or [entries, width]"""
-        wide = len(value) > self._layout.entries and len(value) % self._layout.entries == 0
-        return value.reshape(self._layout.entries, -1) if wide else value
+        return value if len(value) == self._layout.entries else value.reshape(self._layout.entries, -1)

@@ -1,16 +1,77 @@
-"""The authors' arrays: ``arr_0`` images, ``arr_1`` latents, ``arr_2`` label maps."""
+"""The authors' arrays: ``arr_0`` images, ``arr_1`` latents, ``arr_2`` label maps.
+
+Read a row at a time straight from the archive, so memory does not grow with the file, compressed or not; and a header
+that claims more than the archive holds allocates nothing.
+"""
 
 from __future__ import annotations
 
+import math
 import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from fastslots.data.scene import Scene
 from fastslots.errors import UserError
+
+ROWS = 64  # read at once
+MEND = "save plain arrays with numpy.savez"
+
+
+class Member:
+    """One array of an npz: shape and dtype from its header, verified against the archive; rows in order."""
+
+    def __init__(self, path: Path, name: str):
+        self.name = f"{path}: {name}"
+        self._path, self._name = path, f"{name}.npy"
+        try:
+            with zipfile.ZipFile(path) as archive, archive.open(self._name) as file:
+                self.shape, self.dtype = self._header(file)
+                held = archive.getinfo(self._name).file_size - file.tell()
+        except KeyError:
+            raise
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+            raise UserError(f"{self.name} cannot be read ({error}): {MEND}") from None
+        if held != math.prod(self.shape) * self.dtype.itemsize:
+            raise UserError(
+                f"{self.name} holds {held} bytes, its header says {list(self.shape)} of {self.dtype}: {MEND}"
+            )
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def _header(self, file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+        if dtype.hasobject:
+            raise ValueError("it holds pickled objects, which are never loaded")
+        if fortran and len(shape) > 1:
+            raise ValueError("it is in Fortran order")
+        if not shape or not shape[0]:
+            raise ValueError(f"its shape is {list(shape)}")
+        return shape, dtype
+
+    def rows(self, start: int = 0) -> Iterator[np.ndarray]:
+        """Rows from ``start`` on. UserError where the archive is damaged (its CRC-32 is verified at the end)."""
+        width = math.prod(self.shape[1:]) * self.dtype.itemsize
+        try:
+            with zipfile.ZipFile(self._path) as archive, archive.open(self._name) as file:
+                self._header(file)
+                file.seek(start * width, 1)
+                for first in range(start, len(self), ROWS):
+                    rows = min(ROWS, len(self) - first)
+                    data = file.read(rows * width)
+                    yield from np.frombuffer(data, self.dtype).reshape(rows, *self.shape[1:])
+                file.read(1)  # the end, where zipfile compares checksums
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{self.name} is damaged ({error}): download or save the file again") from None
 
 
 class NpzReader:
@@ -20,53 +81,47 @@ class NpzReader:
 
     def __init__(self, path: Path):
         self._path = path
-        self._images = self._required("arr_0")
-        if self._images.ndim != 4 or self._images.shape[3] not in (1, 3) or not len(self._images):
-            shape = list(self._images.shape)
-            raise UserError(f"{path}: arr_0 has shape {shape}, expected images [N, R, R, 3]")
-        self._masks = self._member("arr_2")
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = [name.removesuffix(".npy") for name in archive.namelist()]
+        except (zipfile.BadZipFile, OSError) as error:
+            raise UserError(f"{path} cannot be read as npz ({error}): download or save the file again") from None
+        if "arr_0" not in names:
+            found = ", ".join(names)
+            raise UserError(f"{path}: no member arr_0 (it has {found}): expected arr_0 images, arr_2 label maps")
+        members = [Member(path, name) if name in names else None for name in ("arr_0", "arr_1", "arr_2")]
+        images, self._latents, self._masks = members
+        assert images is not None
+        shape = images.shape
+        if len(shape) != 4 or shape[3] not in (1, 3):
+            raise UserError(f"{path}: arr_0 has shape {list(shape)}, expected images [N, R, R, 3]")
         if self._masks is not None:
-            if self._masks.ndim == 4 and self._masks.shape[3] == 1:
-                self._masks = self._masks[..., 0]
-            if self._masks.shape != self._images.shape[:3]:
-                shapes = f"{list(self._masks.shape)}, arr_0 {list(self._images.shape)}"
+            if self._masks.shape not in (shape[:3], (*shape[:3], 1)):
+                shapes = f"{list(self._masks.shape)}, arr_0 {list(shape)}"
                 raise UserError(f"{path}: arr_2 has shape {shapes}: expected label maps [N, R, R] or [N, R, R, 1]")
             if self._masks.dtype.kind not in "iub":
                 raise UserError(f"{path}: arr_2 holds {self._masks.dtype}, expected integer labels")
-        self._latents = self._member("arr_1")
-        if self._latents is not None and len(self._latents) != len(self._images):
-            raise UserError(f"{path}: arr_1 has {len(self._latents)} rows for {len(self._images)} images")
-        self.count, self.native = len(self._images), self._images.shape[1:3]
+        if self._latents is not None and len(self._latents) != len(images):
+            raise UserError(f"{path}: arr_1 has {len(self._latents)} rows for {len(images)} images: leave it out")
+        self._images, self.native = images, shape[1:3]
 
-    def _member(self, name: str) -> np.ndarray | None:
-        try:
-            with np.load(self._path, allow_pickle=False) as file:
-                self._names = file.files
-                return file[name] if name in file else None
-        except (ValueError, zipfile.BadZipFile, zlib.error, OSError, EOFError, MemoryError) as error:
-            what = "holds pickled objects, which are never loaded" if "pickle" in str(error) else str(error)
-            raise UserError(
-                f"{self._path}: {name} cannot be read ({what}): save plain arrays with numpy.savez"
-            ) from None
+    def share(self, done: int) -> float:
+        return done / len(self._images)
 
-    def _required(self, name: str) -> np.ndarray:
-        member = self._member(name)
-        if member is None:
-            names = ", ".join(self._names)
-            raise UserError(f"{self._path}: no member {name} (it has {names}): expected arr_0 images, arr_2 label maps")
-        return member
-
-    def scenes(self) -> Iterator[Scene]:
-        for i in range(self.count):
-            image = to_uint8(self._images[i], f"{self._path}: arr_0[{i}]")
+    def scenes(self, start: int = 0) -> Iterator[Scene]:
+        latents = self._latents.rows(start) if self._latents else None
+        masks = self._masks.rows(start) if self._masks else None
+        for i, row in enumerate(self._images.rows(start), start):
+            image = to_uint8(row, f"{self._path}: arr_0[{i}]")
             mask, objects = None, None
-            if self._masks is not None:
-                labels = self._masks[i].astype(np.int64)
-                if labels.min() < 0 or labels.max() > 255:
-                    raise UserError(f"{self._path}: arr_2[{i}] has labels outside 0..255")
-                mask, objects = labels.astype(np.uint8), len(np.unique(labels[labels > 0]))
-            factors = {} if self._latents is None else {"latents": self._latents[i]}
+            if masks is not None:
+                mask = to_labels(next(masks).reshape(self.native), f"{self._path}: arr_2[{i}]")
+                objects = len(np.unique(mask[mask > 0]))
+            factors = {} if latents is None else {"latents": next(latents)}
             yield Scene(image.repeat(3, 2) if image.shape[2] == 1 else image, mask, objects, factors)
+        for others in (latents, masks):
+            if others is not None:
+                next(others, None)  # to the end, where checksums are compared
 
 
 def to_uint8(image: np.ndarray, name: str) -> np.ndarray:
@@ -80,3 +135,12 @@ def to_uint8(image: np.ndarray, name: str) -> np.ndarray:
     if image.min() < 0 or image.max() > 1:
         raise UserError(f"{name} has values from {image.min():.3g} to {image.max():.3g}: expected floats in [0, 1]")
     return (image * 255 + 0.5).astype(np.uint8)
+
+
+def to_labels(mask: np.ndarray, name: str) -> np.ndarray:
+    """Integer labels as uint8. UserError names the map with labels outside 0..255."""
+    if mask.dtype.kind not in "iub":
+        raise UserError(f"{name} holds {mask.dtype}: expected integer labels")
+    if mask.min() < 0 or mask.max() > 255:
+        raise UserError(f"{name} has labels from {mask.min()} to {mask.max()}: expected 0 (background) to 255")
+    return mask.astype(np.uint8)

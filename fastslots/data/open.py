@@ -11,10 +11,12 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastslots.data.packed import PackedDataset, is_packed, write_packed
+from fastslots.data.packed import VERSION, PackedDataset, is_packed
+from fastslots.data.packing import write_packed
 from fastslots.data.scene import Reader, Scene, default_size, preprocess
 from fastslots.errors import UserError
 
@@ -22,6 +24,10 @@ KNOWN = (
     "npz in the authors' layout, TFRecord of multi_object_datasets, CLEVR v1.0 folder, object-centric-library HDF5, "
     "folder of images, `fastslots data pack` folder"
 )
+
+
+PREPROCESSING = 1
+"""Raised when crop or resize change, so that no cache made before is taken for one made after."""
 
 
 def open_dataset(path: str | Path, max_objects: int | None = None, size: int | None = None) -> PackedDataset:
@@ -39,9 +45,8 @@ def open_dataset(path: str | Path, max_objects: int | None = None, size: int | N
         UserError: naming file (record, member) and mend.
     """
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
-    if path.is_dir() and is_packed(path):
+    _check_arguments(path, max_objects, size)
+    if is_packed(path):
         dataset = PackedDataset(path, max_objects)
         if size not in (None, dataset.info.size):
             raise UserError(
@@ -58,41 +63,77 @@ def open_dataset(path: str | Path, max_objects: int | None = None, size: int | N
     return PackedDataset(folder, max_objects, str(path))
 
 
-def pack(path: Path, folder: Path, size: int | None = None, max_objects: int | None = None) -> None:
-    """Decode, crop and resize a data set into a packed folder, with progress on stderr."""
+def pack(
+    path: str | Path, folder: Path, size: int | None = None, max_objects: int | None = None, first: int | None = None
+) -> None:
+    """Decode, crop and resize a data set (``first``: only so many scenes) into a packed folder, with progress."""
+    path = Path(path)
+    _check_arguments(path, max_objects, size)
+    if is_packed(path):
+        raise UserError(f"{path} is packed already: train on it, or pack the data set that it was made from")
     reader = recognise(path)
-    _pack(reader, path, folder, size or default_size(reader), max_objects)
+    _pack(reader, path, folder, size or default_size(reader), max_objects, first)
 
 
-def _pack(reader: Reader, path: Path, folder: Path, side: int, max_objects: int | None) -> None:
-    def kept() -> Iterator[Scene]:
-        for scene in reader.scenes():
-            if max_objects:
-                if scene.objects is None:
-                    raise UserError(f"{path}: nothing tells how many objects its scenes have: leave out --max_objects")
-                if scene.objects > max_objects:
-                    continue
-            yield preprocess(scene, reader.crop, side)
+def _check_arguments(path: Path, max_objects: int | None, size: int | None) -> None:
+    try:
+        there = path.exists()
+    except (OSError, ValueError) as error:  # too long a name, a null byte
+        raise UserError(f"{str(path)!r} is no path ({error})") from None
+    if not there:
+        raise UserError(f"{path}: no such file or folder")
+    if size is not None and not 1 <= size <= 4096:
+        raise UserError(f"{path}: a side of {size} pixels is asked for: give 1 to 4096")
+    if max_objects is not None and max_objects < 0:
+        raise UserError(f"{path}: at most {max_objects} objects are asked for: give at least 1, or 0 for no limit")
 
-    progress = _Progress(reader.count)
-    settings: dict[str, object] = {"size": side, "max_objects": max_objects, "stamp": _stamp(path)}
-    write_packed(folder, kept(), reader.kind, str(path), reader.published_split, settings, progress)
+
+def _pack(
+    reader: Reader, path: Path, folder: Path, side: int, max_objects: int | None, first: int | None = None
+) -> None:
+    def scenes(start: int) -> Iterator[Scene | None]:
+        for index, scene in enumerate(reader.scenes(start), start):
+            if index == first:
+                return
+            if max_objects and scene.objects is None:
+                raise UserError(f"{path}: nothing tells how many objects its scenes have: leave out --max_objects")
+            try:
+                yield preprocess(scene, reader.crop, side) if not max_objects or scene.objects <= max_objects else None
+            except ValueError as error:
+                raise UserError(f"{path}: scene {index}: {error}: remove it") from None
+
+    settings = {"size": side, "max_objects": max_objects, "stamp": _stamp(path)}
+    settings |= {"preprocessing": PREPROCESSING, "first": first}
+    progress = _Progress(reader)
+    write_packed(folder, scenes, reader.kind, str(path), settings, reader.published_split, progress)
     progress.end()
 
 
 def recognise(path: Path) -> Reader:
     """The reader of a file or folder, chosen by what is in it. UserError where nothing known is."""
-    if path.is_dir():
-        from fastslots.data.pictures import ClevrReader, FolderReader
+    try:
+        return _recognise_folder(path) if path.is_dir() else _recognise_file(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): check its permissions") from None
 
-        if ClevrReader.recognises(path):
-            return ClevrReader(path)
-        if any(path.glob("*.mdb")):
-            raise UserError(f"{path} is an LMDB of pickles, which are never loaded: convert it to npz or HDF5")
-        folder = FolderReader(path)
-        if folder.count:
-            return folder
-        raise UserError(f"{path}: holds no images and no data set that is known ({KNOWN})")
+
+def _recognise_folder(path: Path) -> Reader:
+    from fastslots.data.pictures import ClevrReader, FolderReader
+
+    if ClevrReader.recognises(path):
+        return ClevrReader(path)
+    if any(path.glob("*.mdb")):
+        raise UserError(f"{path} is an LMDB of pickles, which are never loaded: convert it to npz or HDF5")
+    files = sorted(p.name for p in path.iterdir() if p.suffix in (".tfrecord", ".tfrecords", ".npz", ".hdf5", ".h5"))
+    if files:
+        raise UserError(f"{path} is a folder that holds {', '.join(files[:5])}: name the file itself")
+    folder = FolderReader(path)
+    if folder.count:
+        return folder
+    raise UserError(f"{path}: holds no images and no data set that is known ({KNOWN})")
+
+
+def _recognise_file(path: Path) -> Reader:
     with open(path, "rb") as file:
         head = file.read(8)
     from fastslots.data.hdf5 import MAGIC, Hdf5Reader
@@ -106,12 +147,15 @@ def recognise(path: Path) -> Reader:
         return Hdf5Reader(path)
     if looks_like_tfrecord(read_head(path)) or path.suffix in (".tfrecord", ".tfrecords"):
         return MultiObjectReader(path)
+    if head[:1] == b"\x80" or path.suffix in (".pkl", ".pickle", ".mdb"):
+        raise UserError(f"{path} looks like a pickle or an LMDB of them, which are never loaded: convert it to npz")
     raise UserError(f"{path}: not recognised; known are: {KNOWN}")
 
 
 def cache_folder(path: Path, size: int) -> Path:
+    """Where the decoded form of a file or folder lies: keyed by path, size, time and preprocessing."""
     root = Path(os.environ.get("FASTSLOTS_CACHE") or Path.home() / ".cache" / "fastslots")
-    key = json.dumps([str(path.resolve()), _stamp(path), size])
+    key = json.dumps([str(path.resolve()), _stamp(path), size, PREPROCESSING, VERSION])
     return root / hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
 
 
@@ -122,17 +166,22 @@ def _stamp(path: Path) -> list[int]:
 
 
 class _Progress:
-    """A bar on a terminal; nothing elsewhere."""
+    """A bar on a terminal; elsewhere a line every half minute."""
 
-    def __init__(self, total: int | None):
-        self._total, self._live = total, sys.stderr.isatty()
+    def __init__(self, reader: Reader):
+        self._reader, self._live = reader, sys.stderr.isatty()
+        self._shown = time.monotonic()
 
     def __call__(self, done: int) -> None:
-        if self._live and (done % 16 == 0 or done == self._total):
-            share = done / self._total if self._total else 0.0
-            bar = f"[{'#' * int(30 * share):<30}] {done}/{self._total}" if self._total else f"{done} scenes"
-            print(f"\r{bar}", end="", file=sys.stderr, flush=True)
+        now = time.monotonic()
+        if now - self._shown < (0.2 if self._live else 30):
+            return
+        self._shown = now
+        share = self._reader.share(done)
+        text = f"[{'#' * int(30 * share):<30}] {share:4.0%}, {done:,} scenes"
+        end = "" if self._live else "\n"
+        print(f"{chr(13) if self._live else ''}{text}", end=end, file=sys.stderr, flush=True)
 
     def end(self) -> None:
         if self._live:
-            print(file=sys.stderr)
+            print(f"\r{'':60}\r", end="", file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,6 +15,14 @@ from fastslots.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 MAX_PIXELS = 1 << 26  # a picture that claims more is refused before it is decoded
+# Codes count from 1 in the order of the CLEVR generator's table; 0 = background or no object
+CODES = {
+    "shape": ("cube", "sphere", "cylinder"),
+    "size": ("large", "small"),
+    "material": ("rubber", "metal"),
+    "color": ("gray", "red", "blue", "green", "brown", "purple", "cyan", "yellow"),
+}
+NUMBERS = ("3d_coords", "pixel_coords", "rotation")
 
 
 def read_picture(path: Path) -> np.ndarray:
@@ -21,7 +30,7 @@ def read_picture(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as picture:
             if picture.width * picture.height > MAX_PIXELS:
-                raise UserError(f"{path}: {picture.width} x {picture.height} pixels are more than this reads")
+                raise UserError(f"{path}: {picture.width} x {picture.height} pixels are too many: make it smaller")
             return np.asarray(picture.convert("RGB"))
     except UserError:
         raise
@@ -35,37 +44,69 @@ class ClevrReader:
     kind = "CLEVR v1.0"
     crop = True
     published_split = False
+    native = (320, 480)
 
     def __init__(self, path: Path):
-        self._folder = path
-        self._scenes = []
-        for file in sorted((path / "scenes").glob("CLEVR_*_scenes.json")):
+        self._scenes: list[tuple[Path, Any, int]] = []
+        for file in self.scene_files(path):
             try:
-                scenes = json.loads(file.read_text())["scenes"]
-                self._scenes += [(scene["split"], scene["image_filename"], scene["objects"]) for scene in scenes]
+                for scene in json.loads(file.read_text())["scenes"]:
+                    picture = self._picture(path, scene["split"], scene["image_filename"], file)
+                    self._scenes.append((picture, scene["objects"], len(scene["objects"])))
             except (OSError, ValueError, KeyError, TypeError) as error:
+                if isinstance(error, UserError):
+                    raise
                 raise UserError(f"{file} is no CLEVR scenes file ({error!r}): download it again") from None
-        self.count = len(self._scenes)
-        self.native = (320, 480)
+        if not self._scenes:
+            raise UserError(f"{path}: its scenes files name no scene: download them again")
+        self._entries = 1 + max(objects for *_, objects in self._scenes)
 
     @staticmethod
-    def recognises(path: Path) -> bool:
-        return any((path / "scenes").glob("CLEVR_*_scenes.json"))
+    def scene_files(path: Path) -> list[Path]:
+        return sorted((path / "scenes").glob("CLEVR_*_scenes.json"))
 
-    def scenes(self) -> Iterator[Scene]:
-        root = (self._folder / "images").resolve()
-        for split, name, objects in self._scenes:
-            path = (root / str(split) / str(name)).resolve()
-            if not path.is_relative_to(root):
-                raise UserError(f"{self._folder}: the scenes name {name!r}, which lies outside the data folder")
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        return bool(cls.scene_files(path))
+
+    @staticmethod
+    def _picture(folder: Path, split: str, name: str, file: Path) -> Path:
+        """Judged by name alone, so that ``images`` may be a link to another disk."""
+        if any(part in ("", ".", "..") or "/" in part or "\\" in part or "\0" in part for part in (split, name)):
+            raise UserError(f"{file} names {split}/{name}, which lies outside the data folder: mend that name")
+        return folder / "images" / split / name
+
+    def share(self, done: int) -> float:
+        return done / len(self._scenes)
+
+    def scenes(self, start: int = 0) -> Iterator[Scene]:
+        for path, objects, count in self._scenes[start:]:
             if not path.is_file():
                 raise UserError(f"{path}: no such file, though the scenes name it: download the images again")
-            factors = {key: np.array([o[key] for o in objects]) for key in ("3d_coords", "rotation") if objects}
-            yield Scene(read_picture(path), None, len(objects), factors)
+            try:
+                factors = self._factors(objects)
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise UserError(
+                    f"{path}: its objects in the scenes file are malformed ({error!r}): mend them"
+                ) from None
+            yield Scene(read_picture(path), None, count, factors)
+
+    def _factors(self, objects: Any) -> dict[str, np.ndarray]:
+        """[entries] or [entries, 3] each, in the layout of CLEVR with masks: entry 0 is the background."""
+        factors = {}
+        for name, words in CODES.items():
+            factors[name] = np.zeros(self._entries, np.uint8)
+            for entry, thing in enumerate(objects, 1):
+                factors[name][entry] = words.index(thing[name]) + 1 if name in thing else 0
+        for name in NUMBERS:
+            factors[name] = np.zeros((self._entries, *[3] * (name != "rotation")), np.float32)
+            for entry, thing in enumerate(objects, 1):
+                factors[name][entry] = thing.get(name, 0)
+        return factors
 
 
 class FolderReader:
-    """Every picture below a folder, in the order of its names."""
+    """Every picture below a folder, in the order of its names; hidden files are left out."""
 
     kind = "folder of images"
     crop = False
@@ -73,9 +114,13 @@ class FolderReader:
 
     def __init__(self, path: Path):
         self._paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        self._paths = [p for p in self._paths if not any(part[0] == "." for part in p.relative_to(path).parts)]
         self.count = len(self._paths)
         self.native = read_picture(self._paths[0]).shape[:2] if self._paths else (0, 0)
 
-    def scenes(self) -> Iterator[Scene]:
-        for path in self._paths:
+    def share(self, done: int) -> float:
+        return done / self.count
+
+    def scenes(self, start: int = 0) -> Iterator[Scene]:
+        for path in self._paths[start:]:
             yield Scene(read_picture(path), None, None)

@@ -37,7 +37,13 @@ class Reader(Protocol):
     @property
     def native(self) -> tuple[int, int]: ...  # height and width on disk (of the first scene, where they differ)
 
-    def scenes(self) -> Iterator[Scene]: ...
+    def scenes(self, start: int = 0) -> Iterator[Scene]:
+        """Scenes in order, from scene ``start`` on."""
+        ...
+
+    def share(self, done: int) -> float:
+        """How much of the set has been read after ``done`` scenes, 0 to 1."""
+        ...
 
 
 def default_size(reader: Reader) -> int:
@@ -45,7 +51,10 @@ def default_size(reader: Reader) -> int:
 
 
 def preprocess(scene: Scene, crop: bool, size: int) -> Scene:
-    """Crop to a square and resize: images bilinearly (antialiased), masks by nearest neighbour."""
+    """Crop to a square and resize: images bilinearly (antialiased), masks by nearest neighbour.
+
+    Raises ValueError where CLEVR's crop reaches beyond the picture.
+    """
     height, width = scene.image.shape[:2]
     if crop:
         scale = height / 240  # CLEVR v1.0 is larger by 4/3
@@ -53,6 +62,8 @@ def preprocess(scene: Scene, crop: bool, size: int) -> Scene:
         top, bottom = round(CLEVR_CROP[0] * scale), round(CLEVR_CROP[1] * scale)
         half = (CLEVR_CROP[3] - CLEVR_CROP[2]) / 2 * scale
         left, right = round(centre - half), round(centre + half)
+        if left < 0:
+            raise ValueError(f"CLEVR's crop does not fit into {height} x {width} pixels")
     else:
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2

@@ -11,6 +11,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import google_crc32c  # C: a CLEVR scene is 3 MB of payload, which a table in NumPy checks in a second
 import numpy as np
@@ -36,47 +37,73 @@ def looks_like_tfrecord(head: bytes) -> bool:
 def read_head(path: Path) -> bytes:
     """The first bytes of a file, unzipped where it is GZIP; empty where that fails."""
     try:
-        with open_stream(path) as file:
-            return file.read(64)
+        raw, stream = _open(path)
+        with raw:
+            return stream.read(64)
     except (OSError, EOFError, zlib.error):
         return b""
 
 
-def open_stream(path: Path):
-    with open(path, "rb") as file:
-        zipped = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rb") if zipped else open(path, "rb")
+def _open(path: Path) -> tuple[BinaryIO, BinaryIO]:
+    """The file, and the stream of frames in it (the same where it is not GZIP)."""
+    raw = open(path, "rb")
+    zipped = raw.read(2) == b"\x1f\x8b"
+    raw.seek(0)
+    return raw, cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if zipped else raw
 
 
-def read_records(path: Path) -> Iterator[bytes]:
-    """Payloads in order. UserError names a damaged record and where it starts (in the unzipped stream)."""
-    offset = 0
-    with open_stream(path) as file:
-        for index in range(1 << 62):
+class Records:
+    """Iterates over the payloads of a file in order.
 
-            def damaged(what: str, index=index, offset=offset) -> UserError:
-                return UserError(f"{path}: record {index} at byte {offset} is damaged ({what}): {MEND}")
+    Raises UserError that names a damaged record and where it starts (in the unzipped stream).
+    """
 
-            try:
-                head = file.read(12)
-                if not head:
-                    return
-                if len(head) < 12:
-                    raise damaged("the file ends inside its length")
-                if not looks_like_tfrecord(head):
-                    raise damaged("checksum of its length differs")
-                (length,) = struct.unpack("<Q", head[:8])
-                if length > MAX_RECORD:
-                    raise damaged(f"its length is {length} bytes")
-                payload, tail = file.read(length), file.read(4)
-            except (OSError, EOFError, zlib.error) as error:
-                raise damaged(f"GZIP: {error}") from None
-            if len(payload) < length or len(tail) < 4:
-                raise damaged("the file ends inside it")
-            if struct.unpack("<I", tail)[0] != masked_crc(payload):
-                raise damaged("checksum of its payload differs")
+    def __init__(self, path: Path):
+        self._path = path
+        self._raw, self._stream = _open(path)
+        self._size = path.stat().st_size
+
+    @property
+    def share(self) -> float:
+        """How much of the file has been read, 0 to 1."""
+        return self._raw.tell() / max(self._size, 1)
+
+    def close(self) -> None:
+        self._stream.close()
+        self._raw.close()
+
+    def __iter__(self) -> Iterator[bytes]:
+        offset = index = 0
+        while (payload := self._read(index, offset)) is not None:
             yield payload
-            offset += 16 + length
+            offset, index = offset + 16 + len(payload), index + 1
+
+    def _read(self, index: int, offset: int) -> bytes | None:
+        """The next payload; None at the end of the file."""
+
+        def damaged(what: str) -> UserError:
+            return UserError(f"{self._path}: record {index} at byte {offset} is damaged ({what}): {MEND}")
+
+        file = self._stream
+        try:
+            head = file.read(12)
+            if not head:
+                return None
+            if len(head) < 12:
+                raise damaged("the file ends inside its length")
+            if not looks_like_tfrecord(head):
+                raise damaged("checksum of its length differs")
+            (length,) = struct.unpack("<Q", head[:8])
+            if length > (MAX_RECORD if file is not self._raw else min(MAX_RECORD, self._size - offset)):
+                raise damaged(f"its length is {length} bytes, more than there are")
+            payload, tail = file.read(length), file.read(4)
+        except (OSError, EOFError, zlib.error) as error:
+            raise damaged(f"GZIP: {error}") from None
+        if len(payload) < length or len(tail) < 4:
+            raise damaged("the file ends inside it")
+        if struct.unpack("<I", tail)[0] != masked_crc(payload):
+            raise damaged("checksum of its payload differs")
+        return payload
 
 
 # ---- tf.train.Example, a protocol buffer -----------------------------------------------------------------------------
