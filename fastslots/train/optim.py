@@ -1,4 +1,4 @@
-"""The optimiser: torch's own, by name, and its state as named tensors for checkpoints without pickle."""
+"""The optimiser: torch's own by name, or Muon; and its state as named tensors for checkpoints without pickle."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastslots.train.config import TrainConfig, optimizer_class
+from fastslots.train.muon import Muon
 
 MUON_REST = 0.3
 """Share of muon's rate that AdamW gives to what is no matrix: convolutions, biases, norms, the learned queries."""
@@ -21,7 +22,7 @@ class Optimizer:
             # Matrices of Transformers and MLPs; Muon makes their update orthogonal, scaled to the size of Adam's.
             matrices = [p for p in parameters if p.ndim == 2]
             rest = [p for p in parameters if p.ndim != 2]
-            muon = torch.optim.Muon(matrices, lr=config.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+            muon = Muon(matrices, lr=config.lr, weight_decay=decay)
             adamw = torch.optim.AdamW(rest, lr=config.lr, weight_decay=decay, betas=(0.9, 0.99))
             self.parts: list[tuple[torch.optim.Optimizer, float]] = [(muon, 1.0), (adamw, MUON_REST)]
         else:
