@@ -1,0 +1,61 @@
+"""Muon (Jordan et al., 2024): momentum whose matrices are made orthogonal by Newton-Schulz iterations.
+
+torch.optim.Muon does the same one matrix at a time in bf16: 83 ms a step for the 42 small matrices of ``sprites-mini``
+on two CPU threads, most of a training step, and slower still without bf16 units. Here matrices of one shape are
+stacked and iterated together in fp32.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # the published quintic: steep at 0, singular values end in about 0.7..1.2
+ITERATIONS = 5
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """[n, rows, columns] fp32 -> about U Vᵀ of each singular value decomposition, by Newton-Schulz."""
+    a, b, c = COEFFICIENTS
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.transpose(1, 2) if tall else matrices
+    x = x / x.flatten(1).norm(dim=1).clamp_min(1e-7)[:, None, None]
+    for _ in range(ITERATIONS):
+        gram = x @ x.transpose(1, 2)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.transpose(1, 2) if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """For matrices alone. The update is scaled by 0.2·√max(rows, columns), the RMS of Adam's, so rates carry over.
+
+    params: 2-D parameters. lr, momentum (Nesterov), weight_decay (decoupled, times lr) as in torch.optim.Muon.
+    """
+
+    def __init__(self, params: Iterable[Tensor], lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        if any(p.ndim != 2 for group in self.param_groups for p in group["params"]):
+            raise ValueError("Muon takes matrices alone: give the other parameters to another optimiser")
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """Update every matrix that has a gradient. No closure: the gradients are taken as they are."""
+        for group in self.param_groups:
+            momentum, lr = group["momentum"], group["lr"]
+            by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape[p.shape].append(p)
+            for shape, params in by_shape.items():
+                directions = []
+                for p in params:
+                    buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                    buffer.lerp_(p.grad, 1 - momentum)
+                    directions.append(torch.lerp(p.grad, buffer, momentum))
+                update = orthogonalise(torch.stack(directions).float())
+                for p, direction in zip(params, update, strict=True):
+                    p.mul_(1 - lr * group["weight_decay"])
+                    p.add_(direction, alpha=-lr * 0.2 * max(shape) ** 0.5)
