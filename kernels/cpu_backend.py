@@ -46,8 +46,6 @@ set_isa(os.environ.get("FASTSLOTS_ISA") or None)
 
 def why_not(op: str, tensors: Sequence[Tensor]) -> str | None:
     """None when these kernels serve ``op`` on these tensors (in the order of the public call), else the reason."""
-    if op not in _SERVED:
-        return f"{op} has no C++ kernel"
     x = tensors[0]
     if x.device.type != "cpu":
         return f"the tensors are on {x.device}, not on the CPU"
@@ -57,8 +55,8 @@ def why_not(op: str, tensors: Sequence[Tensor]) -> str | None:
     if dtypes not in ({torch.float32}, {torch.float64}):
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         return f"{names}: all tensors must be fp32, or all fp64"
-    heads, slots = tensors[1].shape[1 if op == "cross_attention" else 2 :][:2] if len(tensors) > 1 else (1, 1)
-    heads, slots = (1, tensors[1].shape[2]) if op == "cross_attention" and len(tensors) > 1 else (heads, slots)
+    second = tensors[1].shape if len(tensors) > 1 else (1, 1, 1, 1)
+    heads, slots = (1, second[2]) if op == "cross_attention" else second[2:4]
     if slots > MAX_SLOTS:
         return f"{slots} slots are more than {MAX_SLOTS}"
     if heads * slots > MAX_COLUMNS:
@@ -76,6 +74,114 @@ def _plain(tensor: Tensor | None) -> Tensor | None:
         return None
     tensor = tensor.detach()
     return (tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor).contiguous()
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Detached, last axis contiguous; other strides as they are: heads split from one projection are not copied."""
+    tensor = tensor.detach()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def cross_attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, slot_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """q [B,H,L,d], k, v [B,H,K,d], any strides -> out [B,H,L,d], slot_map [B,L,K]."""
+    out = q.new_empty(q.shape)
+    slot_map = q.new_empty(q.shape[0], q.shape[2], k.shape[2])
+    _kernel("cross_attention", q.dtype)(
+        _isa, _rows(q), _rows(k), _rows(v), [out, slot_map], None, None, _plain(slot_mask), scale,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out, slot_map
+
+
+def cross_attention_bwd(
+    dout: Tensor, dslot_map: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, slot_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> dq, dk, dv, contiguous."""
+    grads = [t.new_empty(t.shape) for t in (q, k, v)]
+    _kernel("cross_attention", q.dtype)(
+        _isa, _rows(q), _rows(k), _rows(v), grads, _rows(dout), _plain(dslot_map), _plain(slot_mask), scale,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return grads[0], grads[1], grads[2]
+
+
+def _layer_fwd(x: Tensor, weights: Sequence[Tensor], slot_mask: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    B, _, K = weights[1].shape
+    y, slot_map = x.new_empty(B, *x.shape[1:]), x.new_empty(B, x.shape[1], K)
+    _kernel("layer", x.dtype)(
+        _isa, _plain(x), [_plain(w) for w in weights], [y, slot_map], None, None, _plain(slot_mask), eps,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y, slot_map
+
+
+def _layer_bwd(
+    dy: Tensor, dslot_map: Tensor, x: Tensor, weights: Sequence[Tensor], slot_mask: Tensor | None, eps: float
+) -> tuple[Tensor, ...]:
+    grads = tuple(t.new_empty(t.shape) for t in (x, *weights))
+    _kernel("layer", x.dtype)(
+        _isa, _plain(x), [_plain(w) for w in weights], list(grads), _plain(dy), _plain(dslot_map), _plain(slot_mask),
+        eps, torch.get_num_threads(),
+    )  # fmt: skip
+    return grads
+
+
+def folded_cross_attention_fwd(
+    x: Tensor, G: Tensor, g: Tensor, U: Tensor, b: Tensor, slot_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x [B or 1,L,D], already normed -> y = A·U + b [B,L,D] (no residual), slot_map [B,L,K]."""
+    return _layer_fwd(x, (G, g, U, b), slot_mask, 0.0)
+
+
+def folded_cross_attention_bwd(
+    dy: Tensor, dslot_map: Tensor, x: Tensor, G: Tensor, g: Tensor, U: Tensor, slot_mask: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """-> dx, dG, dg, dU, db."""
+    # b itself shifts y alone, so its value does not matter here.
+    return _layer_bwd(dy, dslot_map, x, (G, g, U, U.new_zeros(U.shape[3])), slot_mask, 0.0)
+
+
+def decoder_layer_fwd(
+    x: Tensor,
+    G: Tensor,
+    g: Tensor,
+    U: Tensor,
+    b: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    slot_mask: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """x [B or 1,L,D], not normed -> the layer's output [B,L,D], slot_map [B,L,K]."""
+    return _layer_fwd(x, (G, g, U, b, norm_weight, norm_bias, w1, b1, w2, b2), slot_mask, eps)
+
+
+def decoder_layer_bwd(
+    dy: Tensor,
+    dslot_map: Tensor,
+    x: Tensor,
+    G: Tensor,
+    g: Tensor,
+    U: Tensor,
+    b: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    slot_mask: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, ...]:
+    """-> gradients of x and of the ten weights, in the order of the arguments; the forward runs again."""
+    weights = (G, g, U, b, norm_weight, norm_bias, w1, b1, w2, b2)
+    return _layer_bwd(dy, dslot_map, x, weights, slot_mask, eps)
 
 
 def decoder_loss(
@@ -112,6 +218,3 @@ def decoder_loss(
         torch.get_num_threads(),
     )
     return target.new_tensor(recon), target.new_tensor(interaction), grads
-
-
-_SERVED = ("decoder_loss",)

@@ -63,19 +63,19 @@ struct DecoderLossArgs {
   double recon, interaction;              // results, unweighted
 };
 
-// x [x_batch, L, D] (normed already where `norm` is false) -> y [B, L, D], slot_map [B, L, K].
-// With `ff_width` 0 the layer is the folded cross-attention alone: y = A·U + b, no norm, no residual.
+// One decoder layer: x [x_batch, L, D] -> y [B, L, D], slot_map [B, L, K]; x_batch is B, or 1 where images share x.
+// With ff_width 0 it is the folded cross-attention alone, x already normed: y = A·U + b, no norm, no residual.
 template <typename T>
 struct LayerArgs {
-  int64_t batch, query_batch, pixels, width, heads, slots, ff_width;
+  int64_t batch, x_batch, pixels, width, heads, slots, ff_width;
   const T* x;
   LayerArrays<const T*> weights;
   const uint8_t* slot_mask;
-  T* y;         // forward results; not touched by the backward
-  T* slot_map;
+  T* y;             // results of the forward
+  T* slot_map;      // [B, L, K]
   const T* y_grad;  // null: forward
   const T* slot_map_grad;
-  T* x_grad;
+  T* x_grad;        // [x_batch, L, D]
   LayerArrays<T*> grads;
   double eps;
   int threads;
@@ -102,6 +102,8 @@ struct CrossAttentionArgs {
 template <typename T>
 struct Kernels {
   void (*decoder_loss)(DecoderLossArgs<T>&);
+  void (*layer)(const LayerArgs<T>&);
+  void (*cross_attention)(const CrossAttentionArgs<T>&);
   void (*normal_cdf)(const T* x, T* cdf, T* density, int64_t count);  // Φ and φ, for tests of their error
   void (*exponential)(const T* x, T* out, int64_t count);
 };

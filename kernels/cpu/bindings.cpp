@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "api.h"
@@ -36,6 +37,20 @@ class Arrays {
     return object.is_none() ? nullptr : take<const uint8_t>(object, "slot_mask", shape);
   }
 
+  // [.., .., .., n] with any strides but a contiguous last axis.
+  const T* strided(nb::handle object, const char* name, const Shape& shape, int64_t strides[3]) {
+    nb::ndarray<const T, nb::ndim<4>, nb::device::cpu> array;
+    if (!nb::try_cast(object, array, false)) throw_type<T>(name, "4-d");
+    last_shape_.assign(array.shape_ptr(), array.shape_ptr() + 4);
+    check_shape(name, shape);
+    if (array.stride(3) != 1 && array.shape(3) > 1) throw_type<T>(name, "last-axis contiguous");
+    for (int i = 0; i < 3; ++i) strides[i] = array.stride(i);
+    owners_.push_back(nb::borrow(object));
+    return present(array.data());
+  }
+
+  const Shape& last_shape() const { return last_shape_; }
+
   // The shape of an input whose sizes are not known yet.
   Shape shape_of(nb::handle object, const char* name, size_t axes) {
     take<const T>(object, name, Shape(axes, kAny));
@@ -46,16 +61,32 @@ class Arrays {
   template <typename E>
   E* take(nb::handle object, const char* name, const Shape& shape) {
     nb::ndarray<E, nb::c_contig, nb::device::cpu> array;
-    if (!nb::try_cast(object, array, false)) {
-      const char* type = sizeof(E) == 1 ? "uint8" : sizeof(E) == 4 ? "float32" : "float64";
-      throw nb::type_error((std::string(name) + " must be a C-contiguous " + type + " array on the CPU").c_str());
-    }
+    if (!nb::try_cast(object, array, false)) throw_type<E>(name, "C-contiguous");
     last_shape_.assign(array.shape_ptr(), array.shape_ptr() + array.ndim());
+    check_shape(name, shape);
+    owners_.push_back(nb::borrow(object));
+    return present(array.data());
+  }
+
+  // An empty array has no address, but is there: null means "not asked for".
+  template <typename E>
+  static E* present(E* data) {
+    static std::remove_const_t<E> nothing;
+    return data ? data : &nothing;
+  }
+
+  template <typename E>
+  [[noreturn]] static void throw_type(const char* name, const char* layout) {
+    const char* type = sizeof(E) == 1 ? "uint8" : sizeof(E) == 4 ? "float32" : "float64";
+    throw nb::type_error((std::string(name) + " must be a " + layout + " " + type + " array on the CPU").c_str());
+  }
+
+  void check_shape(const char* name, const Shape& shape) const {
     bool fits = last_shape_.size() == shape.size();
     for (size_t i = 0; fits && i < shape.size(); ++i) fits = shape[i] == kAny || shape[i] == last_shape_[i];
-    if (!fits) throw nb::value_error((std::string(name) + " has shape " + text(last_shape_) + ", expected " + text(shape)).c_str());
-    owners_.push_back(nb::borrow(object));
-    return array.data();
+    if (fits) return;
+    const std::string found = text(last_shape_), expected = text(shape);
+    throw nb::value_error((std::string(name) + " has shape " + found + ", expected " + expected).c_str());
   }
 
   static std::string text(const Shape& shape) {
@@ -186,6 +217,90 @@ std::tuple<double, double> decoder_loss(const std::string& isa, nb::list inputs,
   return {args.recon, args.interaction};
 }
 
+// weights: G, g, U, b and, for a whole layer, the six arrays of its feed-forward. Forward: outputs are y and slot_map.
+// Backward (y_grad given): outputs are the gradients of x and of each weight, or None.
+template <typename T>
+void layer(const std::string& isa, nb::handle x, nb::list weights, nb::list outputs, nb::handle y_grad,
+           nb::handle slot_map_grad, nb::handle slot_mask, double eps, int threads) {
+  const Kernels<T>& kernels = kernels_for<T>(isa);
+  Arrays<T> arrays;
+  LayerArgs<T> args = {};
+  const bool whole = weights.size() == size_t(kLayerArrays), backward = !y_grad.is_none();
+  if (!whole && weights.size() != 4) throw nb::value_error("weights: expected G, g, U, b or a layer's ten arrays");
+  if (outputs.size() != (backward ? weights.size() + 1 : 2)) throw nb::value_error("outputs: wrong number of arrays");
+  const Shape G = arrays.shape_of(weights[0], "G", 4), pixels = arrays.shape_of(x, "x", 3);
+  const int64_t B = args.batch = G[0], D = args.width = G[1], H = args.heads = G[2], K = args.slots = G[3];
+  const int64_t L = args.pixels = pixels[1];
+  args.x_batch = pixels[0];
+  if (args.x_batch != B && args.x_batch != 1) throw nb::value_error("x: batch must be 1 or that of G");
+  args.x = arrays.input(x, "x", {kAny, kAny, D});
+  args.ff_width = whole ? arrays.shape_of(weights[6], "w1", 2)[0] : 0;
+  size_t at = 0;
+  const size_t given = weights.size();
+  args.weights = layer_arrays<const T*>(
+      [&](const char* name, const Shape& shape) {
+        return at < given ? arrays.input(weights[at++], name, shape) : nullptr;
+      },
+      B, D, H, K, args.ff_width);
+  args.slot_mask = arrays.mask(slot_mask, {B, K});
+  if (backward) {
+    args.y_grad = arrays.input(y_grad, "y_grad", {B, L, D});
+    args.slot_map_grad = arrays.input(slot_map_grad, "slot_map_grad", {B, L, K});
+    args.x_grad = arrays.output(outputs[0], "x_grad", pixels);
+    at = 0;
+    args.grads = layer_arrays<T*>(
+        [&](const char* name, const Shape& shape) {
+          return at < given ? arrays.output(outputs[++at], name, shape) : nullptr;
+        },
+        B, D, H, K, args.ff_width);
+  } else {
+    args.y = arrays.output(outputs[0], "y", {B, L, D});
+    args.slot_map = arrays.output(outputs[1], "slot_map", {B, L, K});
+    if (!args.y || !args.slot_map) throw nb::value_error("outputs: y and slot_map are both written");
+  }
+  args.eps = eps;
+  args.threads = threads;
+  nb::gil_scoped_release release;
+  kernels.layer(args);
+}
+
+// Forward: outputs are out [B,H,L,d] and slot_map. Backward (out_grad given): the gradients of q, k and v.
+template <typename T>
+void cross_attention(const std::string& isa, nb::handle q, nb::handle k, nb::handle v, nb::list outputs,
+                     nb::handle out_grad, nb::handle slot_map_grad, nb::handle slot_mask, double scale, int threads) {
+  const Kernels<T>& kernels = kernels_for<T>(isa);
+  Arrays<T> arrays;
+  CrossAttentionArgs<T> args = {};
+  const Shape any(4, kAny);
+  args.q = arrays.strided(q, "q", any, args.q_stride);
+  const Shape pixels = arrays.last_shape();
+  args.k = arrays.strided(k, "k", {pixels[0], pixels[1], kAny, pixels[3]}, args.k_stride);
+  const Shape slots = arrays.last_shape();
+  args.v = arrays.strided(v, "v", slots, args.v_stride);
+  args.batch = pixels[0], args.heads = pixels[1], args.pixels = pixels[2], args.head_width = pixels[3];
+  args.slots = slots[2];
+  args.slot_mask = arrays.mask(slot_mask, {args.batch, args.slots});
+  const Shape map = {args.batch, args.pixels, args.slots};
+  const bool backward = !out_grad.is_none();
+  if (outputs.size() != (backward ? 3u : 2u)) throw nb::value_error("outputs: wrong number of arrays");
+  if (backward) {
+    args.out_grad = arrays.strided(out_grad, "out_grad", pixels, args.out_grad_stride);
+    args.slot_map_grad = arrays.input(slot_map_grad, "slot_map_grad", map);
+    args.q_grad = arrays.output(outputs[0], "q_grad", pixels);
+    args.k_grad = arrays.output(outputs[1], "k_grad", slots);
+    args.v_grad = arrays.output(outputs[2], "v_grad", slots);
+    if (!args.q_grad || !args.k_grad || !args.v_grad) throw nb::value_error("outputs: all three are written");
+  } else {
+    args.out = arrays.output(outputs[0], "out", pixels);
+    args.slot_map = arrays.output(outputs[1], "slot_map", map);
+    if (!args.out || !args.slot_map) throw nb::value_error("outputs: out and slot_map are both written");
+  }
+  args.scale = scale;
+  args.threads = threads;
+  nb::gil_scoped_release release;
+  kernels.cross_attention(args);
+}
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (Isa isa : {Isa::avx512, Isa::avx2, Isa::portable}) {
@@ -200,6 +315,12 @@ void bind(nb::module_& m, const std::string& suffix) {
         nb::arg("grads").none(), nb::arg("layers"), nb::arg("target"), nb::arg("pixel_weight").none(),
         nb::arg("slot_mask").none(), nb::arg("recon_weight"), nb::arg("interaction_weight"), nb::arg("eps"),
         nb::arg("threads"));
+  m.def(("layer_" + suffix).c_str(), &layer<T>, nb::arg("isa"), nb::arg("x"), nb::arg("weights"), nb::arg("outputs"),
+        nb::arg("y_grad").none(), nb::arg("slot_map_grad").none(), nb::arg("slot_mask").none(), nb::arg("eps"),
+        nb::arg("threads"));
+  m.def(("cross_attention_" + suffix).c_str(), &cross_attention<T>, nb::arg("isa"), nb::arg("q"), nb::arg("k"),
+        nb::arg("v"), nb::arg("outputs"), nb::arg("out_grad").none(), nb::arg("slot_map_grad").none(),
+        nb::arg("slot_mask").none(), nb::arg("scale"), nb::arg("threads"));
 }
 
 }  // namespace

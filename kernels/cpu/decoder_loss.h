@@ -1,44 +1,35 @@
 // The decoder's loss over all pixels of all images, with its gradients: fastslots.ops.tiled in C++.
-//
-// The work is cut into tasks, rectangles of images x pixels. A task walks its images in order and the tiles of each
-// image in order; it adds into sums of its own, so nothing depends on the thread that runs it. Then the sums of all
-// tasks are added in the order of the tasks. The number of tasks is the same for 1, 2 and 4 threads: so are the bits.
 #pragma once
 
 #include <initializer_list>
 
+#include "plan.h"
 #include "weights.h"
 
 namespace fastslots::FASTSLOTS_ISA {
 
-constexpr int kTilePixels = 96;  // of 32, 64, 96, 128 the fastest at width 180
-
-
 template <typename T>
 class DecoderLoss {
  public:
-  explicit DecoderLoss(DecoderLossArgs<T>& args) : a(args), D(args.width), HK(args.heads * args.slots) {}
+  explicit DecoderLoss(DecoderLossArgs<T>& args)
+      : a(args), D(args.width), HK(args.heads * args.slots), backward(args.layer_grads != nullptr),
+        plan(args.batch, args.pixels, args.layer_count * 2 * D * HK, args.query_batch == 1 ? D : 0, args.threads),
+        query_grad(plan, backward ? args.queries_grad : nullptr, args.query_batch == 1, D) {}
 
   void run() {
-    plan();
     Carver<T> measure{nullptr};
     pack(measure);
     Block<T> packed(measure.used);
     Carver<T> carver{packed.get()};
     pack(carver);
 
-    const bool backward = a.layer_grads != nullptr;
-    const int64_t tasks = pixel_parts * image_parts;
     shared_size = backward ? shared_sums(nullptr).used : 0;
     image_size = backward ? image_sums(nullptr).used : 0;
-    // Parts of the images share the gradient of queries that all images share: the first writes it, and each of the
-    // others has a copy of its own.
-    query_size = backward && a.queries_grad && a.query_batch == 1 ? a.pixels * D : 0;
-    workspace_size = Workspace(*this, nullptr).size;
-    Block<T> sums(tasks * shared_size), images(pixel_parts * a.batch * image_size);
-    Block<T> queries((image_parts - 1) * query_size), workspaces(workers() * workspace_size);
+    const int64_t workspace_size = Workspace(*this, nullptr).size, tasks = plan.tasks();
+    Block<T> sums(tasks * shared_size), images(plan.pixel_parts * a.batch * image_size);
+    Block<T> queries(query_grad.copies * query_grad.size), workspaces(plan.workers * workspace_size);
     Block<double> losses(2 * tasks);
-    shared_base = sums.get(), image_base = images.get(), query_base = queries.get();
+    shared_base = sums.get(), image_base = images.get(), query_grad.extra = queries.get();
 
     auto body = [&](int64_t task, int thread) {
       Workspace workspace(*this, workspaces.get() + thread * workspace_size);
@@ -59,37 +50,15 @@ class DecoderLoss {
  private:
   DecoderLossArgs<T>& a;
   const int64_t D, HK;
-  int64_t pixel_parts = 1, image_parts = 1, panels = 1, widest = 1;
-  int64_t shared_size = 0, image_size = 0, query_size = 0, workspace_size = 0;
-  T *shared_base = nullptr, *image_base = nullptr, *query_base = nullptr;
+  const bool backward;
+  const Plan<T> plan;
+  PixelGradient<T> query_grad;
+  int64_t widest = 1, shared_size = 0, image_size = 0;
+  T *shared_base = nullptr, *image_base = nullptr;
   Layer<T> layers[kMostMaps];
   Linear<T> head[kMostMaps];
-  LayerSums<T> layer_sums[kMostMaps];
-  LinearSums<T> head_sums[kMostMaps];
 
   double pixel_count() const { return a.batch * a.pixels > 0 ? double(a.batch * a.pixels) : 1.0; }
-  int64_t workers() const { return a.threads > 1 ? a.threads : 1; }
-
-  static int64_t part(int64_t total, int64_t parts, int64_t index) { return total * index / parts; }
-
-  // Cut pixels or images, whichever leaves fewer partial sums to keep.
-  void plan() {
-    constexpr int W = kPanel<T>;
-    const int64_t threads = workers();
-    const int64_t parts = (4 + threads - 1) / threads * threads;
-    const int64_t by_pixels = parts * a.batch * a.layer_count * 2 * D * HK;
-    const int64_t by_images = a.query_batch == 1 ? parts * a.pixels * D : 0;
-    const int64_t most_pixels = (a.pixels + W - 1) / W;
-    if (a.batch >= parts && (by_images <= by_pixels || most_pixels < parts)) {
-      image_parts = parts;
-    } else {
-      pixel_parts = most_pixels < parts ? (most_pixels > 0 ? most_pixels : 1) : parts;
-    }
-    const int64_t share = (a.pixels + pixel_parts - 1) / pixel_parts;
-    panels = (share + W - 1) / W;
-    if (panels > kTilePixels / W) panels = kTilePixels / W > 0 ? kTilePixels / W : 1;
-    if (panels < 1) panels = 1;
-  }
 
   // The weights that all images share; with a carver that only measures, just their sizes.
   void pack(Carver<T>& carver) {
@@ -151,8 +120,8 @@ class DecoderLoss {
     int64_t size;
     Workspace(const DecoderLoss& o, T* base) {
       Carver<T> carver{base};
-      const int64_t pixels = o.panels * kPanel<T>;
-      for (int64_t i = 0; i < o.a.layer_count; ++i) layers[i].carve(carver, o.panels, o.D, o.HK, o.a.ff_widths[i]);
+      const int64_t pixels = o.plan.tile_pixels();
+      for (int64_t i = 0; i < o.a.layer_count; ++i) layers[i].carve(carver, o.plan.panels, o.D, o.HK, o.a.ff_widths[i]);
       for (int64_t i = 0; i < o.a.head_count; ++i) {
         hidden[i] = carver.take(pixels * o.head[i].rows);
         slope[i] = carver.take(pixels * o.head[i].rows);
@@ -168,47 +137,45 @@ class DecoderLoss {
   };
 
   void run_task(int64_t task, Workspace& ws, double* losses) {
-    const int64_t pixel_part = task % pixel_parts, image_part = task / pixel_parts;
-    const int64_t first = part(a.pixels, pixel_parts, pixel_part), last = part(a.pixels, pixel_parts, pixel_part + 1);
-    const int64_t first_image = part(a.batch, image_parts, image_part);
-    const int64_t last_image = part(a.batch, image_parts, image_part + 1);
     losses[0] = losses[1] = 0;
     T* const shared = shared_base + task * shared_size;
     std::memset(shared, 0, size_t(shared_size) * sizeof(T));
-    T* const query_sums = image_part == 0 || query_size == 0 ? a.queries_grad : query_base + (image_part - 1) * query_size;
-    for (int64_t b = first_image; b < last_image; ++b) {
-      Carver<T> carver{ws.projections};
-      for (int64_t i = 0; i < a.layer_count; ++i) {
-        ws.packs[i] = layers[i];
-        pack_projections<T>(a.layers[i], b, D, HK, carver, ws.packs[i]);
-      }
-      T* const image = image_base + (pixel_part * a.batch + b) * image_size;
-      std::memset(image, 0, size_t(image_size) * sizeof(T));
-      Sums sums = shared_sums(shared), image_parts_of = image_sums(image);
-      for (int64_t i = 0; i < a.layer_count; ++i) {
-        sums.layers[i].scores = image_parts_of.layers[i].scores;
-        sums.layers[i].values = image_parts_of.layers[i].values;
-      }
-      const bool add = query_size > 0 && b > first_image;
-      const int64_t step = panels * kPanel<T>;
-      for (int64_t start = first; start < last; start += step) {
-        run_tile(b, start, last - start < step ? last - start : step, sums, add, query_sums, ws, losses);
-      }
-    }
+    Sums sums = shared_sums(shared);
+    plan.walk(
+        task,
+        [&](int64_t b) {
+          Carver<T> carver{ws.projections};
+          T* const image = image_base + (plan.pixel_part(task) * a.batch + b) * image_size;
+          std::memset(image, 0, size_t(image_size) * sizeof(T));
+          const Sums own = image_sums(image);
+          for (int64_t i = 0; i < a.layer_count; ++i) {
+            ws.packs[i] = layers[i];
+            pack_projections<T>(a.layers[i], b, D, HK, carver, ws.packs[i]);
+            sums.layers[i].scores = own.layers[i].scores;
+            sums.layers[i].values = own.layers[i].values;
+          }
+        },
+        [&](int64_t b, int64_t start, int64_t count) {
+          const TileShape<T> s{(count + kPanel<T> - 1) / kPanel<T>, D, a.heads, a.slots, T(a.eps),
+                               T(1) / T(a.layer_count), a.slot_mask ? a.slot_mask + b * a.slots : nullptr};
+          const int64_t query_row = (a.query_batch == 1 ? 0 : b) * a.pixels + start;
+          load_pixels<T>(a.queries + query_row * D, D, count, D, s.panels, ws.x);
+          forward_tile(s, b, start, count, ws, losses);
+          if (!backward) return;
+          backward_tile(s, sums, ws);
+          if (query_grad.grad) {
+            T* const to = query_grad.of_task(plan, task) + query_row * D;
+            store_pixels<T>(ws.dx, D, count, D, query_grad.adds(plan, task, b), to);
+          }
+        });
   }
 
-  void run_tile(int64_t b, int64_t start, int64_t count, const Sums& sums, bool add, T* query_sums, Workspace& ws,
-                double* losses) {
+  // Adds the tile's losses; leaves the gradient of its pixels in ws.wide and that of its map in ws.dmap.
+  void forward_tile(const TileShape<T>& s, int64_t b, int64_t start, int64_t count, Workspace& ws, double* losses) {
     constexpr int W = kPanel<T>;
-    TileShape<T> s{(count + W - 1) / W, D, a.heads, a.slots, T(a.eps), T(1) / T(a.layer_count),
-                   a.slot_mask ? a.slot_mask + b * a.slots : nullptr};
-    const int64_t query_row = (a.query_batch == 1 ? 0 : b) * a.pixels + start;
-    load_pixels<T>(a.queries + query_row * D, D, count, D, s.panels, ws.x);
     std::memset(ws.map, 0, size_t(s.panels * W * a.slots) * sizeof(T));
     for (int64_t i = 0; i < a.layer_count; ++i) forward_layer(ws.packs[i], s, ws.layers[i], ws.x, ws.map);
     const T* out = forward_head(s, ws);
-
-    const bool backward = a.layer_grads != nullptr;
     const T pair_factor = T(a.interaction_weight / pixel_count());
     for (int64_t i = 0; i < s.panels * W; ++i) {
       ws.weight[i] = i >= count ? T(0) : a.pixel_weight ? a.pixel_weight[b * a.pixels + start + i] : T(1);
@@ -217,15 +184,15 @@ class DecoderLoss {
     interaction<T>(ws.map, a.slots, s.panels, ws.factor, ws.pairs, backward ? ws.dmap : nullptr);
     for (int64_t i = 0; i < count; ++i) losses[1] += double(ws.pairs[i]) * double(ws.weight[i]);
     losses[0] += compare(out, b, start, count, s.panels, ws);
-    if (!backward) return;
+  }
 
+  void backward_tile(const TileShape<T>& s, const Sums& sums, Workspace& ws) const {
     backward_head(s, sums, ws);
-    const bool input = a.queries_grad != nullptr;
     for (int64_t i = a.layer_count - 1; i >= 0; --i) {
-      backward_layer(ws.packs[i], sums.layers[i], s, ws.layers[i], ws.dmap, input || i > 0, ws.dx, ws.wide, ws.narrow,
+      const bool input = i > 0 || query_grad.grad;
+      backward_layer(ws.packs[i], sums.layers[i], s, ws.layers[i], ws.dmap, input, ws.dx, ws.wide, ws.narrow,
                      ws.scratch);
     }
-    if (input) store_pixels<T>(ws.dx, D, count, D, add, query_sums + query_row * D);
   }
 
   const T* forward_head(const TileShape<T>& s, Workspace& ws) const {
@@ -290,8 +257,7 @@ class DecoderLoss {
         reduce_linear<T>(shared.head[i], all, head[i].rows, head[i].columns, to.weight, to.bias);
       }
     }
-    if (a.queries_grad && a.batch == 0) std::memset(a.queries_grad, 0, size_t(query_size) * sizeof(T));
-    const Partials parts{pixel_parts, a.batch * image_size};
+    const Partials parts{plan.pixel_parts, a.batch * image_size};
     auto body = [&](int64_t b, int) {
       const Sums sums = image_sums(image_base + b * image_size);
       for (int64_t i = 0; i < a.layer_count; ++i) {
@@ -299,9 +265,7 @@ class DecoderLoss {
       }
     };
     parallel_for(a.batch, a.threads, body);
-    for (int64_t p = 0; p + 1 < image_parts; ++p) {
-      for (int64_t i = 0; i < query_size; ++i) a.queries_grad[i] += query_base[p * query_size + i];
-    }
+    query_grad.finish(plan);
   }
 };
 
