@@ -134,6 +134,8 @@ class Trainer:
         probe = torch.empty(1, device=self.device)
         say(f"run       {self.folder.path}" + (f" (resumed at step {self.step})" if self.step else ""))
         say(f"data      {self.source.description}")
+        for warning in self.source.warnings:
+            say(f"warning   {warning}")
         say(f"model     {count:,} parameters, K {config.num_slots}, D {config.slot_dim}, {config.resolution}²")
         how = f"{config.optimizer}, {config.precision}, {self.device}"
         say(f"training  {config.steps:,} steps of {config.batch_size} images, {how}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastslots.data import SpritesDataset, split_indices
@@ -20,6 +20,7 @@ class Source:
 
     description: str
     splits: dict[str, tuple[Any, Any]]  # train, val, test -> (data set, rows)
+    warnings: list[str] = field(default_factory=list)  # what looks wrong (``fastslots data check``)
 
 
 def open_source(config: TrainConfig, dataset: Any = None) -> Source:
@@ -32,10 +33,14 @@ def open_source(config: TrainConfig, dataset: Any = None) -> Source:
     if config.data == "sprites":
         return _builtin(config)
     from fastslots.data import open_dataset
+    from fastslots.data.check import check
 
     size = config.resolution if config.input == "pixels" else None
-    opened = open_dataset(config.data, max_objects=config.max_objects or None, size=size)
-    return _split(opened, str(opened.info), opened.info.published_split)
+    max_objects = config.max_objects or None
+    report = check(config.data, max_objects, size)
+    opened = open_dataset(config.data, max_objects, size)
+    source = _split(opened, str(opened.info), opened.info.published_split)
+    return replace(source, warnings=report.warnings)
 
 
 def _builtin(config: TrainConfig) -> Source:
