@@ -37,7 +37,6 @@ class SlotVAEConfig:
     )
     encoder_layers: int = option("layers of the encoder's Transformer", 5)
     encoder_heads: int = option("heads of the encoder's attentions", 4)
-    slots_compete: bool = option("queries of the encoder compete for each token (softmax over queries)", False)
     token_hidden: int = option("hidden width of the token MLP; 0: the encoder's width", 0)
     log_scale_bias: float = option("initial bias of the log-scale; needs an explicit encoder_width", 0.0)
     decoder_layers: int = option("N, layers of the decoder", 2)

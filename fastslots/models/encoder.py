@@ -25,15 +25,10 @@ class TokenAttention(nn.Module):
         out[hk]     = Wv_h (γ ∘ Σ_t A[hk,t] n_t + β) + bv_h   since the weights sum to one
 
     so no projection ever touches a token.
-
-    compete: instead, as in Slot Attention (arXiv 2006.15055), the queries compete for each token: softmax over the
-    queries of a head, then each query's weights over the tokens divided by their sum. What only shifts a row of scores
-    no longer cancels there, so β and the key bias count.
     """
 
-    def __init__(self, width: int, heads: int, compete: bool = False):
+    def __init__(self, width: int, heads: int):
         super().__init__()
-        self.compete = compete
         self.norm_q = nn.LayerNorm(width)
         self.norm_tokens = nn.LayerNorm(width)
         self.projections = AttentionProjections(width, width, width, heads)
@@ -47,13 +42,7 @@ class TokenAttention(nn.Module):
         wk, wv = wk.view(heads, -1, wk.shape[1]), wv.view(heads, -1, wv.shape[1])  # [H, d, S]
         rows = torch.einsum("bhkd,hds->bhks", q * p.scale, wk)
         scores = (rows * gamma).flatten(1, 2) @ tokens.transpose(1, 2)  # [B, H·K, T]
-        if self.compete:
-            key_bias = p.to_kv.bias[: wv.shape[0] * wv.shape[1]].view(heads, 1, -1)
-            shift = (rows @ beta)[..., None] + (q * p.scale * key_bias).sum(-1, keepdim=True)  # [B, H, K, 1]
-            shares = torch.softmax(scores.unflatten(1, (heads, -1)) + shift, 2)
-            attn = (shares / (shares.sum(-1, keepdim=True) + 1e-6)).flatten(1, 2)
-        else:
-            attn = torch.softmax(scores, -1)
+        attn = torch.softmax(scores, -1)
         gathered = (attn.to(tokens.dtype) @ tokens).unflatten(1, (heads, -1)) * gamma + beta  # [B, H, K, S]
         out = torch.einsum("bhks,hds->bkhd", gathered.to(wv.dtype), wv).flatten(2) + bv
         return p.to_out(out)
@@ -84,9 +73,9 @@ class SelfAttention(nn.Module):
 class EncoderLayer(nn.Module):
     """Pre-norm: cross-attention to the tokens, self-attention among the queries, feed-forward."""
 
-    def __init__(self, width: int, heads: int, compete: bool = False):
+    def __init__(self, width: int, heads: int):
         super().__init__()
-        self.cross = TokenAttention(width, heads, compete)
+        self.cross = TokenAttention(width, heads)
         self.self_attention = SelfAttention(width, heads)
         self.ff = FeedForwardLayer(width)
 
@@ -114,7 +103,7 @@ class Encoder(nn.Module):
         self.token_mlp = mlp(token_input, config.token_hidden or width, width)
         self.queries = nn.Parameter(torch.rand(1, config.num_slots, width))
         self.transformer = nn.ModuleList(
-            EncoderLayer(width, config.encoder_heads, config.slots_compete) for _ in range(config.encoder_layers)
+            EncoderLayer(width, config.encoder_heads) for _ in range(config.encoder_layers)
         )
         self.norm = nn.LayerNorm(width)
         xavier_(self.transformer)
