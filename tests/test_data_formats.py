@@ -178,13 +178,13 @@ def test_pack_continues_after_a_kill(tmp_path, monkeypatch):
         if done == 5:
             raise Killed
 
-    monkeypatch.setattr("fastslots.data.open._Progress.__call__", kill)
+    monkeypatch.setattr("fastslots.data.open.Progress.__call__", kill)
     with pytest.raises(Killed):
         pack(source, tmp_path / "part")
     assert not (tmp_path / "part").exists()
     assert json.loads((tmp_path / "part.partial" / "progress.json").read_text())["done"] == 4
     parsed = []
-    monkeypatch.setattr("fastslots.data.open._Progress.__call__", lambda self, done: parsed.append(done))
+    monkeypatch.setattr("fastslots.data.open.Progress.__call__", lambda self, done: parsed.append(done))
     pack(source, tmp_path / "part")
     assert parsed == [5, 6, 7, 8]  # goes on where it was, and does not begin again
     assert sorted(p.name for p in (tmp_path / "part").iterdir()) == sorted(
@@ -193,6 +193,40 @@ def test_pack_continues_after_a_kill(tmp_path, monkeypatch):
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "part" / path.name).read_bytes() == path.read_bytes()
     assert not (tmp_path / "part.partial").exists()
+
+
+def test_damaged_factors_and_counts_are_named(tmp_path):
+    pack(write_tfrecord(tmp_path / "x"), tmp_path / "packed")
+    factors = tmp_path / "packed" / "factors.npz"
+    whole = factors.read_bytes()
+    factors.write_bytes(whole[:100])
+    with pytest.raises(UserError, match=r"factors.npz is damaged .*remove that folder"):
+        check(tmp_path / "packed")
+    np.savez(factors, x=np.zeros(2))
+    with pytest.raises(UserError, match=r"x has shape \[2\] for 8 scenes"):
+        open_dataset(tmp_path / "packed")[5]
+    factors.write_bytes(whole)
+    meta = tmp_path / "packed" / "meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"count": 1 << 62}))
+    with pytest.raises(UserError, match="98304 bytes, expected 56"):
+        open_dataset(tmp_path / "packed")
+
+
+def test_any_name_of_a_factor_can_be_packed(tmp_path):
+    features = {"image": IMAGES[0].tobytes(), "mask": bytes(64 * 64 * 5), "visibility": np.ones(5)}
+    record = example(features | {"file": np.arange(5.0), "allow_pickle": np.arange(5.0)})
+    (tmp_path / "x").write_bytes(frame(record))
+    assert open_dataset(tmp_path / "x")[0]["factors"]["file"].tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("where", ["file/below", "/proc/nowhere"])
+def test_places_that_cannot_be_written_are_named(tmp_path, monkeypatch, where):
+    source = write_tfrecord(tmp_path / "file")
+    with pytest.raises(UserError, match="cannot be written"):
+        pack(source, tmp_path / where)
+    monkeypatch.setenv("FASTSLOTS_CACHE", str(tmp_path / where))
+    with pytest.raises(UserError, match=r"cannot be written .*FASTSLOTS_CACHE"):
+        open_dataset(source)
 
 
 def test_check_tells_what_looks_wrong(tmp_path):
@@ -290,6 +324,16 @@ def test_lmdb_is_refused(tmp_path):
         open_dataset(tmp_path)
 
 
+def test_pictures_and_scenes_that_would_be_read_wrongly_are_named(tmp_path):
+    folder = clevr_folder(tmp_path / "deep")
+    (folder / "scenes" / "CLEVR_train_scenes.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="is no CLEVR scenes file"):
+        open_dataset(folder)
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a.png has more than 8 bits a channel"):
+        open_dataset(tmp_path)
+
+
 def test_unreadable_picture_is_named(tmp_path):
     Image.fromarray(IMAGES[0]).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:99])
@@ -301,3 +345,16 @@ def test_unreadable_picture_is_named(tmp_path):
 def test_real_clevr_v1():
     dataset = open_dataset(Path(CLEVR or "") / "CLEVR_v1.0-mini", max_objects=6)
     assert (dataset.info.kind, len(dataset), dataset.info.total) == ("CLEVR v1.0", 20, 40)
+
+
+@real
+def test_real_clevr_with_masks():
+    """Counts as its README states them; bits, so that a faster decoder stays the same decoder."""
+    path = Path(CLEVR or "") / "clevr_with_masks_train.tfrecords"
+    dataset = open_dataset(path)
+    report = check(path, max_objects=6)
+    assert np.bincount(dataset.objects)[3:].tolist() == [127, 134, 116, 144, 113, 104, 131, 131]
+    assert (report.info.count, report.objects) == (521, {3: 127, 4: 134, 5: 116, 6: 144})
+    assert report.info.digest == "cbaa352ec426535af683e01c6fccb26f" and not report.warnings
+    masks, colours = dataset[0]["mask"], dataset[0]["factors"]["color"]
+    assert set(np.unique(masks)) <= set(range(9)) and colours.shape == (11,) and not colours[9:].any()

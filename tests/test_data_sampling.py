@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -71,8 +73,35 @@ def test_loader_hands_over_errors():
         def batch(self, indices):
             raise OSError("the disk is gone")
 
-    with Loader(Broken(0, 16), 0, 4) as loader, pytest.raises(OSError, match="the disk is gone"):
-        next(iter(loader))
+    with Loader(Broken(0, 16), 0, 4) as loader:
+        with pytest.raises(OSError, match="the disk is gone"):
+            next(iter(loader))
+        with pytest.raises(RuntimeError, match="this loader is closed"):  # rather than waiting for ever
+            next(iter(loader))
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_loader_is_over_once_closed(prefetch):
+    before = threading.active_count()
+    with Loader(SpritesDataset(0, 16), 0, 4, prefetch=prefetch) as loader:
+        steps = iter(loader)
+        next(steps)
+    assert threading.active_count() == before
+    with pytest.raises(RuntimeError, match="this loader is closed"):
+        next(steps)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_loader_takes_torch_datasets(dtype):
+    pixels = torch.arange(5 * 3 * 8 * 8).remainder(251).view(5, 3, 8, 8)
+    pictures = pixels.to(dtype) / (255 if dtype == torch.float32 else 1)
+    masks = torch.arange(5)[:, None, None].expand(5, 8, 8)
+    dataset = torch.utils.data.TensorDataset(pictures.to(dtype), masks)
+    with Loader(dataset, 0, 4) as loader:
+        batch = next(iter(loader))
+    rows = batch_indices(0, 1, 4, 5)
+    assert torch.equal(batch.masks[:, 0, 0], torch.from_numpy(rows))
+    assert torch.allclose(to_float(batch.images), pixels[rows].float() / 255)
 
 
 def test_to_float():

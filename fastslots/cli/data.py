@@ -67,6 +67,7 @@ def _pack(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    from fastslots.data.open import Progress
     from fastslots.data.packed import PackedDataset
     from fastslots.data.packing import write_packed
     from fastslots.data.scene import Scene
@@ -79,15 +80,18 @@ def _generate(args: argparse.Namespace) -> int:
         raise UserError(f"--count, --size or --objects: {error} (--objects is A-B, e.g. 2-4)") from None
     _free(args.out)
 
+    at_once = max(1, min(256, (1 << 22) // args.size**2))  # a few hundred MB while they are painted
+
     def scenes(done: int):
-        for start in range(done, args.count, 256):
-            images, masks, factors = dataset.scenes(range(start, min(start + 256, args.count)))
+        for start in range(done, args.count, at_once):
+            images, masks, factors = dataset.scenes(range(start, min(start + at_once, args.count)))
             for i in range(len(images)):
                 objects = int((factors["shape"][i] > 0).sum())
                 yield Scene(images[i], masks[i], objects, {name: values[i] for name, values in factors.items()})
 
     settings = {"seed": args.seed, "size": args.size, "objects": args.objects, "count": args.count}
-    write_packed(args.out, scenes, "generated sprites", f"seed {args.seed}", settings)
+    with Progress(lambda done: done / args.count) as progress:
+        write_packed(args.out, scenes, "generated sprites", f"seed {args.seed}", settings, progress=progress)
     print(PackedDataset(args.out).info)
     return 0
 

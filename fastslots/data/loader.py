@@ -33,7 +33,7 @@ def read_batch(dataset, indices: np.ndarray) -> tuple[Tensor, Tensor | None]:
     """Images and masks at ``indices`` of one of our data sets (``batch``) or of any torch map-style data set.
 
     Items of the latter may be an image, a tuple (image, mask, ...), or a dict with "image" and perhaps "mask"; an
-    image is uint8 [R,R,3] or float [C,R,R] in [0, 1]; arrays or tensors.
+    image is uint8 [R,R,3] or [3,R,R], or float [C,R,R] in [0, 1]; arrays or tensors.
     """
     if hasattr(dataset, "batch"):
         images, masks = dataset.batch(indices)
@@ -50,7 +50,10 @@ def _image_and_mask(item) -> tuple[Tensor, Tensor | None]:
         item, mask = item["image"], item.get("mask")
     elif isinstance(item, tuple | list):
         item, mask = item[0], item[1] if len(item) > 1 and np.ndim(item[1]) == 2 else None
-    return torch.as_tensor(item), None if mask is None else torch.as_tensor(mask)
+    image = torch.as_tensor(item)
+    if image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] == 3 and image.shape[2] != 3:
+        image = image.permute(1, 2, 0)  # channels first, as torchvision decodes them
+    return image, None if mask is None else torch.as_tensor(mask)
 
 
 class Loader:
@@ -100,12 +103,15 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
+            if self._closed.is_set():
+                raise RuntimeError("this loader is closed: make another")
             if self._thread is None:
                 yield self.read(self._step)
                 self._step += 1
                 continue
             item = self._queue.get()
             if isinstance(item, BaseException):
+                self._closed.set()
                 raise item
             yield item
 

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fastslots.data.packed import VERSION, PackedDataset, is_packed
@@ -95,18 +95,21 @@ def _pack(
         for index, scene in enumerate(reader.scenes(start), start):
             if index == first:
                 return
-            if max_objects and scene.objects is None:
-                raise UserError(f"{path}: nothing tells how many objects its scenes have: leave out --max_objects")
+            if max_objects:
+                if scene.objects is None:
+                    raise UserError(f"{path}: nothing tells how many objects its scenes have: set --max_objects 0")
+                if scene.objects > max_objects:
+                    yield None
+                    continue
             try:
-                yield preprocess(scene, reader.crop, side) if not max_objects or scene.objects <= max_objects else None
+                yield preprocess(scene, reader.crop, side)
             except ValueError as error:
                 raise UserError(f"{path}: scene {index}: {error}: remove it") from None
 
-    settings = {"size": side, "max_objects": max_objects, "stamp": _stamp(path)}
+    settings: dict[str, object] = {"size": side, "max_objects": max_objects, "stamp": _stamp(path)}
     settings |= {"preprocessing": PREPROCESSING, "first": first}
-    progress = _Progress(reader)
-    write_packed(folder, scenes, reader.kind, str(path), settings, reader.published_split, progress)
-    progress.end()
+    with Progress(reader.share) as progress:
+        write_packed(folder, scenes, reader.kind, str(path), settings, reader.published_split, progress)
 
 
 def recognise(path: Path) -> Reader:
@@ -165,23 +168,26 @@ def _stamp(path: Path) -> list[int]:
     return [len(stats), sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)]
 
 
-class _Progress:
-    """A bar on a terminal; elsewhere a line every half minute."""
+class Progress:
+    """A bar on a terminal; elsewhere a line every half minute. ``share``: scenes done -> 0 to 1."""
 
-    def __init__(self, reader: Reader):
-        self._reader, self._live = reader, sys.stderr.isatty()
+    def __init__(self, share: Callable[[int], float]):
+        self._share, self._live = share, sys.stderr.isatty()
         self._shown = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
 
     def __call__(self, done: int) -> None:
         now = time.monotonic()
         if now - self._shown < (0.2 if self._live else 30):
             return
         self._shown = now
-        share = self._reader.share(done)
+        share = self._share(done)
         text = f"[{'#' * int(30 * share):<30}] {share:4.0%}, {done:,} scenes"
         end = "" if self._live else "\n"
         print(f"{chr(13) if self._live else ''}{text}", end=end, file=sys.stderr, flush=True)
 
-    def end(self) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live:
             print(f"\r{'':60}\r", end="", file=sys.stderr, flush=True)

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from fastslots.errors import UserError
 
 MAGIC, VERSION = "fastslots packed", 1
 UNKNOWN = 255
+MEND = "remove that folder, so that the data are packed again"
 ARRAYS = ("images.u8", "masks.u8", "objects.u8")
 _META_TYPES = {"kind": str, "source": str, "count": int, "size": int, "max_objects": int}
 _META_TYPES |= {"has_masks": bool, "published_split": bool, "digest": str}
@@ -65,7 +69,7 @@ class PackedDataset:
         self.objects = np.array(_map(folder / "objects.u8", (n,)))
         keep = np.ones(n, bool) if not max_objects else self.objects <= max_objects
         if max_objects and (self.objects == UNKNOWN).any():
-            raise UserError(f"{path or folder}: nothing tells how many objects its scenes have: leave out max_objects")
+            raise UserError(f"{path or folder}: nothing tells how many objects its scenes have: set --max_objects 0")
         self._rows = np.flatnonzero(keep)
         self._factors: dict[str, np.ndarray] | None = None
         self.info = DatasetInfo(
@@ -103,13 +107,19 @@ class PackedDataset:
         """Generating factors by name, a row a scene (before the object filter)."""
         if self._factors is None:
             path = self._folder / "factors.npz"
-            self._factors = dict(np.load(path, allow_pickle=False)) if path.exists() else {}
+            factors = read_arrays(path) if path.exists() else {}
+            for name, values in factors.items():
+                if values.shape[:1] != self.objects.shape:
+                    shape = f"{list(values.shape)} for {len(self.objects)} scenes"
+                    raise UserError(f"{path}: {name} has shape {shape}: {MEND}")
+            self._factors = factors
         return self._factors
 
     def verify(self) -> None:
-        """UserError unless the arrays are those that were packed."""
+        """UserError unless the arrays are those that were packed, and the factors fit them."""
         if digest(self._folder) != self.info.digest:
-            raise UserError(f"{self._folder}: its images are not those that were packed (checksum): pack them again")
+            raise UserError(f"{self._folder}: its images are not those that were packed (checksum): {MEND}")
+        self.factors()
 
 
 def read_meta(folder: Path) -> dict:
@@ -120,7 +130,7 @@ def read_meta(folder: Path) -> dict:
         if meta["magic"] != MAGIC:
             raise ValueError("another magic")
         if meta["version"] != VERSION:
-            raise UserError(f"{folder}: packed by another version ({meta['version']}): pack it again")
+            raise UserError(f"{folder}: packed by another version ({meta['version']}): {MEND}")
         for key, kind in _META_TYPES.items():
             if type(meta[key]) is not kind:
                 raise ValueError(f"{key} is {meta[key]!r}")
@@ -129,7 +139,7 @@ def read_meta(folder: Path) -> dict:
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} describes no packed data set ({error}): pack it again") from None
+        raise UserError(f"{path} describes no packed data set ({error}): {MEND}") from None
     return meta
 
 
@@ -143,10 +153,19 @@ def is_packed(folder: Path) -> bool:
 
 
 def _map(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    expected, size = int(np.prod(shape)), path.stat().st_size if path.is_file() else -1
+    expected, size = math.prod(shape), path.stat().st_size if path.is_file() else 0
     if size != expected:
-        raise UserError(f"{path} has {size} bytes, expected {expected}: pack the data again")
+        raise UserError(f"{path} has {size} bytes, expected {expected}: {MEND}")
     return np.memmap(path, np.uint8, "r", shape=shape)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Every array of an npz. UserError where it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} is damaged ({error}): {MEND}") from None
 
 
 def digest(folder: Path) -> str:

@@ -12,12 +12,13 @@ import json
 import os
 import shutil
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from fastslots.data.packed import ARRAYS, MAGIC, UNKNOWN, VERSION, digest, is_packed
+from fastslots.data.packed import ARRAYS, MAGIC, UNKNOWN, VERSION, digest, is_packed, read_arrays
 from fastslots.data.scene import Scene
 from fastslots.errors import UserError
 
@@ -146,9 +147,7 @@ class _Appender:
             shapes = [{name: np.shape(value) for name, value in row.items()} for row in self._factors]
             names = list(shapes[0]) if all(shape == shapes[0] for shape in shapes) else []
             columns = {name: np.stack([row[name] for row in self._factors]) for name in names}
-            with open(self._folder / f"factors-{self.read}.npz", "wb") as file:
-                np.savez(file, **columns)
-                os.fsync(file.fileno())
+            _write_arrays(self._folder / f"factors-{self.read}.npz", columns)
             self._factors = []
         for file in self._files.values():
             file.flush()
@@ -167,15 +166,30 @@ class _Appender:
             raise UserError(f"{self._settings['source']}: no images are left: raise --max_objects or name another set")
         if not self._has_masks:
             (self._folder / "masks.u8").unlink()
-        chunks = [dict(np.load(path, allow_pickle=False)) for path in self._chunks()]
+        chunks = [read_arrays(path) for path in self._chunks()]
         columns = {
             name: [chunk[name] for chunk in chunks]
             for name in chunks[0]
             if all(name in chunk and chunk[name].shape[1:] == chunks[0][name].shape[1:] for chunk in chunks)
         }
         if columns:
-            np.savez(self._folder / "factors.npz", **{name: np.concatenate(parts) for name, parts in columns.items()})
+            joined = {name: np.concatenate(parts) for name, parts in columns.items()}
+            _write_arrays(self._folder / "factors.npz", joined)
         meta = {"magic": MAGIC, "version": VERSION, "kind": self._settings["kind"], "source": self._settings["source"]}
         meta |= {"count": self._done, "size": self._size, "has_masks": self._has_masks}
         meta |= {"max_objects": self._settings.get("max_objects") or 0, "published_split": published_split}
-        (self._folder / "meta.json").write_text(json.dumps(meta | {"digest": digest(self._folder)}, indent=1))
+        with open(self._folder / "meta.json", "w") as file:
+            json.dump(meta | {"digest": digest(self._folder)}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """An npz, brought to the disk. Not numpy.savez, whose own arguments take names like "file" from the columns."""
+    with open(path, "wb") as file:
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())

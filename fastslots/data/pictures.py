@@ -31,6 +31,8 @@ def read_picture(path: Path) -> np.ndarray:
         with Image.open(path) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise UserError(f"{path}: {picture.width} x {picture.height} pixels are too many: make it smaller")
+            if picture.mode.startswith(("I", "F")):  # Pillow would cut 16-bit values off at 255
+                raise UserError(f"{path} has more than 8 bits a channel: save it with 8")
             return np.asarray(picture.convert("RGB"))
     except UserError:
         raise
@@ -53,7 +55,7 @@ class ClevrReader:
                 for scene in json.loads(file.read_text())["scenes"]:
                     picture = self._picture(path, scene["split"], scene["image_filename"], file)
                     self._scenes.append((picture, scene["objects"], len(scene["objects"])))
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 if isinstance(error, UserError):
                     raise
                 raise UserError(f"{file} is no CLEVR scenes file ({error!r}): download it again") from None

@@ -31,8 +31,9 @@ class SpritesDataset:
 
     def __init__(self, seed: int = 0, size: int = 32, objects: tuple[int, int] = (2, 3), count: int = 1 << 31):
         least, most = objects
-        if size < 4 or count < 1 or not 1 <= least <= most <= 12:
-            raise ValueError(f"size >= 4, count >= 1 and 1 <= objects <= 12 expected, got {size}, {count}, {objects}")
+        if not 4 <= size <= 4096 or count < 1 or not 1 <= least <= most <= 12:
+            expected = "4 <= size <= 4096, count >= 1 and 1 <= objects <= 12"
+            raise ValueError(f"{expected} expected, got {size}, {count}, {objects}")
         self.seed, self.size, self.objects, self.count = seed, size, (least, most), count
         self._window = np.arange(int(np.ceil(2 * RADIUS[1] * 2 * size)) + 1)  # samples that any shape fits into
 
