@@ -86,7 +86,7 @@ def _look(dataset: PackedDataset, info: DatasetInfo, max_objects: int | None, qu
     objects = {int(k): int(n) for k, n in zip(values, scenes, strict=True)}
     colour = tuple(float(c) for c in images.mean((0, 1, 2)))
     std, labels = float(images.std((1, 2, 3)).mean()), 0 if masks is None else int(masks.max())
-    splits = "of the whole set" if quick else str(split_indices(len(dataset), info.published_split))
+    splits = "known when the whole set is read" if quick else str(split_indices(len(dataset), info.published_split))
     warnings = _warnings(info, objects, std, images, masks)
     if masks is not None:
         beyond = masks.max((1, 2)) > dataset.scene_objects(rows)
@@ -97,7 +97,7 @@ def _look(dataset: PackedDataset, info: DatasetInfo, max_objects: int | None, qu
                 f"(first: image {first}, label {int(masks[beyond][0].max())}): expected 1, 2, ... and 0 = background"
             )
     if quick:
-        info = replace(info, digest="of the whole set")
+        info = replace(info, digest="known when the whole set is read")
     elif len(dataset) < 20:
         warnings.append("under 20 images: evaluation uses the training images")
     return Report(info, objects, colour, std, labels, len(rows), splits, quick, warnings)

@@ -127,10 +127,22 @@ class SpritesDataset:
         n, most = drawn.shape[:2]
         palette = np.zeros((n, most + 1, 3), np.float32)
         palette[:, 1:] = _rgb(drawn[:, :, 4], drawn[:, :, 5], drawn[:, :, 6])
-        samples = np.stack([owner[:, y::2, x::2] for y in (0, 1) for x in (0, 1)])  # [4, n, R, R]
-        colours = sum(palette[np.arange(n)[:, None, None], part] for part in samples) / 4
+        first, *others = (owner[:, y::2, x::2] for y in (0, 1) for x in (0, 1))  # [n, R, R] each
+        masks = np.ascontiguousarray(first)
+        images = _to_uint8(palette)[np.arange(n)[:, None, None], masks]
+        # That is all for pixels with one owner; the others, few and along edges, mix colours and vote.
+        mixed = np.zeros(masks.shape, bool)
+        for other in others:
+            mixed |= other != first
+        samples = np.stack([part[mixed] for part in (first, *others)])  # [4, pixels]
+        images[mixed] = _to_uint8(sum(palette[np.nonzero(mixed)[0], part] for part in samples) / 4)
         votes = np.stack([(samples == label).sum(0, dtype=np.uint8) for label in range(most + 1)])
-        return (colours * 255 + 0.5).astype(np.uint8), votes.argmax(0).astype(np.uint8)
+        masks[mixed] = votes.argmax(0)
+        return images, masks
+
+
+def _to_uint8(colours: np.ndarray) -> np.ndarray:
+    return (colours * 255 + 0.5).astype(np.uint8)
 
 
 def _rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
