@@ -148,8 +148,9 @@ def test_clevr_v1(tmp_path):
     assert abs(red[0] - 56) <= 1 and abs(red[-1] - 183.5) <= 1
     factors = dataset[0]["factors"]
     assert factors["3d_coords"].tolist() == [[0, 0, 0], *[[1, 2, 3]] * 3] and factors["rotation"].shape == (4,)
-    with pytest.raises(UserError, match="lies outside the data folder"):
-        open_dataset(clevr_folder(tmp_path / "b", "../../../etc/passwd"))
+    for i, name in enumerate(["../../../etc/passwd", "/etc/passwd", "..", "a\\b", ""]):
+        with pytest.raises(UserError, match="lies outside the data folder"):
+            open_dataset(clevr_folder(tmp_path / f"{i}", name))
 
 
 def test_packed_and_source_give_the_same_bits_in_the_same_order(tmp_path):
@@ -193,6 +194,17 @@ def test_pack_continues_after_a_kill(tmp_path, monkeypatch):
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "part" / path.name).read_bytes() == path.read_bytes()
     assert not (tmp_path / "part.partial").exists()
+
+
+def test_pack_does_not_continue_what_was_packed_otherwise(tmp_path, monkeypatch):
+    source = write_tfrecord(tmp_path / "x")
+    monkeypatch.setattr("fastslots.data.packing.FLUSH_EVERY", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr("fastslots.data.packing._Appender.finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            pack(source, tmp_path / "packed", max_objects=3)
+    pack(source, tmp_path / "packed")
+    assert len(open_dataset(tmp_path / "packed")) == 8
 
 
 def test_damaged_factors_and_counts_are_named(tmp_path):
@@ -274,6 +286,36 @@ def test_every_flipped_bit_is_noticed(tmp_path_factory, place, bit):
     with pytest.raises(UserError, match=r"record \d+ "):
         for payload in Records(path):
             parse_example(payload)
+
+
+@pytest.mark.parametrize("byte, what", [(3, "length"), (9, "length"), (40, "payload"), (-2, "payload")])
+def test_damage_is_said_where_it_is(tmp_path, byte, what):
+    data = bytearray(TWO_RECORDS)
+    second = len(data) // 2
+    data[second + byte if byte > 0 else byte] ^= 4
+    (tmp_path / "x").write_bytes(data)
+    with pytest.raises(UserError, match=f"record 1 at byte {second} is damaged .checksum of its {what} differs"):
+        list(Records(tmp_path / "x"))
+
+
+@given(st.lists(st.binary(max_size=3) | st.binary(min_size=1, max_size=1), max_size=60))
+def test_lists_of_any_values_are_joined(values):
+    """The short cut for values of one byte takes no other list for one of those."""
+    joins(values)
+    joins([b"abcd"] * 4)  # 24 bytes, a multiple of 3 as the short cut wants
+
+
+def joins(values: list[bytes]):
+    entry = message(1, b"v") + message(2, message(1, b"".join(message(1, value) for value in values)))
+    assert parse_example(message(1, message(1, entry)))["v"].tobytes() == b"".join(values)
+
+
+def test_a_length_beyond_the_file_allocates_nothing(tmp_path):
+    head = struct.pack("<Q", (1 << 28) - 1)
+    frames = head + struct.pack("<I", masked_crc(head)) + b"x" * 1000
+    (tmp_path / "x").write_bytes(frames)
+    with pytest.raises(UserError, match="more than there are"):
+        open_dataset(tmp_path / "x")
 
 
 @settings(max_examples=200, deadline=None)
