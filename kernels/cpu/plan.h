@@ -9,7 +9,7 @@
 
 namespace fastslots::FASTSLOTS_ISA {
 
-constexpr int kTilePixels = 96;  // of 32, 64, 96 and 128 the fastest at width 180
+constexpr int kTilePixels = 96;  // 64 to 192 measure alike at widths 64 and 180 (Zen 4), 32 is 3 % slower
 
 template <typename T>
 struct Plan {

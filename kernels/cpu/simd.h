@@ -88,15 +88,17 @@ FASTSLOTS_INLINE Vec<T> square_root(Vec<T> v) {
   return v;
 }
 
-// exp, fp32: range reduction by ln 2 in two parts, polynomial of degree 7 (2e-10), within 1 ulp of the exact value
-// (tests/test_math.cpp) where the result is normal; 0 below -87.3, inf above 88.7, NaN for NaN. Double: the library's, lane by lane.
+// exp(x) for x <= 0 (a softmax's scores below their maximum, a Gaussian's exponent).
+//
+// fp32: range reduction by ln 2 in two parts, polynomial of degree 7 (2e-10): within 1 ulp of the exact value
+// (tests/test_math.cpp), 0 below -87.3 where results would be subnormal, NaN for NaN. Double: the library's, by lane.
 template <typename T>
 FASTSLOTS_INLINE Vec<T> exponential(Vec<T> x) {
   if constexpr (sizeof(T) == sizeof(float)) {
-    const Vec<T> magic = broadcast<T>(12582912.0f);  // 1.5 · 2^23: adding it rounds to an integer in the low bits
-    const Vec<T> low = broadcast<T>(-87.33654f), high = broadcast<T>(88.72283f);
-    Vec<T> clamped = x < low ? low : x;
-    clamped = clamped > high ? high : clamped;
+    // Adding 1.5 · 2^23 rounds to an integer n, which then stands in the low bits; 127 is the bias of exponents.
+    const Vec<T> magic = broadcast<T>(12582912.0f + 127.0f);
+    const Vec<T> low = broadcast<T>(-87.3f), zero = {};
+    const Vec<T> clamped = x < low ? low : x;
     const Vec<T> shifted = clamped * 1.44269504f + magic;
     const Vec<T> n = shifted - magic;
     const Vec<T> r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -106,20 +108,13 @@ FASTSLOTS_INLINE Vec<T> exponential(Vec<T> x) {
     p = p * r + 0.166666666825f;
     p = p * r + 0.500000001429f;
     const Vec<T> value = (p * r) * r + r + 1.0f;
-    // 2^n in two halves, since n = 128 and n = -126 each pass one end of the exponent.
     Ints<T> bits;
     std::memcpy(&bits, &shifted, sizeof(bits));
-    bits = bits - 0x4B400000;
-    const Ints<T> half = bits >> 1;
-    const Ints<T> first = (half + 127) << 23, second = (bits - half + 127) << 23;
-    Vec<T> scale_first, scale_second;
-    std::memcpy(&scale_first, &first, sizeof(first));
-    std::memcpy(&scale_second, &second, sizeof(second));
-    const Vec<T> result = value * scale_first * scale_second;
-    const Vec<T> zero = {};
-    const Vec<T> infinite = broadcast<T>(__builtin_inff());
-    const Vec<T> bounded = x > high ? infinite : result;
-    return x < low ? zero : bounded;
+    bits = bits << 23;  // n + 127 in the exponent's place
+    Vec<T> power;
+    std::memcpy(&power, &bits, sizeof(power));
+    const Vec<T> result = value * power;
+    return x < low ? zero : result;
   } else {
     for (int i = 0; i < kLanes<T>; ++i) x[i] = std::exp(x[i]);
     return x;

@@ -1,4 +1,4 @@
-// exp and the normal distribution of every instruction set, against long double, in units in the last place.
+// exp (of what is not above 0) and the normal distribution of every instruction set, against long double, in units in the last place.
 #include <cstdlib>
 
 #include "check.h"
@@ -15,17 +15,17 @@ static void test_isa(Isa isa) {
   const Kernels<float>& kernels = float_kernels(isa);
   const std::string name = isa_name(isa);
   std::vector<float> x;
-  for (double v = -110; v < 95; v += 0.00037) x.push_back(float(v));
+  for (double v = -110; v < 13; v += 0.00037) x.push_back(float(v));
   for (double v = -1; v < 1; v += 0.000013) x.push_back(float(v));
-  std::vector<float> out(x.size()), cdf(x.size()), density(x.size());
-  kernels.exponential(x.data(), out.data(), int64_t(x.size()));
+  std::vector<float> out(x.size()), cdf(x.size()), density(x.size()), negative;
+  for (float v : x) negative.push_back(-std::abs(v));  // what exp serves
+  kernels.exponential(negative.data(), out.data(), int64_t(x.size()));
   kernels.normal_cdf(x.data(), cdf.data(), density.data(), int64_t(x.size()));
   double exp_error = 0, cdf_error = 0, tail_error = 0, density_error = 0;
   for (size_t i = 0; i < x.size(); ++i) {
-    const long double v = x[i];
-    if (v > -87.3L && v < 88.7L) exp_error = std::max(exp_error, ulps(out[i], std::exp(v), 1.2e-38L));
-    if (v < -87.4L) check(out[i] == 0, name + " exp underflows to 0");
-    if (v > 88.8L) check(std::isinf(out[i]), name + " exp overflows to infinity");
+    const long double v = x[i], n = negative[i];
+    if (n > -87.3L) exp_error = std::max(exp_error, ulps(out[i], std::exp(n), 1.2e-38L));
+    if (n < -87.4L) check(out[i] == 0, name + " exp underflows to 0");
     if (std::abs(v) > 12) continue;
     const long double exact = std::erfc(-v / std::sqrt(2.0L)) / 2;
     const long double exact_density = std::exp(-v * v / 2) / std::sqrt(2 * std::acos(-1.0L));
@@ -40,10 +40,11 @@ static void test_isa(Isa isa) {
   check(density_error < 2, name + " density");
 
   const float special[] = {NAN, INFINITY, -INFINITY, 0.0f, -0.0f};
-  float e[5], c[5], d[5];
-  kernels.exponential(special, e, 5);
+  float e[4], c[5], d[5];
+  const float at_most_zero[] = {NAN, -INFINITY, 0.0f, -0.0f};
+  kernels.exponential(at_most_zero, e, 4);
   kernels.normal_cdf(special, c, d, 5);
-  check(std::isnan(e[0]) && std::isinf(e[1]) && e[2] == 0 && e[3] == 1 && e[4] == 1, name + " exp of special values");
+  check(std::isnan(e[0]) && e[1] == 0 && e[2] == 1 && e[3] == 1, name + " exp of special values");
   check(std::isnan(c[0]) && c[1] == 1 && c[2] == 0 && std::abs(c[3] - 0.5f) < 1e-7f, name + " cdf of special values");
   check(std::isnan(d[0]) && d[1] == 0 && d[2] == 0, name + " density of special values");
 }
