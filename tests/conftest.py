@@ -10,3 +10,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+# Subprocesses started at the root of a checkout import the installed package, not the source folder (Python 3.11 on).
+os.environ["PYTHONSAFEPATH"] = "1"
