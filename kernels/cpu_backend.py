@@ -1,8 +1,10 @@
 """The ``cpu`` backend: the C++ kernels of ``kernels/cpu`` as the raw functions that ``fastslots.ops`` calls.
 
-Arrays are passed through DLPack, contiguous and detached; threads are torch's (``torch.set_num_threads``), and so is
-the pool: the module has no OpenMP runtime of its own. Results are the same bits on every call with the same number of
-threads, and the same for 1, 2 and 4 threads.
+Arrays are passed through DLPack, contiguous and detached, in fp32 or fp64. 16-bit tensors are widened to fp32 for the
+call, results narrowed to the dtypes of the inputs: nothing is accumulated in 16 bits.
+
+Threads are torch's (``torch.set_num_threads``), and so is the pool: the module has no OpenMP runtime of its own.
+Results are the same bits on every call with the same number of threads, and the same for 1, 2 and 4 threads.
 
 The instruction set is the best that the processor has; ``FASTSLOTS_ISA`` or ``set_isa`` name another (avx512, avx2,
 portable).
@@ -50,11 +52,11 @@ def why_not(op: str, tensors: Sequence[Tensor]) -> str | None:
     if x.device.type != "cpu":
         return f"the tensors are on {x.device}, not on the CPU"
     if torch.is_autocast_enabled("cpu"):
-        return "autocast asks for 16-bit products, these kernels are fp32 and fp64"
+        return "autocast asks for 16-bit products, these kernels multiply in fp32 and fp64"
     dtypes = {t.dtype for t in tensors}
-    if dtypes not in ({torch.float32}, {torch.float64}):
+    if not (dtypes == {torch.float64} or dtypes <= {torch.float16, torch.bfloat16, torch.float32}):
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        return f"{names}: all tensors must be fp32, or all fp64"
+        return f"{names}: all tensors must be fp64, or of at most 32 bits and floating point"
     second = tensors[1].shape if len(tensors) > 1 else (1, 1, 1, 1)
     heads, slots = (1, second[2]) if op == "cross_attention" else second[2:4]
     if slots > MAX_SLOTS:
@@ -68,64 +70,77 @@ def _kernel(op: str, dtype: torch.dtype):
     return getattr(_cpu, f"{op}_{str(dtype).removeprefix('torch.')}")
 
 
-def _plain(tensor: Tensor | None) -> Tensor | None:
-    """What the C++ side takes: detached, contiguous; masks as bytes."""
-    if tensor is None:
-        return None
-    tensor = tensor.detach()
-    return (tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor).contiguous()
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What the kernels compute in."""
+    return torch.promote_types(dtype, torch.float32)
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """Detached, last axis contiguous; other strides as they are: heads split from one projection are not copied."""
-    tensor = tensor.detach()
+def _plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the C++ side takes: detached, contiguous, of its dtype."""
+    return tensor.detach().to(dtype).contiguous()
+
+
+def _rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Last axis contiguous, other strides as they are: heads split from one projection are not copied."""
+    tensor = tensor.detach().to(dtype)
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _mask(slot_mask: Tensor | None) -> Tensor | None:
+    return None if slot_mask is None else _plain(slot_mask, torch.uint8)
+
+
+def _narrowed(grads: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(grad.to(like.dtype) for grad, like in zip(grads, inputs, strict=True))
 
 
 def cross_attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, scale: float, slot_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """q [B,H,L,d], k, v [B,H,K,d], any strides -> out [B,H,L,d], slot_map [B,L,K]."""
-    out = q.new_empty(q.shape)
-    slot_map = q.new_empty(q.shape[0], q.shape[2], k.shape[2])
-    _kernel("cross_attention", q.dtype)(
-        _isa, _rows(q), _rows(k), _rows(v), [out, slot_map], None, None, _plain(slot_mask), scale,
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return out, slot_map
+    """q [B,H,L,d], k, v [B,H,K,d], any strides -> out [B,H,L,d], slot_map [B,L,K] (fp32 or wider)."""
+    dtype = _wide(q.dtype)
+    out = q.new_empty(q.shape, dtype=dtype)
+    slot_map = q.new_empty(q.shape[0], q.shape[2], k.shape[2], dtype=dtype)
+    qkv = (_rows(t, dtype) for t in (q, k, v))
+    threads = torch.get_num_threads()
+    _kernel("cross_attention", dtype)(_isa, *qkv, [out, slot_map], None, None, _mask(slot_mask), scale, threads)
+    return out.to(q.dtype), slot_map
 
 
 def cross_attention_bwd(
     dout: Tensor, dslot_map: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, slot_mask: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """-> dq, dk, dv, contiguous."""
-    grads = [t.new_empty(t.shape) for t in (q, k, v)]
-    _kernel("cross_attention", q.dtype)(
-        _isa, _rows(q), _rows(k), _rows(v), grads, _rows(dout), _plain(dslot_map), _plain(slot_mask), scale,
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return grads[0], grads[1], grads[2]
+    dtype = _wide(q.dtype)
+    grads = [t.new_empty(t.shape, dtype=dtype) for t in (q, k, v)]
+    qkv = (_rows(t, dtype) for t in (q, k, v))
+    cotangents = _rows(dout, dtype), _plain(dslot_map, dtype)
+    threads = torch.get_num_threads()
+    _kernel("cross_attention", dtype)(_isa, *qkv, grads, *cotangents, _mask(slot_mask), scale, threads)
+    return _narrowed(grads, (q, k, v))
 
 
 def _layer_fwd(x: Tensor, weights: Sequence[Tensor], slot_mask: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    dtype = _wide(x.dtype)
     B, _, K = weights[1].shape
-    y, slot_map = x.new_empty(B, *x.shape[1:]), x.new_empty(B, x.shape[1], K)
-    _kernel("layer", x.dtype)(
-        _isa, _plain(x), [_plain(w) for w in weights], [y, slot_map], None, None, _plain(slot_mask), eps,
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return y, slot_map
+    y = x.new_empty(B, *x.shape[1:], dtype=dtype)
+    slot_map = x.new_empty(B, x.shape[1], K, dtype=dtype)
+    plain = _plain(x, dtype), [_plain(w, dtype) for w in weights]
+    threads = torch.get_num_threads()
+    _kernel("layer", dtype)(_isa, *plain, [y, slot_map], None, None, _mask(slot_mask), eps, threads)
+    return y.to(x.dtype), slot_map
 
 
 def _layer_bwd(
     dy: Tensor, dslot_map: Tensor, x: Tensor, weights: Sequence[Tensor], slot_mask: Tensor | None, eps: float
 ) -> tuple[Tensor, ...]:
-    grads = tuple(t.new_empty(t.shape) for t in (x, *weights))
-    _kernel("layer", x.dtype)(
-        _isa, _plain(x), [_plain(w) for w in weights], list(grads), _plain(dy), _plain(dslot_map), _plain(slot_mask),
-        eps, torch.get_num_threads(),
-    )  # fmt: skip
-    return grads
+    dtype = _wide(x.dtype)
+    grads = [t.new_empty(t.shape, dtype=dtype) for t in (x, *weights)]
+    plain = _plain(x, dtype), [_plain(w, dtype) for w in weights]
+    cotangents = _plain(dy, dtype), _plain(dslot_map, dtype)
+    threads = torch.get_num_threads()
+    _kernel("layer", dtype)(_isa, *plain, grads, *cotangents, _mask(slot_mask), eps, threads)
+    return _narrowed(grads, (x, *weights))
 
 
 def folded_cross_attention_fwd(
@@ -199,22 +214,23 @@ def decoder_loss(
     Returns:
         recon and interaction (scalars, unweighted), gradients in the same order (None where not asked for).
     """
-    tensors = [_plain(t) for t in inputs.differentiable()]
-    dtype = inputs.queries.dtype
-    grads = [torch.empty_like(t) if need else None for t, need in zip(tensors, need_grads, strict=True)]
+    tensors = inputs.differentiable()
+    dtype = _wide(inputs.queries.dtype)
+    grads = [t.new_empty(t.shape, dtype=dtype) if need else None for t, need in zip(tensors, need_grads, strict=True)]
     scale = float(grad_scale)
-    target, weight = (None if t is None else _plain(t.to(dtype)) for t in (inputs.target, inputs.pixel_weight))
+    target = _plain(inputs.target, dtype)
     recon, interaction = _kernel("decoder_loss", dtype)(
         _isa,
-        tensors,
+        [_plain(t, dtype) for t in tensors],
         grads if any(need_grads) else None,
         len(inputs.layers),
         target,
-        weight,
-        _plain(inputs.slot_mask),
+        None if inputs.pixel_weight is None else _plain(inputs.pixel_weight, dtype),
+        _mask(inputs.slot_mask),
         float(inputs.recon_weight) * scale,
         float(inputs.interaction_weight) * scale,
         inputs.eps,
         torch.get_num_threads(),
     )
-    return target.new_tensor(recon), target.new_tensor(interaction), grads
+    narrowed = [None if grad is None else grad.to(t.dtype) for grad, t in zip(grads, tensors, strict=True)]
+    return target.new_tensor(recon), target.new_tensor(interaction), narrowed

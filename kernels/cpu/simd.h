@@ -153,22 +153,37 @@ FASTSLOTS_INLINE void normal_distribution(Vec<T> x, Vec<T>& cdf, Vec<T>& density
   }
 }
 
-// In place: rows[i][j] <-> rows[j][i] of a square of vectors. log2(lanes) rounds of perfect shuffles.
+// The first (or second) halves of a and b, taken in turns: a0 b0 a1 b1 ...
+template <typename T, bool kSecondHalf>
+FASTSLOTS_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b) {
+  constexpr int n = kLanes<T>, from = kSecondHalf ? n / 2 : 0;
+  static_assert(n == 2 || n == 4 || n == 8 || n == 16);
+  // Indices must be literal for both compilers; lane i of b is n + i.
+#define FASTSLOTS_PAIR(i) from + i, from + i + n
+  if constexpr (n == 2) {
+    return __builtin_shufflevector(a, b, FASTSLOTS_PAIR(0));
+  } else if constexpr (n == 4) {
+    return __builtin_shufflevector(a, b, FASTSLOTS_PAIR(0), FASTSLOTS_PAIR(1));
+  } else if constexpr (n == 8) {
+    return __builtin_shufflevector(a, b, FASTSLOTS_PAIR(0), FASTSLOTS_PAIR(1), FASTSLOTS_PAIR(2), FASTSLOTS_PAIR(3));
+  } else {
+    return __builtin_shufflevector(a, b, FASTSLOTS_PAIR(0), FASTSLOTS_PAIR(1), FASTSLOTS_PAIR(2), FASTSLOTS_PAIR(3),
+                                   FASTSLOTS_PAIR(4), FASTSLOTS_PAIR(5), FASTSLOTS_PAIR(6), FASTSLOTS_PAIR(7));
+  }
+#undef FASTSLOTS_PAIR
+}
+
+// In place: rows[i][j] <-> rows[j][i] of a square of vectors, by log2(lanes) rounds of perfect shuffles.
 template <typename T>
 FASTSLOTS_INLINE void transpose_square(Vec<T>* rows) {
   constexpr int n = kLanes<T>;
-  Ints<T> low, high;
-  for (int i = 0; i < n; ++i) {
-    low[i] = i / 2 + (i % 2) * n;
-    high[i] = low[i] + n / 2;
-  }
 #pragma GCC unroll 4
   for (int round = 1; round < n; round *= 2) {
     Vec<T> next[n];
 #pragma GCC unroll 8
     for (int i = 0; i < n / 2; ++i) {
-      next[2 * i] = __builtin_shuffle(rows[i], rows[i + n / 2], low);
-      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + n / 2], high);
+      next[2 * i] = interleave<T, false>(rows[i], rows[i + n / 2]);
+      next[2 * i + 1] = interleave<T, true>(rows[i], rows[i + n / 2]);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < n; ++i) rows[i] = next[i];
