@@ -21,7 +21,6 @@ from torch import Tensor
 
 from fastslots import _cpu  # type: ignore[attr-defined]
 
-MAX_LAYERS = 16
 MAX_SLOTS = 64
 MAX_COLUMNS = 512
 """Most slots of a head, and heads x slots: what the C++ tests cover."""
