@@ -255,6 +255,14 @@ def test_check_tells_what_looks_wrong(tmp_path):
         check(tmp_path / "packed")
 
 
+def test_check_tells_of_labels_that_are_no_entry_numbers(tmp_path):
+    gap = np.where(MASKS == 1, 0, MASKS)  # an object that a crop hid
+    np.savez(tmp_path / "gap.npz", IMAGES, FACTORS["x"], np.concatenate([MASKS[:4], gap[4:]]))
+    assert not any("labels" in warning for warning in check(tmp_path / "gap.npz").warnings)
+    np.savez(tmp_path / "white.npz", IMAGES, FACTORS["x"], (MASKS > 0) * np.uint8(255))
+    assert any("8 of 8 masks have labels up to 255" in warning for warning in check(tmp_path / "white.npz").warnings)
+
+
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 

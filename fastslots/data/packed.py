@@ -99,10 +99,6 @@ class PackedDataset:
         rows = self._rows[np.asarray(indices)]
         return self._images[rows], None if self._masks is None else self._masks[rows]
 
-    def scene_objects(self, indices: np.ndarray) -> np.ndarray:
-        """Objects of scenes, uint8 [n]; UNKNOWN where nothing tells."""
-        return self.objects[self._rows[np.asarray(indices)]]
-
     def factors(self) -> dict[str, np.ndarray]:
         """Generating factors by name, a row a scene (before the object filter)."""
         if self._factors is None:

@@ -75,9 +75,7 @@ class Records:
 
     def __iter__(self) -> Iterator[bytes]:
         offset = index = 0
-        with ThreadPoolExecutor(
-            1
-        ) as ahead:  # unzips the next record, without the GIL, while the caller parses this one
+        with ThreadPoolExecutor(1) as ahead:  # unzips the next record, without the GIL, while the caller parses this
             pending = ahead.submit(self._read, index, offset)
             while (payload := pending.result()) is not None:
                 offset, index = offset + 16 + len(payload), index + 1
