@@ -50,12 +50,11 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape[p.shape].append(p)
             for shape, params in by_shape.items():
-                directions = []
-                for p in params:
-                    buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                    buffer.lerp_(p.grad, 1 - momentum)
-                    directions.append(torch.lerp(p.grad, buffer, momentum))
+                grads = [p.grad for p in params]
+                buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+                torch._foreach_lerp_(buffers, grads, 1 - momentum)
+                directions = torch._foreach_lerp(grads, buffers, momentum)
                 update = orthogonalise(torch.stack(directions).float())
-                for p, direction in zip(params, update, strict=True):
-                    p.mul_(1 - lr * group["weight_decay"])
-                    p.add_(direction, alpha=-lr * 0.2 * max(shape) ** 0.5)
+                if group["weight_decay"]:
+                    torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+                torch._foreach_add_(params, update.unbind(), alpha=-lr * 0.2 * max(shape) ** 0.5)

@@ -23,7 +23,7 @@ class Optimizer:
             matrices = [p for p in parameters if p.ndim == 2]
             rest = [p for p in parameters if p.ndim != 2]
             muon = Muon(matrices, lr=config.lr, weight_decay=decay)
-            adamw = torch.optim.AdamW(rest, lr=config.lr, weight_decay=decay, betas=(0.9, 0.99))
+            adamw = torch.optim.AdamW(rest, lr=config.lr, weight_decay=decay, betas=(0.9, 0.99), fused=True)
             self.parts: list[tuple[torch.optim.Optimizer, float]] = [(muon, 1.0), (adamw, MUON_REST)]
         else:
             cls = optimizer_class(config.optimizer)
