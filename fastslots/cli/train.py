@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from fastslots.errors import UserError
@@ -30,8 +31,11 @@ def add_parser(commands) -> None:
     parser.set_defaults(run=run)
 
 
-def add_fields(parser: argparse.ArgumentParser) -> None:
-    """A flag for every field of TrainConfig, --batch_size and --batch-size alike; absent unless given."""
+def add_fields(parser: argparse.ArgumentParser, each: Callable = lambda field_type, convert: convert) -> None:
+    """A flag for every field of TrainConfig, --batch_size and --batch-size alike; absent unless given.
+
+    each: (type of the field, its text -> value) -> what the flag takes, one value or something made of them.
+    """
     group = parser.add_argument_group("fields (an explicit flag beats the preset and --config)")
     for field in dataclasses.fields(TrainConfig):
         if field.name in _FLAGS_ELSEWHERE:
@@ -41,11 +45,11 @@ def add_fields(parser: argparse.ArgumentParser) -> None:
             *names,
             dest=f"field_{field.name}",
             default=argparse.SUPPRESS,
-            type=_converter(field),
+            type=each(str(field.type), _converter(field)),
             metavar=str(field.type).split("[")[0].upper(),
             help=f"{field.metadata['help']} (clevr6-like default: {field.default})".replace("%", "%%"),
             nargs="?" if field.type == "bool" else None,
-            const=True if field.type == "bool" else None,
+            const="true" if field.type == "bool" else None,  # a text, so that argparse converts it
         )
 
 

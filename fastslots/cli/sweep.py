@@ -1,0 +1,88 @@
+"""fastslots sweep"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastslots.cli.train import DEFAULT_PRESET, add_fields
+from fastslots.errors import UserError
+from fastslots.models.presets import preset_names
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "sweep",
+        help="train every combination of some fields' values, with several seeds",
+        description="Train every combination of the fields that are given a comma list (--alpha 0,0.05), with several "
+        "seeds, and write one table and one plot a metric. The same command again keeps finished trials, resumes "
+        "interrupted ones and tries failed ones anew.",
+    )
+    parser.add_argument("preset", nargs="?", help=f"one of {', '.join(preset_names())} (default {DEFAULT_PRESET})")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the sweep: a folder a trial, the tables")
+    parser.add_argument("--seeds", type=int, help="seeds 0 .. N-1 (default 1); or name them with --seed 3,5,8")
+    parser.add_argument("--jobs", type=int, default=1, help="trials at once, each with its share of the cores")
+    parser.add_argument(
+        "--eval",
+        dest="eval_arguments",
+        metavar="ARGUMENTS",
+        default="",
+        help="also run `fastslots eval RUN ARGUMENTS` on each trial (its last weights) and table those scores, e.g. "
+        "--eval='--split test'; else those of the run's last evaluation",
+    )
+    add_fields(parser, each=comma_list)
+    parser.set_defaults(run=run)
+
+
+def comma_list(field_type: str, convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """A converter of one value -> of several: at commas, or at semicolons where a value has commas itself."""
+    separator = ";" if field_type.startswith("tuple") else ","
+
+    def values(text: str) -> list[Any]:
+        found = [convert(part.strip()) for part in text.split(separator) if part.strip()]
+        if not found:
+            raise argparse.ArgumentTypeError(f"{text!r} holds no value")
+        return found
+
+    return values
+
+
+def run(args: argparse.Namespace) -> int:
+    given = {key.removeprefix("field_"): value for key, value in vars(args).items() if key.startswith("field_")}
+    seeds = given.pop("seed", None)
+    if seeds and args.seeds:
+        raise UserError("give --seeds or --seed, not both")
+    if (args.seeds is not None and args.seeds < 1) or args.jobs < 1:
+        raise UserError("--seeds and --jobs must be at least 1")
+    from fastslots.train.sweep import make_trials, run_trials
+    from fastslots.train.sweep_table import write_sweep
+
+    varied = {name: values for name, values in given.items() if len(values) > 1}
+    fixed = {name: values[0] for name, values in given.items() if len(values) == 1}
+    trials = make_trials(args.preset or DEFAULT_PRESET, varied, fixed, seeds or range(args.seeds or 1), args.out)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: {error.strerror}: name a folder that can be written") from None
+    say(f"{len(trials)} trials in {args.out}, {args.jobs} at once")
+    signal.signal(signal.SIGTERM, _terminated)
+    results = run_trials(trials, args.jobs, shlex.split(args.eval_arguments), say)
+    print(write_sweep(results, args.out))
+    failures = [result for result in results if result.error]
+    for result in failures:
+        say(f"failed: {result.trial.name}: {result.error}")
+    say(f"tables and plots: {args.out}/sweep.csv, sweep.json, *.svg")
+    return 1 if failures else 0
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _terminated(*_: object) -> None:
+    raise SystemExit(143)
