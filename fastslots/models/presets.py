@@ -40,12 +40,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         **{"encoder_width": 64, "encoder_layers": 3, "log_scale_bias": -2.0},
         **{"query_width": 64, "query_hidden": 128, "slot_width": 64, "slot_hidden": 256, "decoder_heads": 8},
         **{"output_hidden": (64, 64), "octaves": 6},
-        **{"sigma": 4.0, "alpha": 0.9375, "beta": 0.1, "batch_size": 32, "grad_clip": 1.0},
+        **{"sigma": 4.0, "alpha": 3.0, "beta": 0.1, "batch_size": 32, "grad_clip": 1.0},
         **{"pixels_per_step": 64, "pixel_sampling": "foreground"},
-        **{"optimizer": "muon", "lr": 8e-3, "schedule": "cosine", "warmup": 100, "steps": 4_500},
+        **{"optimizer": "muon", "lr": 8e-3, "schedule": "cosine", "warmup": 100, "steps": 5_000},
         # A penalty from the start, even at 2 %, made slots divide the picture rather than its objects: none for 30 %.
-        **{"alpha_start": 1_350, "alpha_warmup": 2_250, "beta_start": 900, "beta_warmup": 2_250},
-        **{"eval_every": 1_500, "eval_images": 200, "eval_batch": 20, "checkpoint_every": 1_500},
+        **{"alpha_start": 1_500, "alpha_warmup": 2_500, "beta_start": 1_000, "beta_warmup": 2_500},
+        **{"eval_every": 2_500, "eval_images": 200, "eval_batch": 20, "checkpoint_every": 1_000},
     },
 }
 
