@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fastslots.errors import UserError
 from fastslots.train.files import write_atomic
 
 PATTERN = "step_*.safetensors"
+MOST_PENDING = 2  # works of a Writer that may wait, each with its snapshot in memory
 
 
 @dataclass
@@ -24,19 +28,39 @@ class Checkpoint:
     """All that a resume needs; batches, noise and pixel subsets follow from (seed, step)."""
 
     step: int  # the last finished one
-    tensors: dict[str, Tensor]  # "model.*" and "optimizer.*"
+    tensors: dict[str, Tensor]  # "model.*" and "optimizer.*", on the CPU
     numbers: dict[str, float]  # the optimiser's plain numbers
     extra: dict[str, Any]  # JSON: best score so far, loss scaler
+
+    def to_bytes(self) -> bytes:
+        """A safetensors file whose metadata holds the rest and a checksum of everything."""
+        header = {"step": self.step, "numbers": self.numbers, "extra": self.extra}
+        metadata = {"header": json.dumps(header), "digest": _digest(self.tensors, header)}
+        return safetensors.torch.save(self.tensors, metadata=metadata)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Checkpoint:
+        """ValueError where the bytes are not those of ``to_bytes``."""
+        try:
+            tensors = safetensors.torch.load(data)
+            metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+            header = json.loads(metadata["header"])
+            if metadata["digest"] != _digest(tensors, header):
+                raise ValueError("checksum differs")
+            return cls(header["step"], tensors, header["numbers"], header["extra"])
+        except (SafetensorError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"no checkpoint: {error}") from None
+
+
+def snapshot(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, which the next step does not change."""
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write step_NNNNNNNN.safetensors into ``folder`` and drop all but the newest ``keep``."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in checkpoint.tensors.items()}
-    header = {"step": checkpoint.step, "numbers": checkpoint.numbers, "extra": checkpoint.extra}
-    metadata = {"header": json.dumps(header), "digest": _digest(tensors, header)}
     path = folder / f"step_{checkpoint.step:08d}.safetensors"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, save(tensors, metadata=metadata))
+    write_atomic(path, checkpoint.to_bytes())
     for old in sorted(folder.glob(PATTERN))[:-keep]:
         old.unlink()
     return path
@@ -45,15 +69,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read and verify; UserError where the file is damaged."""
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        header = json.loads(metadata["header"])
-        if metadata["digest"] != _digest(tensors, header):
-            raise ValueError("checksum differs")
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        return Checkpoint.from_bytes(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error})") from None
-    return Checkpoint(header["step"], tensors, header["numbers"], header["extra"])
 
 
 def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -73,3 +91,43 @@ def _digest(tensors: dict[str, Tensor], header: dict) -> str:
         digest.update(name.encode())
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+class Writer:
+    """Writes files behind the training loop, in order, on one thread.
+
+    What cannot be written (a full disk) is reported and the run goes on: ``write_atomic`` leaves what was there before.
+    """
+
+    def __init__(self, report: Callable[[str], None]):
+        self._report = report
+        self._thread = ThreadPoolExecutor(1, "fastslots-writer")  # joined at exit, whatever ends the process
+        self._pending: deque[Future[None]] = deque()
+        self._failure: UserError | None = None  # of the newest work, where it failed
+
+    def submit(self, work: Callable[[], object]) -> None:
+        """Run ``work`` soon; it must own what it writes. Waits where the disk is slower than the run."""
+        self._pending.append(self._thread.submit(work))
+        while self._pending and (self._pending[0].done() or len(self._pending) > MOST_PENDING):
+            self._collect()
+
+    def finish(self) -> None:
+        """Wait for everything; UserError where the newest work was not written."""
+        while self._pending:
+            self._collect()
+        if self._failure:
+            raise self._failure
+
+    def close(self) -> None:
+        """Wait, and report what failed."""
+        while self._pending:
+            self._collect()
+        self._thread.shutdown()
+
+    def _collect(self) -> None:
+        self._failure = None
+        try:
+            self._pending.popleft().result()
+        except UserError as error:
+            self._failure = error
+            self._report(f"warning   {error}. Training goes on; what was written before is kept")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -25,6 +26,7 @@ class MetricsLog:
         self._file = open(path, "a")
 
     def write(self, values: dict[str, object]) -> None:
+        """OSError where the disk is full; the line is kept and written with the next that succeeds."""
         # JSON has no NaN: null says the same and every reader takes it.
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._file.write(json.dumps(clean) + "\n")
@@ -36,9 +38,26 @@ class MetricsLog:
                     self._events.add_scalar(split + name, value, values["step"])
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # a disk still full, of which the run has said so
+            self._file.close()
         if self._events:
             self._events.close()
+
+
+class Silent:
+    """In place of MetricsLog and Progress on processes that write nothing."""
+
+    def write(self, values: dict[str, object]) -> None:
+        pass
+
+    def update(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def _summary_writer(folder: Path, last_step: int):

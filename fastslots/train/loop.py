@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-import threading
+import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,16 @@ from fastslots.errors import UserError
 from fastslots.models import SlotVAE
 from fastslots.models.storage import WEIGHTS, load_weights, weights_bytes, weights_path
 from fastslots.ops import backends
-from fastslots.train.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from fastslots.train.checkpoint import Checkpoint, Writer, latest_checkpoint, save_checkpoint, snapshot
 from fastslots.train.config import TrainConfig
+from fastslots.train.distributed import Group, StopSignals
 from fastslots.train.evaluate import evaluate
 from fastslots.train.files import write_atomic
 from fastslots.train.grids import slot_grid
-from fastslots.train.log import MetricsLog, Progress
+from fastslots.train.log import MetricsLog, Progress, Silent
 from fastslots.train.optim import Optimizer
 from fastslots.train.report import write_report
-from fastslots.train.run import RunFolder, next_run
+from fastslots.train.run import RunFolder, claim, next_run
 from fastslots.train.sources import check_shape, open_source
 from fastslots.train.step import Precision, training_step
 
@@ -60,20 +61,29 @@ def fit(
         resume: go on from the newest good checkpoint in ``out``, bit for bit; start fresh where there is none.
         stream: where progress goes (stderr).
 
+    Started by torchrun, each process calls this and computes its share of every batch; the first one writes.
+
     Raises:
-        UserError: bad data or configuration. NonFiniteLossError: the loss was NaN or infinite.
+        UserError: bad data or configuration; LostProcessError (one of those): another process of the run has ended.
+        NonFiniteLossError: the loss was NaN or infinite.
     """
-    folder = RunFolder(Path(out) if out else next_run(config.preset_name), resume)
-    trainer = Trainer(config, dataset, folder, stream)
+    group = Group.join(config.torch_device(), config.batch_size)
+    chosen = group.on_first(lambda: os.fsencode(claim(Path(out) if out else next_run(config.preset_name), resume)))
+    trainer = Trainer(config, dataset, RunFolder(Path(os.fsdecode(chosen))), group, stream)
     try:
-        return trainer.run()
+        result = trainer.run()
     finally:
         trainer.close()
+    group.close()
+    return result
 
 
 class Trainer:
-    def __init__(self, config: TrainConfig, dataset: Any, folder: RunFolder, stream: Any = None):
-        self.config, self.folder, self.device = config, folder, config.torch_device()
+    def __init__(
+        self, config: TrainConfig, dataset: Any, folder: RunFolder, group: Group | None = None, stream: Any = None
+    ):
+        self.config, self.folder, self.group = config, folder, group or Group()
+        self.device = self.group.device(config.torch_device())
         if config.threads:
             torch.set_num_threads(config.threads)
         self.source = open_source(config, dataset)
@@ -85,46 +95,60 @@ class Trainer:
         self.optimizer = Optimizer(self.model, config)
         self.step, self.best = 0, -float("inf")
         self.scores: dict[str, Any] = {}
-        folder.create(config)
-        found, damaged = latest_checkpoint(folder.checkpoints)
-        if found:
-            self._load(found)
-        self.progress = Progress(config.steps, config.log_every, self.step, stream)
+        self._warned: set[str] = set()
+        damaged: list[str] = []
+        newest = self.group.on_first(lambda: self._start(damaged))
+        if newest:
+            self._load(Checkpoint.from_bytes(newest))
+        first = self.group.first
+        self.progress = Progress(config.steps, config.log_every, self.step, stream) if first else Silent()
         for reason in damaged:
             self.progress.say(f"{reason}: going back to the one before")
-        self.log = MetricsLog(folder.metrics, self.step, config.tensorboard)
+        self.log = MetricsLog(folder.metrics, self.step, config.tensorboard) if first else Silent()
+        self.writer = Writer(self.progress.say)
         if config.compile:
             self.model.encoder.compile()
-        self.signal = 0
-        self._announce()
+        if first:
+            self._announce()
 
     def run(self) -> FitResult:
-        config, train, rows = self.config, *self.source.splits["train"]
-        with _Signals(self), Loader(train, config.seed, config.batch_size, self.step + 1, rows) as loader:
-            batches, last = iter(loader), time.perf_counter()
-            while self.step < config.steps and not self.signal:
+        config, group, (train, rows) = self.config, self.group, self.source.splits["train"]
+        own = group.share(config.batch_size)
+        loader = Loader(train, config.seed, len(own), self.step + 1, rows, own.start)
+        with StopSignals(group), loader:
+            batches, last, stop = iter(loader), time.perf_counter(), 0
+            while self.step < config.steps and not stop:
                 images = to_float(next(batches).images.to(self.device, non_blocking=True))
                 values = training_step(
-                    self.model, self.optimizer, self.precision, config, self.step + 1, images
+                    self.model, self.optimizer, self.precision, config, self.step + 1, images, group
                 )  # the only host sync of a step is inside, where its losses are read
                 self._stop_if_not_finite(values, images)
-                self.step += 1
+                self.step, stop = self.step + 1, group.stop_signal()
                 now = time.perf_counter()
                 values["images_per_s"], last = config.batch_size / (now - last), now
-                self.log.write({"step": self.step, **values})
+                self._record({"step": self.step, **values})
                 self.progress.update(self.step, values)
                 done = self.step == config.steps
                 if done or _due(self.step, config.eval_every):
                     self._evaluate()
                     last = time.perf_counter()
-                if done or _due(self.step, config.checkpoint_every) or self.signal:
+                if done or stop or _due(self.step, config.checkpoint_every):
                     self._checkpoint()
-        if self.signal:
-            self.progress.say(f"stopped by signal {self.signal} at step {self.step}; go on with --resume")
-        return FitResult(self.model, self.folder.path, self.step, self.scores, self.signal)
+            self._finish()
+        if stop:
+            self.progress.say(f"stopped by signal {stop} at step {self.step}; go on with --resume")
+        return FitResult(self.model, self.folder.path, self.step, self.scores, stop)
 
     def close(self) -> None:
+        self.writer.close()
         self.log.close()
+
+    def _start(self, damaged: list[str]) -> bytes:
+        """Make the folder; the newest good checkpoint in it, or nothing. ``damaged`` gets what is said of others."""
+        self.folder.create(self.config)
+        found, reasons = latest_checkpoint(self.folder.checkpoints)
+        damaged.extend(reasons)
+        return found.to_bytes() if found else b""
 
     def _announce(self) -> None:
         """What is about to happen, in a few lines."""
@@ -137,35 +161,62 @@ class Trainer:
         for warning in self.source.warnings:
             say(f"warning   {warning}")
         say(f"model     {count:,} parameters, K {config.num_slots}, D {config.slot_dim}, {config.resolution}²")
-        how = f"{config.optimizer}, {config.precision}, {self.device}"
+        where = f"{self.device}" if self.group.size == 1 else f"{self.group.size} processes on {self.device.type}"
+        how = f"{config.optimizer}, {config.precision}, {where}"
         say(f"training  {config.steps:,} steps of {config.batch_size} images, {how}")
         say(str(backends.explain(probe, op="decoder_loss")))
 
     def _evaluate(self) -> None:
         config, (dataset, rows) = self.config, self.source.splits["val"]
-        self.scores = evaluate(self.model, dataset, rows, config.eval_images, config.eval_batch)
-        self.log.write({"step": self.step, "eval": "val", **self.scores})
+        self.scores = evaluate(self.model, dataset, rows, config.eval_images, config.eval_batch, group=self.group)
+        if not self.group.first:
+            return
+        self._record({"step": self.step, "eval": "val", **self.scores})
         names = ("recon", "kl", "j_ari", "jis", "fg_ari", "mbo")
         shown = "  ".join(f"{name} {self.scores[name]:.4g}" for name in names if name in self.scores)
         self.progress.say(f"eval at step {self.step} on {self.scores['images']} images: {shown}")
-        if config.input == "pixels":
-            images = to_float(read_batch(dataset, rows[:GRID_IMAGES])[0].to(self.device))
-            slot_grid(self.model, images, self.folder.images / f"step_{self.step:08d}.png")
         score = self.scores["j_ari"] + self.scores["jis"] if "j_ari" in self.scores else -self.scores["recon"]
         if score > self.best:
-            self.best = score
-            write_atomic(self.folder.path / WEIGHTS["best"], weights_bytes(self.model))
-        write_report([self.folder.path])
+            self.best, data = score, weights_bytes(self.model)
+            self.writer.submit(lambda: write_atomic(self.folder.path / WEIGHTS["best"], data))
+        if config.input == "pixels":
+            images = to_float(read_batch(dataset, rows[:GRID_IMAGES])[0].to(self.device))
+            grid = self.folder.images / f"step_{self.step:08d}.png"
+            self._or_warn(lambda: slot_grid(self.model, images, grid))
+        self._or_warn(lambda: write_report([self.folder.path]))
 
     def _checkpoint(self) -> None:
+        """Copy what a resume needs; the first process writes it while the next steps run."""
+        if not self.group.first:
+            return
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         state, numbers = self.optimizer.state()
         tensors |= {f"optimizer.{name}": value for name, value in state.items()}
         extra = {"best": self.best, "scaler": self.precision.scaler.state_dict()}
-        save_checkpoint(
-            self.folder.checkpoints, Checkpoint(self.step, tensors, numbers, extra), self.config.keep_checkpoints
-        )
-        write_atomic(self.folder.path / WEIGHTS["last"], weights_bytes(self.model))
+        checkpoint, weights = Checkpoint(self.step, snapshot(tensors), numbers, extra), weights_bytes(self.model)
+
+        def write() -> None:
+            save_checkpoint(self.folder.checkpoints, checkpoint, self.config.keep_checkpoints)
+            write_atomic(self.folder.path / WEIGHTS["last"], weights)
+
+        self.writer.submit(write)
+
+    def _finish(self) -> None:
+        """Leave together, when everything is on the disk: torchrun ends the others once the first has left."""
+        self.writer.finish()
+        self.group.barrier()
+
+    def _record(self, values: dict[str, object]) -> None:
+        self._or_warn(lambda: self.log.write(values))
+
+    def _or_warn(self, write: Callable[[], object]) -> None:
+        """A run outlives a full disk: what is lost is said once for each reason."""
+        try:
+            write()
+        except (OSError, UserError) as error:
+            if str(error) not in self._warned:
+                self._warned.add(str(error))
+                self.progress.say(f"warning   {error}: free space; training goes on")
 
     def _load(self, found: Checkpoint) -> None:
         part = lambda prefix: {n.removeprefix(prefix): t for n, t in found.tensors.items() if n.startswith(prefix)}  # noqa: E731
@@ -179,10 +230,11 @@ class Trainer:
         finite = values["loss"] - values["loss"] == 0
         if finite and (values["grad_norm"] - values["grad_norm"] == 0 or self.precision.scaler.is_enabled()):
             return
-        path = self.folder.path / "nan_batch.safetensors"
+        path = self.folder.path / f"nan_batch{f'_{self.group.rank}' if self.group.rank else ''}.safetensors"
         step = self.step + 1
         write_atomic(path, save({"images": images.cpu().contiguous()}, {"step": str(step)}))
         self._checkpoint()
+        self._finish()
         raise NonFiniteLossError(
             f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}. The batch is in {path}, the "
             f"weights before it in {self.folder.path / WEIGHTS['last']}; a lower --lr or --grad_clip 1 often helps"
@@ -205,23 +257,3 @@ def _initial_model(config: TrainConfig) -> SlotVAE:
             reason = str(error).splitlines()[-1].strip()
             raise UserError(f"init_from {path}: its weights do not fit this model ({reason})") from None
     return model
-
-
-class _Signals:
-    """SIGINT and SIGTERM ask the loop to stop after its step; a second one stops at once."""
-
-    def __init__(self, trainer: Trainer):
-        self._trainer = trainer
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():  # handlers may be set nowhere else
-            self._old = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, _frame: Any) -> None:
-        self._trainer.signal = number
-        signal.signal(number, self._old[number])

@@ -27,19 +27,23 @@ def next_run(preset: str, root: Path = Path("runs")) -> Path:
     return root / f"{preset or 'run'}-{number}"
 
 
-class RunFolder:
-    """Paths of a run. Refuses at once what it must not touch; ``create`` makes it, when all else is good."""
+def claim(path: Path, resume: bool) -> Path:
+    """``path``, unless a run must not be written there: UserError."""
+    if (path / "config.json").exists() and not resume:
+        raise UserError(f"{path} already holds a run: add --resume to go on with it, or name another --out")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file: name a folder for --out")
+    parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"{parent} cannot be written: name another --out")
+    return path
 
-    def __init__(self, path: Path, resume: bool):
+
+class RunFolder:
+    """Paths of a run; ``create`` makes them, when all else is good."""
+
+    def __init__(self, path: Path):
         self.path = path
-        holds_run = (path / "config.json").exists()
-        if holds_run and not resume:
-            raise UserError(f"{path} already holds a run: add --resume to go on with it, or name another --out")
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{path} is a file: name a folder for --out")
-        parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-        if not os.access(parent, os.W_OK):
-            raise UserError(f"{parent} cannot be written: name another --out")
 
     def create(self, config: TrainConfig) -> None:
         """Make the folders and store the configuration (of a resumed run: the one it goes on with)."""

@@ -11,6 +11,7 @@ from fastslots.data.sampling import step_seed
 from fastslots.errors import UserError
 from fastslots.models import SlotVAE
 from fastslots.train.config import TrainConfig
+from fastslots.train.distributed import Group
 from fastslots.train.optim import Optimizer
 from fastslots.train.schedule import alpha_at, beta_at, lr_at
 
@@ -27,21 +28,27 @@ class Draws(NamedTuple):
     pixel_weight: Tensor | None  # [B, P]
 
 
-def draw(config: TrainConfig, step: int, images: Tensor) -> Draws:
-    """Noise and the pixel subset of a step, made on the CPU so that they are the same on every device."""
-    B, device = len(images), images.device
+def draw(config: TrainConfig, step: int, images: Tensor, start: int = 0) -> Draws:
+    """Noise and the pixel subset of a step, made on the CPU so that they are the same on every device.
+
+    images: [b, C, R, R], those of the global batch from ``start`` on; drawn are the numbers of the whole batch, so that
+    image i gets its own whichever process computes it.
+    """
+    B, device, own = config.batch_size, images.device, slice(start, start + len(images))
     generator = torch.Generator().manual_seed(step_seed(config.seed, step, _NOISE))
-    noise = torch.randn(B, config.num_slots, config.slot_dim, generator=generator).to(device)
+    noise = torch.randn(B, config.num_slots, config.slot_dim, generator=generator)[own].to(device)
     if not config.pixels_per_step:
         return Draws(noise, None, None)
     generator.manual_seed(step_seed(config.seed, step, _PIXELS))
     L, P = config.resolution**2, config.pixels_per_step
     if config.pixel_sampling == "uniform":
-        return Draws(noise, torch.randint(L, (B, P), generator=generator).to(device), None)
+        return Draws(noise, torch.randint(L, (B, P), generator=generator)[own].to(device), None)
     foreground = foreground_pixels(images).cpu().float()
     share = foreground / foreground.sum(1, keepdim=True).clamp_min(1)
     probability = torch.where(foreground.any(1, keepdim=True), 0.5 / L + 0.5 * share, 1 / L)
-    pixels = torch.multinomial(probability, P, replacement=True, generator=generator)
+    # Every row takes P numbers from the generator: rows before this process's stand in for images it has not read.
+    rows = torch.cat([probability.new_full((start, L), 1 / L), probability])
+    pixels = torch.multinomial(rows, P, replacement=True, generator=generator)[start:]
     weight = 1 / (L * probability.gather(1, pixels))
     return Draws(noise, pixels.to(device), weight.to(device))
 
@@ -71,18 +78,27 @@ class Precision:
 
 
 def training_step(
-    model: SlotVAE, optimizer: Optimizer, precision: Precision, config: TrainConfig, step: int, images: Tensor
+    model: SlotVAE,
+    optimizer: Optimizer,
+    precision: Precision,
+    config: TrainConfig,
+    step: int,
+    images: Tensor,
+    group: Group | None = None,
 ) -> dict[str, float]:
-    """Update the weights once with images [B, C, R, R] -> the step's values. One host sync, for those.
+    """Update the weights once -> the step's values, of the global batch. One host sync, for those.
 
+    images: [b, C, R, R], this process's share of the batch (``group.share(config.batch_size)``; all of it without).
     A non-finite loss or gradient leaves the weights as they were; the caller sees it in ``loss`` or ``grad_norm``.
     """
+    group = group or Group()
     lr, alpha, beta = lr_at(config, step), alpha_at(config, step), beta_at(config, step)
-    draws, scaler, parts = draw(config, step, images), precision.scaler, config.accumulate
+    draws, scaler = draw(config, step, images, group.share(config.batch_size).start), precision.scaler
     optimizer.set_lr(lr)
     optimizer.zero_grad()
     sums = torch.zeros(4, device=images.device)
-    for rows in torch.arange(len(images), device=images.device).chunk(parts):
+    for rows in torch.arange(len(images), device=images.device).chunk(config.accumulate):
+        share = len(rows) / config.batch_size
         noise, pixels, weight = (None if t is None else t[rows] for t in draws)
         with precision.autocast():
             terms = model.training_loss(
@@ -92,10 +108,11 @@ def training_step(
                 beta=beta,
                 pixels=pixels,
                 pixel_weight=weight,
-                grad_scale=scaler.get_scale() / parts,
+                grad_scale=scaler.get_scale() * share,
             )
-        scaler.scale(terms.total / parts).backward()
-        sums += torch.stack([term.detach().float() for term in terms]) / parts
+        scaler.scale(terms.total * share).backward()
+        sums += torch.stack([term.detach().float() for term in terms]) * share
+    group.sum_step(model.parameters(), sums)
     for part, _ in optimizer.parts:
         scaler.unscale_(part)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or float("inf"))
