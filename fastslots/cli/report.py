@@ -9,9 +9,14 @@ from fastslots.errors import UserError
 
 
 def add_parser(commands) -> None:
-    parser = commands.add_parser("report", help="write report.html: curves, slots and scores of a run")
+    parser = commands.add_parser(
+        "report", help="write report.html: curves, scores, slots and the slot explorer of a run"
+    )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="one run, or several side by side")
     parser.add_argument("--out", type=Path, help="file to write (default: report.html in the first run)")
+    parser.add_argument(
+        "--no_explorer", "--no-explorer", action="store_true", help="decode no pictures: curves at once"
+    )
     parser.set_defaults(run=run)
 
 
@@ -21,5 +26,5 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"{folder} is no run directory (no config.json in it)")
     from fastslots.train.report import write_report
 
-    print(write_report(args.runs, args.out))
+    print(write_report(args.runs, args.out, explorer=not args.no_explorer))
     return 0

@@ -1,0 +1,85 @@
+"""What a run's folder knows, as plain values for its page."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from fastslots.report.curves import MetricsReader, evaluation_curves
+from fastslots.report.pictures import data_uri
+
+PACKAGES = ("fastslots", "torch", "triton", "numpy", "safetensors", "pillow", "scipy")
+GRIDS = 4  # pictures of evaluations a page holds: the first, the last, and some between
+GRID_BYTES = 500_000  # of each; larger ones are stored lossily
+ROWS = 12  # evaluations in the table: the last ones
+EXPLORER = "explorer.json"
+
+
+def run_facts(run: Path, reader: MetricsReader | None = None) -> dict[str, Any]:
+    """Everything a page says of a run, ready for JSON; ``reader``: one that has read its log before."""
+    reader = (reader or MetricsReader(run / "metrics.jsonl")).update()
+    config = _json(run / "config.json")
+    return {
+        "name": run.resolve().name,
+        "step": reader.last.get("step", 0),
+        "steps": config.get("steps", 0),
+        "data": _text(run / "data.txt"),
+        "fingerprint": _fingerprint(config),
+        "evaluations": reader.evaluations[-ROWS:],
+        "count": len(reader.evaluations),
+        "training": {name: curve.table() for name, curve in reader.training.items()},
+        "scores": {name: curve.table() for name, curve in evaluation_curves(reader.evaluations).items()},
+        "grids": _grids(run / "images"),
+        "explorer": _json(run / EXPLORER),
+        "config": config,
+        "stopped": (run / "nan_batch.safetensors").exists(),
+        "versions": versions(PACKAGES),
+        "written": int(time.time()),
+    }
+
+
+def versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """The versions in this interpreter; "not installed" for what is missing."""
+    found = {"python": f"{platform.python_version()} on {platform.system()} {platform.machine()}"}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _grids(folder: Path) -> list[dict[str, Any]]:
+    paths = sorted(folder.glob("step_*.png"))
+    if len(paths) > GRIDS:
+        paths = [paths[round(i * (len(paths) - 1) / (GRIDS - 1))] for i in range(GRIDS)]
+    grids = []
+    for path in paths:
+        with Image.open(path) as image:
+            width, height = image.size
+            picture = data_uri(image.convert("RGB"), GRID_BYTES)
+        grids.append({"step": int(path.stem.split("_")[1]), "width": width, "height": height, "uri": picture})
+    return grids
+
+
+def _fingerprint(config: dict[str, Any]) -> str:
+    """The fingerprint of packed data, where they still lie where the run found them."""
+    return str(_json(Path(str(config.get("data", ""))) / "meta.json").get("fingerprint", ""))
+
+
+def _text(path: Path) -> str:
+    return path.read_text().strip() if path.is_file() else ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError:  # torn, or edited by hand: the page says what the rest knows
+        return {}
+    return values if isinstance(values, dict) else {}

@@ -1,0 +1,200 @@
+"""The report page: facts of a run, bounded in size, safe against what a run's files hold, and alive in a browser."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastslots.data import SpritesDataset, read_batch, to_float
+from fastslots.metrics import jacobian_ari, slot_jacobian
+from fastslots.models import SlotVAE, SlotVAEConfig
+from fastslots.report import render, run_facts
+from fastslots.report.curves import POINTS, Curve, MetricsReader
+from fastslots.report.explorer import FIXED, PER_SLOT, PIXELS, SIDE, Plan, decode, explore, thinned, views
+from fastslots.report.pictures import data_uri
+from fastslots.train import TrainConfig, fit
+from fastslots.train.report import write_report
+
+TINY = dict(  # noqa: C408
+    **dict(resolution=16, num_slots=3, slot_dim=4, cnn_channels=8, encoder_width=16, encoder_layers=1, query_width=16),  # noqa: C408
+    **dict(query_hidden=16, slot_width=16, slot_hidden=16, decoder_heads=2, output_hidden=(16,), pixels_per_step=0),  # noqa: C408
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A finished run whose name and data text try to be markup."""
+    folder = tmp_path_factory.mktemp("runs") / "<img src=x onerror=alert(1)>"
+    config = TrainConfig.preset("sprites-mini", **TINY, steps=12, batch_size=4, eval_every=4, eval_images=8, threads=1)
+    with open(os.devnull, "w") as silence:
+        fit(config, out=folder, stream=silence)
+    return folder
+
+
+def write_log(path: Path, lines: list[dict]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+# ---- curves
+
+
+def test_a_curve_keeps_every_spike_and_the_mean_whatever_its_length():
+    values = np.random.default_rng(0).normal(size=5 * POINTS + 77)
+    values[1234], values[2000] = 50.0, -60.0
+    curve = Curve()
+    for start in range(0, len(values), 100):
+        part = values[start : start + 100].tolist()
+        curve.extend(range(start + 1, start + 1 + len(part)), part)
+    table = curve.table()
+    assert POINTS // 2 <= len(table["step"]) <= POINTS and max(table["high"]) == 50 and min(table["low"]) == -60
+    assert curve.size == 8 and table["step"][:3] == [1, 9, 17]
+    assert table["mean"][3] == pytest.approx(values[24:32].mean(), rel=1e-4)
+
+
+def test_a_short_curve_is_kept_as_it_is():
+    curve = Curve()
+    curve.extend([1, 2, 3], [0.5, 0.25, 1e-9])
+    assert curve.table() == {"step": [1, 2, 3], "mean": [0.5, 0.25, 1e-9]}
+
+
+def test_the_log_is_read_on_from_where_it_was_and_anew_after_a_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": n, "loss": float(n), "bad": None} for n in range(1, 8)]
+    write_log(path, lines[:3])
+    reader = MetricsReader(path).update()
+    with open(path, "a") as file:
+        file.write(
+            json.dumps(lines[3])
+            + "\n"
+            + json.dumps({"step": 4, "eval": "val", "j_ari": 0.5})
+            + "\n"
+            + '{"step": 5, "lo'
+        )
+    reader.update()
+    assert reader.training["loss"].table()["step"] == [1, 2, 3, 4] and reader.last["step"] == 4
+    assert reader.evaluations == [{"step": 4, "eval": "val", "j_ari": 0.5}] and "bad" not in reader.training
+    write_log(path, [{"step": n, "loss": -1.0} for n in range(1, 60)])  # longer than before, but another log
+    assert reader.update().training["loss"].table()["mean"] == [-1.0] * 59 and not reader.evaluations
+
+
+def test_a_log_of_half_a_million_steps_gives_a_small_page(tmp_path):
+    names = ("loss", "recon", "kl", "interaction", "lr", "grad_norm")
+    rest = ", ".join(f'"{name}": {{0}}.5' for name in names)
+    tails = [", " + rest.format(n) + "}\n" for n in range(97)]
+    with open(tmp_path / "metrics.jsonl", "w") as file:
+        file.writelines(f'{{"step": {n}{tails[n % 97]}' for n in range(1, 500_001))
+    facts = run_facts(tmp_path)
+    assert facts["step"] == 500_000
+    for table in facts["training"].values():
+        assert len(table["step"]) <= POINTS and max(table["high"]) == 96.5 and min(table["low"]) == 0.5
+    assert len(render([facts])) < 400_000
+
+
+# ---- explorer
+
+
+def tiny_model(**changes) -> SlotVAE:
+    torch.manual_seed(0)
+    return SlotVAE(
+        SlotVAEConfig.preset("sprites-mini", **{k: v for k, v in TINY.items() if k != "pixels_per_step"} | changes)
+    ).eval()
+
+
+def test_explorer_tiles_are_what_they_say():
+    model, dataset = tiny_model(), SpritesDataset(seed=1, size=16, objects=(2, 2), count=6)
+    raw, masks = read_batch(dataset, np.arange(6))
+    images = to_float(raw)
+    stored: list[np.ndarray] = []
+    import fastslots.report.explorer as module
+
+    original = module.data_uri
+    module.data_uri = lambda sheet, limit: stored.append(sheet) or "uri"
+    try:
+        data = explore(model, images, masks)
+    finally:
+        module.data_uri = original
+
+    def tile(image: int, n: int) -> np.ndarray:
+        y, x = divmod(n, data["columns"])
+        return stored[image][16 * y : 16 * y + 16, 16 * x : 16 * x + 16]
+
+    def picture(slots) -> np.ndarray:
+        return (model.decoder(slots)[0][0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).detach().numpy()
+
+    K, L, V = 3, len(data["latents"]), len(data["values"][0])
+    z = model.encode(images, torch.zeros(6, K, 4)).slots.detach()
+    partner = data["images"][4]["partners"][1]
+    assert data["images"][4]["partners"] == [3, 5]
+    assert np.array_equal(tile(4, 0), raw[4].numpy().transpose(1, 2, 0)) or np.array_equal(tile(4, 0), raw[4].numpy())
+    close = lambda a, b: np.abs(a.astype(int) - b.astype(int)).max() <= 1  # noqa: E731  (batches round differently)
+    assert close(tile(4, 2), picture(z[4:5]))
+    assert close(tile(4, FIXED + PER_SLOT * 1 + 2), picture(z[4:5, [0, 2]]))
+    swapped = z[4:5].clone()
+    swapped[0, 2] = z[partner, 1]
+    assert close(tile(4, FIXED + PER_SLOT * K + (1 * K + 2) * K + 1), picture(swapped))
+    walked = z[4:5].clone()
+    walked[0, 1, data["latents"][1]] = data["values"][1][6]
+    assert close(tile(4, FIXED + PER_SLOT * K + 2 * K * K + (1 * L + 1) * V + 6), picture(walked))
+    scores = [jacobian_ari(slot_jacobian(model.decoder, z[i : i + 1]), masks[i : i + 1].long()) for i in range(6)]
+    assert data["scores"]["j_ari"] == pytest.approx(scores, abs=1e-3)
+    for entry in data["images"]:
+        assert all(math.isclose(sum(row), 1, abs_tol=1e-3) for row in entry["confusion"])
+
+
+def test_large_images_are_thinned_not_moved():
+    model = tiny_model(resolution=128)
+    z = torch.randn(2, 3, 4)
+    whole = views(model.decoder, z, 2)
+    few = [v.detach()[..., :: v.shape[-1] // SIDE, :: v.shape[-1] // SIDE] for v in views(thinned(model.decoder), z, 2)]
+    for a, b in zip(whole, few, strict=True):
+        torch.testing.assert_close(a[..., ::2, ::2], b, atol=2e-5, rtol=1e-4)
+    assert decode(model.decoder, z).shape == (2, 3, 128, 128)
+
+
+@pytest.mark.parametrize("slots, side", [(1, 32), (4, 32), (7, 64), (16, 64), (40, 64)])
+def test_the_plan_is_bounded_and_partners_swap_both_ways(slots, side):
+    plan = Plan.of(24, slots, 3, side)
+    tiles = FIXED + slots * (PER_SLOT + (plan.group - 1) * slots + 3 * 7)
+    assert 1 <= plan.images <= 6 and (plan.images * tiles * side**2 <= PIXELS or plan.images == 1)
+    for image in range(plan.images):
+        assert all(image in plan.partners_of(partner) for partner in plan.partners_of(image))
+
+
+def test_noise_is_stored_within_its_limit():
+    noise = np.random.default_rng(0).integers(0, 256, (600, 600, 3), dtype=np.uint8)
+    assert len(data_uri(noise, 400_000)) < 540_000
+    assert data_uri(noise[:8, :8], 400_000).startswith("data:image/png")
+
+
+# ---- page
+
+
+def test_the_page_has_no_way_out_and_text_cannot_become_markup(run):
+    (run / "data.txt").write_text("</script><script>alert(1)</script>\u2028 <b>bold</b>")
+    text = write_report([run], run / "evil.html", explorer=False).read_text()
+    head, facts = text.split("<script type=application/json id=facts>")
+    assert "alert(1)</script>" not in facts and "<img src=x" not in text
+    assert "default-src 'none'" in head and not re.search(r"(src|href)=[\"']?https?:", text)
+    assert "</script><script>alert(1)" in json.loads(facts.split("</script>")[0])["runs"][0]["data"]
+
+
+def test_a_page_of_a_run_that_has_just_begun(tmp_path):
+    (tmp_path / "config.json").write_text(TrainConfig.preset("sprites-mini").to_json())
+    page = write_report([tmp_path])
+    assert page.stat().st_size < 100_000 and json.loads(page.read_text().split("id=facts>")[1].split("</script>")[0])
+
+
+def test_images_given_in_python_are_not_explored_from_elsewhere(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "explorer.json").unlink(missing_ok=True)
+    (tmp_path / "run" / "data.txt").write_text("MyDataset of 50 images")
+    write_report([tmp_path / "run"])
+    assert not (tmp_path / "run" / "explorer.json").exists()
