@@ -110,5 +110,6 @@ def run(args: argparse.Namespace) -> int:
         return 1
     if result.stopped_by:
         return 128 + result.stopped_by
-    print(f"{result.out}: {result.step:,} steps done; look at {result.out / 'report.html'}")
+    if result.first:
+        print(f"{result.out}: {result.step:,} steps done; look at {result.out / 'report.html'}")
     return 0

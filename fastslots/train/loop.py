@@ -46,6 +46,7 @@ class FitResult:
     step: int
     scores: dict[str, Any] = field(default_factory=dict)  # of the last evaluation
     stopped_by: int = 0  # signal number, 0 when all steps were done
+    first: bool = True  # whether this process wrote the run (of several, one did)
 
 
 def fit(
@@ -137,7 +138,7 @@ class Trainer:
             self._finish()
         if stop:
             self.progress.say(f"stopped by signal {stop} at step {self.step}; go on with --resume")
-        return FitResult(self.model, self.folder.path, self.step, self.scores, stop)
+        return FitResult(self.model, self.folder.path, self.step, self.scores, stop, group.first)
 
     def close(self) -> None:
         self.writer.close()
