@@ -202,8 +202,129 @@ def test_wrong_arguments_are_named():
         slot_jacobian(decoder, slots, 0)
     with pytest.raises(ValueError, match=r"slot_mask has shape \[2, 4\]"):
         slot_jacobian(decoder, slots, slot_mask=torch.ones(2, 4, dtype=torch.bool))
-    with pytest.raises(ValueError, match="bind it into the callable"):
+    with pytest.raises(ValueError, match="our own decoders: bind it into the callable"):
         slot_jacobian(lambda z: decoder(z), slots, slot_mask=torch.ones(2, 3, dtype=torch.bool))
+
+
+def torch_jacobian(decoder: Decoder, slots: torch.Tensor) -> torch.Tensor:
+    """autograd.functional.jacobian of each image: [B, C, R, R, K, D]."""
+    one = lambda z: decoder(z[None])[0][0]  # noqa: E731
+    return torch.stack([torch.autograd.functional.jacobian(one, z) for z in slots])
+
+
+@pytest.mark.parametrize("overrides", [{}, {"channels": 20}])
+def test_every_number_of_the_jacobian(overrides):
+    decoder = tiny(**overrides)
+    slots = draw_slots(decoder)
+    expected = torch_jacobian(decoder, slots)
+    for chunk in (None, 7):
+        full = slot_jacobian(decoder, slots, chunk, reduction=None)
+        assert full.shape == expected.shape and relative(full, expected) < 1e-9
+    assert relative(slot_jacobian(lambda z: decoder(z), slots, reduction=None), expected) < 1e-9
+    assert relative(full.abs().sum((1, 5)).permute(0, 3, 1, 2), slot_jacobian(decoder, slots)) < 1e-12
+
+
+def test_a_subset_of_pixels_of_each_image():
+    decoder = tiny()
+    slots = draw_slots(decoder, images=3)
+    pixels = torch.tensor([[0, 24, 24, 7], [1, 2, 3, 4], [20, 0, 9, 9]])
+    expected = slot_jacobian(decoder, slots).flatten(2).gather(2, pixels[:, None].expand(-1, 3, -1))
+    for route in (decoder, lambda z: decoder(z)):
+        for chunk in (None, 3):
+            assert relative(slot_jacobian(route, slots, chunk, pixels=pixels), expected) < 1e-9
+    full = slot_jacobian(decoder, slots, pixels=pixels, reduction=None)
+    assert full.shape == (3, 3, 4, 3, 7)
+    assert relative(full.abs().sum((1, 4)).transpose(1, 2), expected) < 1e-9
+
+
+def test_differentiable_gives_second_derivatives():
+    decoder = tiny()
+    slots = draw_slots(decoder).requires_grad_()
+    weight = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    parameters = [slots, *decoder.parameters()]
+
+    def gradients(jacobian):
+        return torch.autograd.grad((jacobian * weight).sum(), parameters, allow_unused=True)
+
+    # the truth: double backward through torch's own jacobian
+    def expected_jacobian():
+        one = lambda z: published_decoder(decoder, z, slice(None))  # noqa: E731
+        full = [torch.autograd.functional.jacobian(one, z, create_graph=True) for z in slots]  # [L, C, K, D]
+        return torch.stack(full).abs().sum((2, 4)).transpose(1, 2).unflatten(-1, (5, 5))
+
+    expected = gradients(expected_jacobian())
+    jacobians = [slot_jacobian(route, slots, differentiable=True) for route in (decoder, lambda z: decoder(z))]
+    for jacobian in jacobians:
+        for actual, target in zip(gradients(jacobian), expected, strict=True):
+            if target is None or not target.any():
+                assert actual is None or actual.abs().max() < 1e-12
+            else:
+                assert relative(actual, target) < 1e-9
+    assert relative(jacobians[0], slot_jacobian(decoder, slots)) < 1e-12
+    with torch.no_grad():
+        assert not slot_jacobian(decoder, slots, differentiable=True).requires_grad
+
+
+def test_the_jacobian_penalty_by_hand_and_by_finite_differences():
+    from fastslots.models.jacobian import jacobian_penalty
+
+    decoder = tiny()
+    slots = draw_slots(decoder).requires_grad_()
+    pixels, weight = torch.tensor([[0, 7, 7], [3, 24, 12]]), torch.tensor([[0.5, 2.0, 1.0], [1.0, 0.1, 0.9]]).double()
+    G = slot_jacobian(decoder, slots, pixels=pixels)
+    expected = 0.0
+    for b in range(2):
+        for p in range(3):
+            share = (G[b, :, p] / G[b, :, p].sum()).tolist()
+            pairs = share[0] * share[1] + share[0] * share[2] + share[1] * share[2]
+            expected += weight[b, p].item() * pairs / 6
+    penalty = jacobian_penalty(decoder, slots, pixels, weight)
+    assert abs(penalty.item() - expected) < 1e-12
+    assert 0 < jacobian_penalty(decoder, slots, pixels) <= 0.5 * (1 - 1 / 3)
+    penalty.backward()
+    direction = torch.randn_like(slots)
+    ahead, behind = (jacobian_penalty(decoder, slots + step * direction, pixels, weight) for step in (1e-6, -1e-6))
+    assert ((ahead - behind) / 2e-6).item() == pytest.approx((slots.grad * direction).sum().item(), rel=1e-5)
+    scaled = decoder.output_mlp[-1]
+    scaled.weight.data *= 7  # shares, and so the penalty, do not see the picture's contrast
+    assert abs(jacobian_penalty(decoder, slots, pixels, weight).item() - expected) < 1e-12
+
+
+def test_the_jacobian_penalty_trains():
+    from fastslots.models import SlotVAE
+
+    torch.manual_seed(0)
+    config = SlotVAEConfig.preset("sprites-mini", resolution=8, jacobian_weight=3.0)
+    model = SlotVAE(config)
+    images, noise, pixels = torch.rand(2, 3, 8, 8), torch.randn(2, 4, 16), torch.randint(64, (2, 16))
+    plain = SlotVAE(SlotVAEConfig.preset("sprites-mini", resolution=8))
+    plain.load_state_dict(model.state_dict())
+    with_penalty = model.training_loss(images, noise, pixels=pixels, jacobian_pixels=pixels)
+    without = plain.training_loss(images, noise, pixels=pixels)
+    from fastslots.models.jacobian import jacobian_penalty
+
+    penalty = jacobian_penalty(model.decoder, model.encode(images, noise).slots, pixels)
+    assert torch.allclose(with_penalty.total - without.total, 3 * penalty, rtol=1e-3)
+    before = penalty.item()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(15):
+        optimizer.zero_grad()
+        jacobian_penalty(model.decoder, model.encode(images, noise).slots, pixels).backward()
+        optimizer.step()
+    after = jacobian_penalty(model.decoder, model.encode(images, noise).slots, pixels).item()
+    print(before, after)
+    assert after < 0.9 * before
+
+
+def test_other_arguments_are_named_too():
+    decoder = tiny()
+    slots = draw_slots(decoder)
+    with pytest.raises(ValueError, match="reduction must be 'sum' or None, got 'mean'"):
+        slot_jacobian(decoder, slots, reduction="mean")
+    with pytest.raises(ValueError, match=r"pixels must be integers \[2, P\]"):
+        slot_jacobian(decoder, slots, pixels=torch.zeros(3, 1).long())
+    with pytest.raises(ValueError, match="at least 32 bits"):
+        slot_jacobian(decoder.bfloat16(), slots, differentiable=True)
 
 
 @pytest.mark.skipif(not PARITY, reason="set FASTSLOTS_PARITY to the folder of recordings")

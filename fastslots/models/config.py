@@ -26,6 +26,8 @@ class SlotVAEConfig:
     input: str = option(
         "what the encoder reads: 'pixels' (through a CNN) or 'features' (of a frozen network)", "pixels"
     )
+    encoder: str = option("'transformer' (the method's), or 'slot-attention' (a baseline)", "transformer")
+    decoder: str = option("'transformer' (the method's), or 'broadcast' (a baseline: spatial broadcast)", "transformer")
     resolution: int = option("side R of the decoded grid, in pixels", 128)
     channels: int = option("channels of the decoded image (3) or feature map", 3)
     num_slots: int = option("K, latent slots an image", 7)
@@ -39,6 +41,10 @@ class SlotVAEConfig:
     encoder_heads: int = option("heads of the encoder's attentions", 4)
     token_hidden: int = option("hidden width of the token MLP; 0: the encoder's width", 0)
     log_scale_bias: float = option("initial bias of the log-scale; needs an explicit encoder_width", 0.0)
+    slot_attention_iterations: int = option("refinements of the slots by the slot-attention encoder", 3)
+    slot_attention_hidden: int = option("hidden width of its MLP; 0: twice the encoder's width", 0)
+    broadcast_side: int = option("side of the grid that the broadcast decoder starts from; R over it is 2^n", 8)
+    broadcast_channels: int = option("channels of the broadcast decoder's convolutions", 64)
     decoder_layers: int = option("N, layers of the decoder", 2)
     decoder_heads: int = option("H, heads of the decoder's attention", 12)
     query_width: int = option("width of a pixel query", 180)
@@ -49,6 +55,11 @@ class SlotVAEConfig:
     octaves: int = option("octaves of the sin/cos position code", 8)
     sigma: float = option("weight of the reconstruction error", 1.0)
     alpha: float = option("weight of the interaction penalty", 0.05)
+    jacobian_weight: float = option(
+        "weight of the Jacobian's own interaction penalty (alpha's looks at attention); grows as alpha does",
+        0.0,
+    )
+    jacobian_pixels: int = option("pixels of each image that it looks at in a step", 16)
     beta: float = option("weight of the KL term; 0 is a plain autoencoder", 0.05)
 
     @classmethod
@@ -89,21 +100,31 @@ class SlotVAEConfig:
 
     def _check(self) -> None:
         self._choice("input", ("pixels", "features"))
+        self._choice("encoder", ("transformer", "slot-attention"))
+        self._choice("decoder", ("transformer", "broadcast"))
         self._choice("cnn_stride", (1, 2, 4, 8, 16))
-        zero_allowed = ("encoder_width", "token_hidden")
+        zero_allowed = ("encoder_width", "token_hidden", "slot_attention_hidden")
         positive = (
             *("resolution", "channels", "num_slots", "slot_dim", "cnn_channels", "encoder_layers", "encoder_heads"),
             *("decoder_layers", "decoder_heads", "query_width", "query_hidden", "slot_width", "slot_hidden", "octaves"),
+            *("slot_attention_iterations", "broadcast_side", "broadcast_channels"),
+            "jacobian_pixels",
         )
         self._at_least(1, *positive)
-        self._at_least(0, *zero_allowed, "alpha", "beta", "sigma")
+        self._at_least(0, *zero_allowed, "alpha", "beta", "sigma", "jacobian_weight")
         if self.resolution < 2:
             raise UserError(f"resolution must be at least 2, got {self.resolution}")
         if self.resolution % self.cnn_stride:
             raise UserError(f"resolution {self.resolution} must be a multiple of cnn_stride {self.cnn_stride}")
-        self._divides("encoder_heads", "token_width")
+        if self.encoder == "transformer":
+            self._divides("encoder_heads", "token_width")
         self._divides("decoder_heads", "slot_width")
-        if self.log_scale_bias and not self.encoder_width:
+        ratio, rest = divmod(self.resolution, self.broadcast_side)
+        if self.decoder == "broadcast" and (rest or ratio & (ratio - 1)):
+            raise UserError(
+                f"resolution {self.resolution} must be broadcast_side {self.broadcast_side} times a power of two"
+            )
+        if self.log_scale_bias and not self.encoder_width and self.encoder == "transformer":
             raise UserError(
                 "log_scale_bias needs an explicit encoder_width (the published encoder has no output layer)"
             )

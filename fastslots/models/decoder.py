@@ -51,7 +51,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: SlotVAEConfig):
         super().__init__()
-        self.resolution, self.channels = config.resolution, config.channels
+        self.resolution, self.channels, self.slot_dim = config.resolution, config.channels, config.slot_dim
         self.slot_mlp = mlp(config.slot_dim, config.slot_hidden, config.slot_width)
         self.query_mlp = mlp(4 * config.octaves, config.query_hidden, config.query_width)
         self.transformer = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))

@@ -85,8 +85,8 @@ class EncoderLayer(nn.Module):
         return feed_forward(queries, self.ff.weights())
 
 
-class Encoder(nn.Module):
-    """images [B, 3, R, R] in [0, 1] (or features [B, C, R, R]) -> [B, K, S], S = mean | log-scale, or the slots."""
+class TokenEncoder(nn.Module):
+    """The part that every encoder shares: images [B, 3, R, R] in [0, 1] (or features [B, C, R, R]) to tokens."""
 
     def __init__(self, config: SlotVAEConfig):
         super().__init__()
@@ -101,17 +101,6 @@ class Encoder(nn.Module):
             self.register_buffer("grid", torch.cat([yx, 1 - yx], -1), persistent=False)  # (y, x, 1-y, 1-x)
             self.position = nn.Linear(4, width)
         self.token_mlp = mlp(token_input, config.token_hidden or width, width)
-        self.queries = nn.Parameter(torch.rand(1, config.num_slots, width))
-        self.transformer = nn.ModuleList(
-            EncoderLayer(width, config.encoder_heads) for _ in range(config.encoder_layers)
-        )
-        self.norm = nn.LayerNorm(width)
-        xavier_(self.transformer)
-        self.output: nn.Module = nn.Identity()
-        if config.encoder_width:
-            self.output = linear = nn.Linear(width, config.posterior_width)
-            if config.variational and config.log_scale_bias:
-                nn.init.constant_(linear.bias[config.slot_dim :].detach(), config.log_scale_bias)
 
     def tokens(self, images: Tensor) -> Tensor:
         """The tokens that every layer attends to, normalised once: [B, T, S]."""
@@ -123,12 +112,35 @@ class Encoder(nn.Module):
         x = self.token_mlp(x)
         return F.layer_norm(x, x.shape[-1:])
 
+
+class Encoder(TokenEncoder):
+    """images [B, 3, R, R] in [0, 1] (or features [B, C, R, R]) -> [B, K, S], S = mean | log-scale, or the slots."""
+
+    def __init__(self, config: SlotVAEConfig):
+        super().__init__(config)
+        width = config.token_width
+        self.queries = nn.Parameter(torch.rand(1, config.num_slots, width))
+        self.transformer = nn.ModuleList(
+            EncoderLayer(width, config.encoder_heads) for _ in range(config.encoder_layers)
+        )
+        self.norm = nn.LayerNorm(width)
+        xavier_(self.transformer)
+        self.output: nn.Module = posterior_layer(config) if config.encoder_width else nn.Identity()
+
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.tokens(images)
         queries = self.queries.expand(images.shape[0], -1, -1)
         for layer in self.transformer:
             queries = layer(queries, tokens)
         return self.output(self.norm(queries))
+
+
+def posterior_layer(config: SlotVAEConfig) -> nn.Linear:
+    """Token width -> what the posterior needs, the log-scales' bias at its initial value."""
+    linear = nn.Linear(config.token_width, config.posterior_width)
+    if config.variational and config.log_scale_bias:
+        nn.init.constant_(linear.bias[config.slot_dim :].detach(), config.log_scale_bias)
+    return linear
 
 
 def _cnn(config: SlotVAEConfig, width: int) -> nn.Sequential:

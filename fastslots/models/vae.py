@@ -9,9 +9,12 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from fastslots.models.broadcast import BroadcastDecoder
 from fastslots.models.config import SlotVAEConfig
 from fastslots.models.decoder import Decoder
 from fastslots.models.encoder import Encoder
+from fastslots.models.jacobian import jacobian_penalty
+from fastslots.models.slot_attention import SlotAttentionEncoder
 from fastslots.ops import interaction_penalty
 from fastslots.ops.reference import reconstruction_error
 
@@ -49,14 +52,17 @@ class LossTerms(NamedTuple):
 class SlotVAE(nn.Module):
     """The model of *Interaction Asymmetry* (arXiv 2411.07784).
 
+    ``config.encoder`` and ``config.decoder`` put a baseline in the place of either half; beta = 0 makes it a plain
+    autoencoder, alpha = 0 an unregularised VAE.
+
     Loss: ``sigma · Σ(x − x̂)²/B + beta · KL + alpha · R``, R the interaction penalty of the decoder's slot map.
     """
 
     def __init__(self, config: SlotVAEConfig):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = Encoder(config) if config.encoder == "transformer" else SlotAttentionEncoder(config)
+        self.decoder = Decoder(config) if config.decoder == "transformer" else BroadcastDecoder(config)
 
     @classmethod
     def from_run(cls, run: str | Path, weights: str = "best") -> SlotVAE:
@@ -108,12 +114,16 @@ class SlotVAE(nn.Module):
         beta: float | Tensor | None = None,
         pixels: Tensor | None = None,
         pixel_weight: Tensor | None = None,
+        jacobian_weight: float | None = None,
+        jacobian_pixels: Tensor | None = None,
         grad_scale: float | Tensor = 1.0,
     ) -> LossTerms:
         """The same loss through the tiled decoder: the path that trains.
 
         images [B, C, R, R]; noise [B, K, D] or None; alpha, beta: this step's weights (None: the config's);
         pixels, pixel_weight [B, P]: decode a weighted subset of the pixels (``Decoder.loss``).
+        jacobian_weight: of the Jacobian's own penalty (``jacobian_penalty``), part of ``total`` alone; None: the
+        config's, 0 costs nothing. jacobian_pixels [B, P'] int64: where it looks; None draws them.
         """
         z, _, _, kl = self.encode(images, noise)
         alpha = self.config.alpha if alpha is None else alpha
@@ -121,4 +131,11 @@ class SlotVAE(nn.Module):
         decoded = self.decoder.loss(
             z, images, self.config.sigma, alpha, pixels=pixels, pixel_weight=pixel_weight, grad_scale=grad_scale
         )
-        return LossTerms(decoded.total + beta * kl, decoded.recon, kl.detach(), decoded.interaction)
+        total = decoded.total + beta * kl
+        weight = self.config.jacobian_weight if jacobian_weight is None else jacobian_weight
+        if weight:
+            if jacobian_pixels is None:
+                shape = (len(images), self.config.jacobian_pixels)
+                jacobian_pixels = torch.randint(self.config.resolution**2, shape, device=images.device)
+            total = total + weight * jacobian_penalty(self.decoder, z, jacobian_pixels)
+        return LossTerms(total, decoded.recon, kl.detach(), decoded.interaction)

@@ -42,13 +42,22 @@ def _paper(config: TrainConfig, t: int) -> float:
 
 def alpha_at(config: TrainConfig, step: int) -> float:
     """Weight of the interaction penalty; published: alpha · min(1, step / 25,000)."""
-    rise = _ramp(step, config.alpha_start, config.alpha_warmup)
-    return config.alpha * (config.alpha_floor + (1 - config.alpha_floor) * rise)
+    return config.alpha * _alpha_share(config, step)
+
+
+def jacobian_weight_at(config: TrainConfig, step: int) -> float:
+    """Weight of the Jacobian's interaction penalty, which grows as alpha does."""
+    return config.jacobian_weight * _alpha_share(config, step)
 
 
 def beta_at(config: TrainConfig, step: int) -> float:
     """Weight of the KL term."""
     return config.beta * _ramp(step, config.beta_start, config.beta_warmup)
+
+
+def _alpha_share(config: TrainConfig, step: int) -> float:
+    rise = _ramp(step, config.alpha_start, config.alpha_warmup)
+    return config.alpha_floor + (1 - config.alpha_floor) * rise
 
 
 def _ramp(step: int, start: int, length: int) -> float:

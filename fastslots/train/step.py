@@ -13,9 +13,9 @@ from fastslots.models import SlotVAE
 from fastslots.train.config import TrainConfig
 from fastslots.train.distributed import Group
 from fastslots.train.optim import Optimizer
-from fastslots.train.schedule import alpha_at, beta_at, lr_at
+from fastslots.train.schedule import alpha_at, beta_at, jacobian_weight_at, lr_at
 
-_NOISE, _PIXELS = 1, 2  # purposes of a step's random numbers
+_NOISE, _PIXELS, _JACOBIAN = 1, 2, 3  # purposes of a step's random numbers
 FOREGROUND_DISTANCE = 0.05
 """A pixel is foreground where any channel is this far from the median of the image's border."""
 
@@ -26,6 +26,7 @@ class Draws(NamedTuple):
     noise: Tensor  # [B, K, D]
     pixels: Tensor | None  # [B, P]
     pixel_weight: Tensor | None  # [B, P]
+    jacobian_pixels: Tensor | None  # [B, P'], uniform: those that the Jacobian's penalty looks at
 
 
 def draw(config: TrainConfig, step: int, images: Tensor, start: int = 0) -> Draws:
@@ -37,12 +38,16 @@ def draw(config: TrainConfig, step: int, images: Tensor, start: int = 0) -> Draw
     B, device, own = config.batch_size, images.device, slice(start, start + len(images))
     generator = torch.Generator().manual_seed(step_seed(config.seed, step, _NOISE))
     noise = torch.randn(B, config.num_slots, config.slot_dim, generator=generator)[own].to(device)
+    at = None
+    if config.jacobian_weight:
+        generator.manual_seed(step_seed(config.seed, step, _JACOBIAN))
+        at = torch.randint(config.resolution**2, (B, config.jacobian_pixels), generator=generator)[own].to(device)
     if not config.pixels_per_step:
-        return Draws(noise, None, None)
+        return Draws(noise, None, None, at)
     generator.manual_seed(step_seed(config.seed, step, _PIXELS))
     L, P = config.resolution**2, config.pixels_per_step
     if config.pixel_sampling == "uniform":
-        return Draws(noise, torch.randint(L, (B, P), generator=generator)[own].to(device), None)
+        return Draws(noise, torch.randint(L, (B, P), generator=generator)[own].to(device), None, at)
     foreground = foreground_pixels(images).cpu().float()
     share = foreground / foreground.sum(1, keepdim=True).clamp_min(1)
     probability = torch.where(foreground.any(1, keepdim=True), 0.5 / L + 0.5 * share, 1 / L)
@@ -50,7 +55,7 @@ def draw(config: TrainConfig, step: int, images: Tensor, start: int = 0) -> Draw
     rows = torch.cat([probability.new_full((start, L), 1 / L), probability])
     pixels = torch.multinomial(rows, P, replacement=True, generator=generator)[start:]
     weight = 1 / (L * probability.gather(1, pixels))
-    return Draws(noise, pixels.to(device), weight.to(device))
+    return Draws(noise, pixels.to(device), weight.to(device), at)
 
 
 def foreground_pixels(images: Tensor) -> Tensor:
@@ -99,7 +104,7 @@ def training_step(
     sums = torch.zeros(4, device=images.device)
     for rows in torch.arange(len(images), device=images.device).chunk(config.accumulate):
         share = len(rows) / config.batch_size
-        noise, pixels, weight = (None if t is None else t[rows] for t in draws)
+        noise, pixels, weight, at = (None if t is None else t[rows] for t in draws)
         with precision.autocast():
             terms = model.training_loss(
                 images[rows],
@@ -108,6 +113,8 @@ def training_step(
                 beta=beta,
                 pixels=pixels,
                 pixel_weight=weight,
+                jacobian_weight=jacobian_weight_at(config, step),
+                jacobian_pixels=at,
                 grad_scale=scaler.get_scale() * share,
             )
         scaler.scale(terms.total * share).backward()
