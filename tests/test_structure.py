@@ -11,7 +11,7 @@ import fastslots
 
 ROOT = Path(fastslots.__file__).parent
 # each layer may import those before it
-LAYERS = ("errors", "kernels", "ops", "nn", "models", "metrics", "data", "report", "train", "cli")
+LAYERS = ("errors", "kernels", "ops", "nn", "models", "metrics", "data", "report", "train", "bench", "cli")
 ALWAYS = {"errors"}
 FORBIDDEN = {
     "data": {"models", "metrics", "ops", "nn", "kernels"},

@@ -1,0 +1,86 @@
+"""Peak memory that one call adds, in a process of its own.
+
+On a GPU torch's allocator tells. On a CPU: the kernel's high-water mark of resident memory, reset before the call
+(Linux), less what was resident. Code and libraries are brought in by a tiny call first; a compiled peer is called once
+in full, so that its compiler is not counted, and what it freed is given back before the mark is reset.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from fastslots.bench.case import Options
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def measure(case: str, provider: str, options: Options) -> tuple[int | None, str]:
+    """Bytes that one call adds at its peak, or None and the reason."""
+    if options.device == "cpu" and not CLEAR.exists():
+        return None, "this system does not tell peak memory"
+    spec = {"case": case, "provider": provider, "options": dataclasses.asdict(options)}
+    code = "import sys; from fastslots.bench import memory; memory.child(sys.argv[1])"
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    with tempfile.TemporaryDirectory() as folder:  # a checkout's folder would hide the installed package
+        done = subprocess.run(
+            [sys.executable, "-c", code, json.dumps(spec)], capture_output=True, text=True, cwd=folder, env=environment
+        )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return None, f"the process that measures memory ended with {done.returncode}: {last}"
+    return int(done.stdout.split()[-1]), ""
+
+
+def child(spec: str) -> None:
+    """The measuring process: prints bytes."""
+    from fastslots.bench.run import CASES
+
+    wanted = json.loads(spec)
+    options = Options(**wanted["options"])
+    torch.set_num_threads(options.threads)
+    tiny = dataclasses.replace(options, tiny=True)
+    warm = options if "compiled" in wanted["provider"] or "autotune" in wanted["provider"] else tiny
+    with options.math():
+        if warm is tiny:
+            CASES[wanted["case"]](warm).providers[wanted["provider"]].make()()
+        run = CASES[wanted["case"]](options).providers[wanted["provider"]].make()
+        if warm is options:
+            run()
+        print(_peak(run, options.device))
+
+
+def _peak(run, device: str) -> int:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    if sys.platform == "linux":
+        try:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        except (OSError, AttributeError):  # not glibc: nothing to give back by hand
+            pass
+    CLEAR.write_text("5")  # the high-water mark starts again from here
+    before = _status("VmRSS")
+    run()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(key: str) -> int:
+    found = re.search(rf"^{key}:\s+(\d+) kB", STATUS.read_text(), re.M)
+    assert found is not None
+    return int(found[1]) * 1024

@@ -1,0 +1,147 @@
+"""One case from options to rows: build, first call, check against float64, interleaved rounds, memory, energy."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import statistics
+from collections.abc import Callable
+
+import torch
+
+from fastslots.bench import decoding, loading, memory, timing, training
+from fastslots.bench.case import BOUNDS, OURS, Case, Options, Provider, Run, Tensors, check
+from fastslots.bench.peers import CannotServeError
+from fastslots.bench.rows import Row, environment
+
+CASES: dict[str, Callable[[Options], Case]] = {
+    "op": decoding.op_case,
+    "block": decoding.block_case,
+    "layer": decoding.layer_case,
+    "step": training.step_case,
+    "jacobian": training.jacobian_case,
+    "loader": loading.loader_case,
+}
+
+Say = Callable[[str], None]
+
+
+def measure(name: str, options: Options, say: Say = lambda line: None) -> list[Row]:
+    """Rows of one case, a row a provider, in the order of the case. ``say`` is told of progress, a line each."""
+    torch.set_num_threads(options.threads)
+    roofs = timing.roofs(options.device, options.tiny)
+    run = environment(options.device, options.threads, roofs) | {"tiny": options.tiny}
+    case = CASES[name](options)
+    rows, runs = [], {}
+    expected: Tensors | None = None
+    with options.math():
+        for provider, make in case.providers.items():
+            if not options.wants(provider):
+                continue
+            row = Row(name, provider, options.preset, case.axes, options.precision, run=run)
+            rows.append(row)
+            if expected is None:
+                with torch.autocast(options.device, enabled=False):
+                    expected = {key: t.detach() for key, t in case.expected().items()}
+            timed = _first(row, make, case, expected, options)
+            if timed is not None:
+                runs[provider] = timed
+            say(f"  {name} {provider}: {row.status}" + (f" ({row.reason})" if row.reason else f", {row.error:.1e}"))
+        del expected
+        gc.collect()
+        seen = timing.interleave(runs, options.rounds, options.device)
+        for row in rows:
+            if row.provider in runs:
+                _fill(row, case, seen, options)
+                if options.device == "cuda":
+                    row.energy_j, row.clock_mhz = timing.energy(runs[row.provider]) or (None, None)
+    ratios(rows)
+    del runs, seen, case
+    gc.collect()
+    if options.memory and name != "loader":
+        for row in rows:
+            if row.status == "ok":
+                row.peak_bytes, why = memory.measure(name, row.provider, options)
+                row.reason = row.reason or why
+                say(f"  {name} {row.provider}: peak {(row.peak_bytes or 0) / 1e6:,.0f} MB {why}")
+    return rows
+
+
+def _first(row: Row, provider: Provider, case: Case, expected: Tensors, options: Options) -> Run | None:
+    """Build a provider, call it once and check it; the row says what came of it."""
+    try:
+        run = provider.make()
+        result, row.first_call = timing.Stopwatch(options.device).first(run)
+        actual = case.view(result)
+    except CannotServeError as why:
+        row.status, row.reason = "cannot", str(why)
+        return None
+    except Exception as error:  # a peer that breaks has a row that says how, and the others go on
+        text = str(error).strip().splitlines() or [""]
+        row.status, row.reason = "cannot", f"{type(error).__name__}: {text[0][:200]}"
+        return None
+    row.error, row.error_at = check(actual, expected)
+    row.error_bound = BOUNDS[options.precision]
+    if not row.error <= row.error_bound:
+        row.status, row.reason = "wrong", f"{row.error_at} is off by {row.error:.1e} (bound {row.error_bound:.0e})"
+        return None
+    return run
+
+
+def _fill(row: Row, case: Case, seen: dict[str, dict[str, list[float]]], options: Options) -> None:
+    provider, row.samples = case.providers[row.provider], seen[row.provider]
+    row.clock = "cuda" if options.device == "cuda" else case.clock
+    if row.clock == "cpu" and options.threads > 1:
+        row.clock = "wall"  # threads that wait for work count as busy
+    row.rounds = options.rounds
+    if not options.rounds:
+        return
+    median, row.time_q20, row.time_q80 = timing.quantiles(row.samples[row.clock])
+    row.time = median
+    row.wall = statistics.median(row.samples["wall"])
+    row.cpu = statistics.median(row.samples["cpu"]) if "cpu" in row.samples else None
+    row.flops, row.bytes = provider.flops, provider.bytes
+    row.items_per_s = case.items / median if case.items else None
+    row.gflops_per_s = provider.flops / median / 1e9 if provider.flops else None
+    row.gbytes_per_s = provider.bytes / median / 1e9 if provider.bytes else None
+
+
+def baseline(rows: list[Row]) -> Row | None:
+    """Our row, which ratios are taken to."""
+    timed = {row.provider: row for row in rows if row.time is not None}
+    return next((timed[name] for name in OURS if name in timed), None)
+
+
+def ratios(rows: list[Row]) -> None:
+    """Every timed row's time over ours, round by round: what slows a round slows both."""
+    ours = baseline(rows)
+    if ours is None:
+        return
+    for row in rows:
+        if row.time is not None:
+            pairs = zip(row.samples[row.clock], ours.samples[ours.clock], strict=True)
+            row.ratio, row.ratio_q20, row.ratio_q80 = timing.quantiles(a / b for a, b in pairs)
+
+
+def memory_rows(options: Options, resolutions: tuple[int, ...], say: Say = lambda line: None) -> list[Row]:
+    """Peak memory of the decoder step by resolution, for one provider of each kind; nothing is timed."""
+    rows = []
+    run = environment(options.device, options.threads, {}) | {"tiny": options.tiny}
+    for resolution in resolutions:
+        at = dataclasses.replace(options, overrides={**options.overrides, "resolution": resolution})
+        case = CASES["layer"](at)
+        for provider in case.providers:
+            if provider in MEMORY_PROVIDERS and options.wants(provider):
+                row = Row("memory", provider, options.preset, case.axes, options.precision, run=run)
+                row.peak_bytes, row.reason = memory.measure("layer", provider, at)
+                row.status = "cannot" if row.peak_bytes is None else "ok"
+                rows.append(row)
+                say(f"  {resolution} {provider}: {(row.peak_bytes or 0) / 1e6:,.0f} MB {row.reason}")
+        del case
+    return rows
+
+
+MEMORY_PROVIDERS = (
+    *("published", "published, compiled", "sdpa, identity in V", "folded", "folded, tiled"),
+    *("fastslots, cpu", "fastslots, triton"),
+)

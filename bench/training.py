@@ -1,0 +1,113 @@
+"""Cases of the whole model: ``step`` (a training step with its update) and ``jacobian`` (slot Jacobian)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastslots.bench import peers, published
+from fastslots.bench.case import Case, Options, Provider, Run, Tensors, model_axes
+from fastslots.bench.decoding import compiled, need
+from fastslots.metrics import slot_jacobian
+from fastslots.models import SlotVAE
+from fastslots.models.decoder import Decoder
+from fastslots.ops import explain, reference
+
+RATE = 5e-4
+
+
+def step_case(options: Options) -> Case:
+    """Encoder, posterior, decoder, loss, backward and Adam's update; every provider trains a copy of one model."""
+    config, B = options.config(), options.images()
+    torch.manual_seed(0)
+    model = SlotVAE(config).to(options.device)
+    images = torch.rand(B, config.channels, config.resolution, config.resolution).to(options.device)
+    noise = torch.randn(B, config.num_slots, config.slot_dim).to(options.device)
+
+    def trained(loss: Callable[[SlotVAE], tuple[Tensor, ...]]) -> Run:
+        own = copy.deepcopy(model)
+        optimizer = torch.optim.Adam(own.parameters(), lr=RATE)
+
+        def run() -> Tensors:
+            optimizer.zero_grad(set_to_none=True)
+            total, *terms = loss(own)
+            total.backward()
+            optimizer.step()
+            return _terms_and_gradients(own, terms)
+
+        return run
+
+    def folded(own: SlotVAE) -> tuple[Tensor, ...]:
+        z, _, _, kl = own.encode(images, noise)
+        decoder = own.decoder
+        pixels, slot_map = reference.decode(decoder.queries(), decoder.layers(z), decoder.head())
+        recon = reference.reconstruction_error(pixels, images.flatten(2).transpose(1, 2))
+        interaction = reference.interaction_penalty(slot_map)
+        return config.sigma * recon + config.beta * kl + config.alpha * interaction, recon, kl, interaction
+
+    def eager(own: SlotVAE, attend: published.Attend = published.stored_weights) -> tuple[Tensor, ...]:
+        return published.training_loss(own, images, noise, attend)
+
+    def ours(backend: str) -> Provider:
+        def make() -> Run:
+            layers, ff = model.decoder.layers(noise)[0]
+            tensors = (model.decoder.queries(), *layers, *ff)
+            need(backend, "decoder_loss", *tensors)
+            if (auto := explain(*tensors, op="decoder_loss").backend) != backend:
+                raise peers.CannotServeError(f"training takes the backend {auto} here")
+
+            def loss(own: SlotVAE) -> tuple[Tensor, ...]:
+                return own.training_loss(images, noise)
+
+            return trained(loss)
+
+        return Provider(make)
+
+    def expected() -> Tensors:
+        # The published formulas are the definition; our own encode computes its posterior in fp32 whatever comes in.
+        wide = copy.deepcopy(model).double()
+        total, recon, kl, interaction = published.training_loss(wide, images.double(), noise.double())
+        total.backward()
+        return _terms_and_gradients(wide, [recon, kl, interaction])
+
+    providers = {"published": Provider(lambda: trained(eager))}
+    for name, form in compiled(eager, options.device).items():
+        providers[name] = Provider(lambda form=form: trained(form))  # type: ignore[misc]
+    sdpa = peers.ATTENTIONS["sdpa, identity in V"]
+    providers["sdpa, identity in V"] = Provider(lambda: trained(lambda own: eager(own, sdpa)))
+    providers["folded"] = Provider(lambda: trained(folded))
+    providers |= {"fastslots, cpu": ours("cpu"), "fastslots, triton": ours("triton")}
+    return Case("step", model_axes(config, B), providers, expected, items=B)
+
+
+def _terms_and_gradients(model: SlotVAE, terms: list[Tensor]) -> Tensors:
+    values = dict(zip(("recon", "kl", "interaction"), terms, strict=True))
+    for name, p in model.named_parameters():
+        values[f"d{name}"] = torch.zeros_like(p) if p.grad is None else p.grad
+    return {name: t.detach() for name, t in values.items()}
+
+
+def jacobian_case(options: Options) -> Case:
+    """Σ |∂x̂/∂z| over channels and slot width, of every pixel and slot."""
+    config, B = options.config(), options.batch or 1
+    torch.manual_seed(0)
+    decoder = Decoder(config).to(options.device)
+    slots = torch.randn(B, config.num_slots, config.slot_dim).to(options.device)
+    route = {
+        "published": lambda: published.slot_jacobian(decoder, slots),
+        "published, 16 directions at once": lambda: published.slot_jacobian(decoder, slots, 16),
+        "folded, forward mode": lambda: slot_jacobian(lambda z: decoder(z)[0], slots),
+        "fastslots": lambda: slot_jacobian(decoder, slots),
+    }
+
+    def expected() -> Tensors:
+        return {"jacobian": slot_jacobian(copy.deepcopy(decoder).double(), slots.double())}
+
+    providers = {
+        name: Provider(lambda run=run: lambda: {"jacobian": run()})  # type: ignore[misc]
+        for name, run in route.items()
+    }
+    return Case("jacobian", model_axes(config, B), providers, expected, items=B)

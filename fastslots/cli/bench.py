@@ -1,0 +1,134 @@
+"""``fastslots bench``: time and memory against peers that were checked first, reports, comparisons."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import time
+from pathlib import Path
+
+from fastslots.errors import UserError
+from fastslots.models.presets import preset_names
+
+CASES = ("op", "block", "layer", "step", "jacobian", "loader")
+AXES = ("resolution", "slots", "batch", "heads", "threads")
+RESULTS = Path("bench/results")
+MEMORY_RESOLUTIONS = (64, 128, 256)
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="time and memory against other ways to do the same",
+        description="WHAT: "
+        "op (attention and penalty), block (a decoder layer), layer (a decoder training step), step (a training step "
+        "of the whole model), jacobian, loader, memory (of the decoder step, by resolution), scaling; or "
+        "`report [FOLDER or FILE ...]` (tables and plots from rows), or `compare A B` (exit code 1 where ours became "
+        "slower beyond noise).",
+    )
+    parser.add_argument("what", metavar="WHAT", nargs="*", help="what to measure (default: op layer step jacobian)")
+    parser.add_argument("--preset", choices=preset_names(), help="sizes (default clevr6; jacobian: sprites)")
+    parser.add_argument("--batch", type=_at_least(1), default=0, help="images (default: 4 on a CPU, 1 for jacobian)")
+    parser.add_argument("--threads", type=_at_least(1), default=1, help="threads of torch on a CPU (default 1)")
+    parser.add_argument("--rounds", type=_at_least(1), default=5, help="interleaved rounds (default 5)")
+    parser.add_argument("--tiny", action="store_true", help="16 pixels a side: that everything runs, not how fast")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU, if any")
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="of matrix products")
+    parser.add_argument("--only", default="", metavar="A|B", help="providers whose names hold one of these")
+    parser.add_argument("--axis", action="append", choices=AXES, help="of scaling (default: all; may be repeated)")
+    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory (a process a provider)")
+    parser.add_argument("--profile", action="store_true", help="also write a profile of ours, operator by operator")
+    parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder for rows (default {RESULTS})")
+    parser.add_argument("--into", type=Path, default=Path("."), help="checkout whose tables `report` writes")
+    parser.set_defaults(run=run)
+
+
+def _at_least(least: int):
+    def whole(text: str) -> int:
+        if not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+        return int(text)
+
+    return whole
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.what[:1] == ["report"]:
+        return _report([Path(path) for path in args.what[1:]] or [args.out], args.into)
+    if args.what[:1] == ["compare"]:
+        return _compare([Path(path) for path in args.what[1:]])
+    known = (*CASES, "memory", "scaling")
+    wanted = args.what or ["op", "layer", "step", "jacobian"]
+    for name in wanted:
+        if name not in known:
+            raise UserError(f"bench has no {name!r}: choose of {', '.join(known)}, or report, or compare")
+    return _measure(wanted, args)
+
+
+def _measure(wanted: list[str], args: argparse.Namespace) -> int:
+    import torch
+
+    from fastslots.bench import rows as files
+    from fastslots.bench.case import Options
+    from fastslots.bench.profile import profile
+    from fastslots.bench.run import measure, memory_rows
+    from fastslots.bench.scaling import sweep
+    from fastslots.bench.tables import for_people
+
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here: use --device cpu")
+    if args.precision == "tf32" and device == "cpu":
+        raise UserError("--precision tf32 is a GPU's: use fp32")
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    failed = False
+    for name in wanted:
+        preset = args.preset or ("sprites" if name == "jacobian" else "clevr6")
+        options = Options(
+            *(preset, args.batch, args.threads, args.rounds, args.tiny, device, args.precision),
+            *(not args.no_memory, args.only),
+        )
+        if name == "scaling":
+            axes = args.axis or list(AXES)
+            measured = [row for axis in axes for row in sweep(axis, options, os.cpu_count() or 1, say)]
+        elif name == "memory":
+            measured = memory_rows(options, (8, 16) if args.tiny else MEMORY_RESOLUTIONS, say)
+        else:
+            measured = measure(name, options, say)
+        if not measured:
+            raise UserError(f"--only {args.only}: no provider of {name} has such a name")
+        slug = re.sub(r"[^a-z0-9]+", "-", str(measured[0].run["device"]).lower()).strip("-")
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        path = files.write(measured, args.out, f"{name}-{preset}-{args.precision}-{slug}-{stamp}")
+        say(for_people(measured))
+        say(f"wrote {path}")
+        if args.profile and name in ("layer", "step"):
+            text = path.with_name(f"profile-{path.stem}.txt")
+            text.write_text(profile(name, options, measured))
+            say(f"wrote {text}")
+        failed |= any(row.status == "wrong" for row in measured)
+    return int(failed)
+
+
+def _report(paths: list[Path], into: Path) -> int:
+    from fastslots.bench import report, rows
+
+    for path in report.write(rows.read(paths), into):
+        print(f"wrote {path}")
+    return 0
+
+
+def _compare(paths: list[Path]) -> int:
+    from fastslots.bench import compare, rows
+
+    if len(paths) != 2:
+        raise UserError(f"bench compare takes two files or folders of rows, got {len(paths)}")
+    changes = compare.compare(*(rows.read([path]) for path in paths))
+    if not changes:
+        raise UserError(f"{paths[0]} and {paths[1]} have no setting in common: run the same command twice")
+    print(compare.table(changes))
+    return int(any(c.verdict == "slower" and c.provider.startswith("fastslots") for c in changes))
