@@ -23,7 +23,7 @@ from fastslots import _cpu  # type: ignore[attr-defined]
 
 MAX_SLOTS = 64
 MAX_COLUMNS = 512
-"""Most slots of a head, and heads x slots: what the C++ tests cover."""
+"""Most slots of a head, and heads x slots (or folded rows of the encoder): what the C++ tests cover."""
 
 ISAS: tuple[str, ...] = tuple(_cpu.instruction_sets())
 """Instruction sets that this processor serves, the best first."""
@@ -56,6 +56,9 @@ def why_not(op: str, tensors: Sequence[Tensor]) -> str | None:
     if not (dtypes == {torch.float64} or dtypes <= {torch.float16, torch.bfloat16, torch.float32}):
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         return f"{names}: all tensors must be fp64, or of at most 32 bits and floating point"
+    if op == "token_attention":
+        rows = x.shape[1]
+        return f"{rows} rows are more than {MAX_COLUMNS}" if rows > MAX_COLUMNS else None
     second = tensors[1].shape if len(tensors) > 1 else (1, 1, 1, 1)
     heads, slots = (1, second[2]) if op == "cross_attention" else second[2:4]
     if slots > MAX_SLOTS:
@@ -196,6 +199,27 @@ def decoder_layer_bwd(
     """-> gradients of x and of the ten weights, in the order of the arguments; the forward runs again."""
     weights = (G, g, U, b, norm_weight, norm_bias, w1, b1, w2, b2)
     return _layer_bwd(dy, dslot_map, x, weights, slot_mask, eps)
+
+
+def token_attention_fwd(rows: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """rows [B,M,S], tokens [B,T,S] -> gathered [B,M,S], lse [B,M] (fp32 or wider)."""
+    dtype = _wide(rows.dtype)
+    gathered, lse = rows.new_empty(rows.shape, dtype=dtype), rows.new_empty(rows.shape[:2], dtype=dtype)
+    plain = _plain(rows, dtype), _plain(tokens, dtype)
+    _kernel("token_attention", dtype)(_isa, *plain, [gathered, lse], None, torch.get_num_threads())
+    return gathered.to(rows.dtype), lse
+
+
+def token_attention_bwd(
+    dgathered: Tensor, rows: Tensor, tokens: Tensor, gathered: Tensor, lse: Tensor
+) -> tuple[Tensor, ...]:
+    """-> drows, dtokens, contiguous; the softmax is computed again from ``lse``."""
+    dtype = _wide(rows.dtype)
+    grads = [t.new_empty(t.shape, dtype=dtype) for t in (rows, tokens)]
+    plain = _plain(rows, dtype), _plain(tokens, dtype)
+    saved = [_plain(t, dtype) for t in (dgathered, gathered, lse)]
+    _kernel("token_attention", dtype)(_isa, *plain, grads, saved, torch.get_num_threads())
+    return _narrowed(grads, (rows, tokens))
 
 
 def decoder_loss(

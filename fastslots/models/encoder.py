@@ -12,6 +12,7 @@ from torch import Tensor
 from fastslots.models.config import SlotVAEConfig
 from fastslots.models.layers import FeedForwardLayer, grid, mlp, xavier_
 from fastslots.nn import AttentionProjections
+from fastslots.ops import token_attention
 from fastslots.ops.reference import feed_forward
 
 
@@ -41,9 +42,8 @@ class TokenAttention(nn.Module):
         heads = q.shape[1]
         wk, wv = wk.view(heads, -1, wk.shape[1]), wv.view(heads, -1, wv.shape[1])  # [H, d, S]
         rows = torch.einsum("bhkd,hds->bhks", q * p.scale, wk)
-        scores = (rows * gamma).flatten(1, 2) @ tokens.transpose(1, 2)  # [B, H·K, T]
-        attn = torch.softmax(scores, -1)
-        gathered = (attn.to(tokens.dtype) @ tokens).unflatten(1, (heads, -1)) * gamma + beta  # [B, H, K, S]
+        gathered = token_attention((rows * gamma).flatten(1, 2).to(tokens.dtype), tokens)  # [B, H·K, S]
+        gathered = gathered.unflatten(1, (heads, -1)) * gamma + beta  # [B, H, K, S]
         out = torch.einsum("bhks,hds->bkhd", gathered.to(wv.dtype), wv).flatten(2) + bv
         return p.to_out(out)
 

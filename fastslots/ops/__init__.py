@@ -10,6 +10,7 @@ from fastslots.ops.api import (
     fold_projections,
     folded_cross_attention,
     interaction_penalty,
+    token_attention,
 )
 from fastslots.ops.backends import explain
 from fastslots.ops.reference import FeedForward, FoldedProjections, OutputHead, fold_norm
@@ -25,4 +26,5 @@ __all__ = [
     "fold_projections",
     "folded_cross_attention",
     "interaction_penalty",
+    "token_attention",
 ]

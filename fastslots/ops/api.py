@@ -109,6 +109,33 @@ def folded_cross_attention(
     return autograd.folded_cross_attention(x, *folded, slot_mask, name)
 
 
+def token_attention(rows: Tensor, tokens: Tensor, backend: str = "auto") -> Tensor:
+    """Few rows attend to many tokens: ``gathered = softmax_t(rows · tokensᵀ) · tokens``, without scale or projections.
+
+    Cross-attention of queries to tokens, folded from the query side: scale and key projection go into ``rows`` before,
+    the value projection is applied to ``gathered`` after. Kernels pass once over the tokens and store no weights.
+
+    Args:
+        rows: [B, M, S] fp16, bf16, fp32 or fp64; M = heads x queries.
+        tokens: [B, T, S], dtype and device of rows.
+        backend: as in ``cross_attention``.
+
+    Returns:
+        gathered [B, M, S] in the dtype of rows.
+
+    Raises:
+        TypeError, ValueError: as in ``cross_attention``.
+    """
+    checks.rows_and_tokens(rows, tokens)
+    name = _serve("token_attention", (rows, tokens), backend)
+    if name == "reference":
+        return reference.token_attention(rows, tokens)
+    if torch.is_autocast_enabled(rows.device.type):
+        dtype = torch.get_autocast_dtype(rows.device.type)
+        rows, tokens = rows.to(dtype), tokens.to(dtype)
+    return autograd.token_attention(rows, tokens, name)[0]
+
+
 def decoder_layer(
     x: Tensor,
     folded: FoldedProjections,

@@ -177,3 +177,46 @@ def _layer_vjp(ctx, dy, dslot_map):
 
 
 decoder_layer.register_autograd(_layer_vjp, setup_context=_layer_setup)
+
+
+# ---- token_attention -------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fastslots::token_attention", mutates_args=())
+def token_attention(rows: Tensor, tokens: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """-> gathered and the log-sum-exp of each row's scores, which the backward needs and no public op returns."""
+    return backends.load(backend).token_attention_fwd(rows, tokens)
+
+
+@token_attention.register_fake
+def _(rows, tokens, backend):
+    gathered = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    return gathered, rows.new_empty(rows.shape[:2], dtype=torch.promote_types(rows.dtype, torch.float32))
+
+
+@torch.library.custom_op("fastslots::token_attention_backward", mutates_args=())
+def token_attention_backward(
+    dgathered: Tensor, rows: Tensor, tokens: Tensor, gathered: Tensor, lse: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    return backends.load(backend).token_attention_bwd(dgathered, rows, tokens, gathered, lse)
+
+
+@token_attention_backward.register_fake
+def _(dgathered, rows, tokens, gathered, lse, backend):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (rows, tokens))
+
+
+def _token_attention_setup(ctx, inputs, output):
+    rows, tokens, ctx.backend = inputs
+    gathered, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(rows, tokens, gathered, lse)
+
+
+def _token_attention_vjp(ctx, dgathered, _dlse):
+    rows, tokens, gathered, lse = ctx.saved_tensors
+    grads = token_attention_backward(_or_zeros(dgathered, rows), rows, tokens, gathered, lse, ctx.backend)
+    return *grads, None
+
+
+token_attention.register_autograd(_token_attention_vjp, setup_context=_token_attention_setup)

@@ -9,6 +9,8 @@ A backend is a module of raw functions (no autograd) in ``fastslots.kernels``, i
     folded_cross_attention_bwd(dy, dslot_map, x, G, g, U, slot_mask) -> dx, dG, dg, dU, db
     decoder_layer_fwd(x, G, g, U, b, *ff, slot_mask, eps) -> y, slot_map
     decoder_layer_bwd(dy, dslot_map, x, G, g, U, b, *ff, slot_mask, eps) -> dx, dG, dg, dU, db, *dff
+    token_attention_fwd(rows, tokens) -> gathered, lse
+    token_attention_bwd(dgathered, rows, tokens, gathered, lse) -> drows, dtokens
     decoder_loss(inputs, need_grads, grad_scale) -> recon, interaction, gradients (see tiled.py)
 
 ``auto`` takes the first that serves: ``triton`` for CUDA tensors, ``cpu`` for CPU tensors, else ``reference``.
@@ -24,7 +26,7 @@ from types import ModuleType
 from torch import Tensor
 
 NAMES = ("reference", "cpu", "triton")
-OPS = ("cross_attention", "folded_cross_attention", "decoder_layer", "decoder_loss")
+OPS = ("cross_attention", "folded_cross_attention", "decoder_layer", "decoder_loss", "token_attention")
 _MODULES = {"cpu": "fastslots.kernels.cpu_backend", "triton": "fastslots.kernels.triton_backend"}
 
 

@@ -79,6 +79,19 @@ def folded(x: Tensor, f: FoldedProjections) -> None:
     same_place(x=x, G=G, g=f.g, U=f.U, b=f.b)
 
 
+def rows_and_tokens(rows: Tensor, tokens: Tensor) -> None:
+    tensor("rows", rows, 3, "[B, M, S]")
+    tensor("tokens", tokens, 3, "[B, T, S]")
+    B, M, S = rows.shape
+    T = tokens.shape[1]
+    shape("tokens", tokens, (B, T, S), f"(B and S as in rows {list(rows.shape)})")
+    if T == 0 or M == 0 or S == 0:
+        got = f"rows {list(rows.shape)} and tokens {list(tokens.shape)}"
+        raise ValueError(f"there must be at least one row, token and channel, got {got}")
+    same_dtype(rows=rows, tokens=tokens)
+    same_place(rows=rows, tokens=tokens)
+
+
 def projections(wq: Tensor, bq: Tensor | None, k: Tensor, v: Tensor, wo: Tensor, bo: Tensor | None) -> None:
     tensor("k", k, 4, "[B, H, K, d]")
     tensor("v", v, 4, "[B, H, K, d]")

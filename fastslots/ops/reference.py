@@ -12,6 +12,10 @@ Folding (K is far below the widths, so the projections of the pixel side disappe
     S[l,h,k] = x̂_l · G[:,h,k] + g[h,k]     G = scale · Wq_hᵀ k_hk,  g = scale · bq_h · k_hk
     y_l      = Σ_hk A[l,h,k] U[h,k,:] + b  U = v_hk Wo_hᵀ
 
+From the other side, M folded rows of few queries gather T tokens n_t, S wide, without projecting any::
+
+    A[b,m,:] = softmax_t(rows[b,m] · n[b,t])      gathered[b,m] = Σ_t A[b,m,t] n[b,t]
+
 Softmax and slot maps are computed in fp32 for 16-bit inputs; everything else in the dtype of the inputs (or of
 autocast). Nothing here checks its arguments: ``fastslots.ops`` (api.py) does, and calls this.
 """
@@ -127,6 +131,13 @@ def folded_cross_attention(
     rows = attn.transpose(1, 2).flatten(-2)
     y = torch.matmul(rows.to(U.dtype), U.reshape(B, H * K, D)) + b
     return y.to(x.dtype), attn.sum(1)
+
+
+def token_attention(rows: Tensor, tokens: Tensor) -> Tensor:
+    """rows [B,M,S], tokens [B,T,S] -> gathered [B,M,S] = softmax_T(rows · tokensᵀ) · tokens."""
+    scores = rows @ tokens.transpose(1, 2)
+    attn = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
+    return attn.to(tokens.dtype) @ tokens
 
 
 def feed_forward(x: Tensor, ff: FeedForward, eps: float = 1e-5) -> Tensor:

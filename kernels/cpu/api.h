@@ -1,6 +1,7 @@
 // The kernels' arguments, and the table of entry points that each instruction set fills.
 //
-// Axes: B images, H heads, L pixels, K slots, d head width, D query width, F feed-forward width, C channels.
+// Axes: B images, H heads, L pixels, K slots, d head width, D query width, F feed-forward width, C channels,
+// M rows, T tokens, S their width.
 // Arrays are row-major and contiguous. A null gradient pointer means "not asked for"; every gradient that is asked for
 // is written, not added to. Nothing here knows Python or torch.
 #pragma once
@@ -98,12 +99,28 @@ struct CrossAttentionArgs {
   int threads;
 };
 
+// gathered [B,M,S] = A·tokens with A = softmax over the tokens of rows·tokensᵀ; lse [B,M] the log-sum-exp of the scores.
+template <typename T>
+struct TokenAttentionArgs {
+  int64_t batch, rows, tokens, width;
+  const T* query_rows;  // [B, M, S]
+  const T* token_rows;  // [B, T, S]
+  T* gathered;          // results of the forward
+  T* lse;
+  const T* gathered_grad;   // null: forward
+  const T* saved_gathered;  // what the forward gave
+  const T* saved_lse;
+  T *rows_grad, *tokens_grad;
+  int threads;
+};
+
 // Entry points of one instruction set and element type.
 template <typename T>
 struct Kernels {
   void (*decoder_loss)(DecoderLossArgs<T>&);
   void (*layer)(const LayerArgs<T>&);
   void (*cross_attention)(const CrossAttentionArgs<T>&);
+  void (*token_attention)(const TokenAttentionArgs<T>&);
   void (*normal_cdf)(const T* x, T* cdf, T* density, int64_t count);  // Φ and φ, for tests of their error
   void (*exponential)(const T* x, T* out, int64_t count);
 };

@@ -301,6 +301,38 @@ void cross_attention(const std::string& isa, nb::handle q, nb::handle k, nb::han
   kernels.cross_attention(args);
 }
 
+// Forward (saved is None): outputs are gathered [B,M,S] and lse [B,M]. Backward: saved are dgathered, gathered and lse,
+// outputs the gradients of rows and tokens, or None.
+template <typename T>
+void token_attention(const std::string& isa, nb::handle rows, nb::handle tokens, nb::list outputs, nb::object saved,
+                     int threads) {
+  const Kernels<T>& kernels = kernels_for<T>(isa);
+  Arrays<T> arrays;
+  TokenAttentionArgs<T> args = {};
+  const Shape few = arrays.shape_of(rows, "rows", 3);
+  const Shape many = {few[0], arrays.shape_of(tokens, "tokens", 3)[1], few[2]};
+  args.batch = few[0], args.rows = few[1], args.tokens = many[1], args.width = few[2];
+  args.query_rows = arrays.input(rows, "rows", few);
+  args.token_rows = arrays.input(tokens, "tokens", many);
+  if (outputs.size() != 2) throw nb::value_error("outputs: expected two arrays");
+  if (saved.is_none()) {
+    args.gathered = arrays.output(outputs[0], "gathered", few);
+    args.lse = arrays.output(outputs[1], "lse", {few[0], few[1]});
+    if (!args.gathered || !args.lse) throw nb::value_error("outputs: gathered and lse are both written");
+  } else {
+    const nb::list given = nb::cast<nb::list>(saved);
+    if (given.size() != 3) throw nb::value_error("saved: expected dgathered, gathered and lse");
+    args.gathered_grad = arrays.input(given[0], "dgathered", few);
+    args.saved_gathered = arrays.input(given[1], "gathered", few);
+    args.saved_lse = arrays.input(given[2], "lse", {few[0], few[1]});
+    args.rows_grad = arrays.output(outputs[0], "drows", few);
+    args.tokens_grad = arrays.output(outputs[1], "dtokens", many);
+  }
+  args.threads = threads;
+  nb::gil_scoped_release release;
+  kernels.token_attention(args);
+}
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (Isa isa : {Isa::avx512, Isa::avx2, Isa::portable}) {
@@ -321,6 +353,8 @@ void bind(nb::module_& m, const std::string& suffix) {
   m.def(("cross_attention_" + suffix).c_str(), &cross_attention<T>, nb::arg("isa"), nb::arg("q"), nb::arg("k"),
         nb::arg("v"), nb::arg("outputs"), nb::arg("out_grad").none(), nb::arg("slot_map_grad").none(),
         nb::arg("slot_mask").none(), nb::arg("scale"), nb::arg("threads"));
+  m.def(("token_attention_" + suffix).c_str(), &token_attention<T>, nb::arg("isa"), nb::arg("rows"), nb::arg("tokens"),
+        nb::arg("outputs"), nb::arg("saved").none(), nb::arg("threads"));
 }
 
 }  // namespace
