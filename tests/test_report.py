@@ -23,9 +23,9 @@ from fastslots.report.pictures import data_uri
 from fastslots.train import TrainConfig, fit
 from fastslots.train.report import write_report
 
-TINY = dict(  # noqa: C408
-    **dict(resolution=16, num_slots=3, slot_dim=4, cnn_channels=8, encoder_width=16, encoder_layers=1, query_width=16),  # noqa: C408
-    **dict(query_hidden=16, slot_width=16, slot_hidden=16, decoder_heads=2, output_hidden=(16,), pixels_per_step=0),  # noqa: C408
+TINY = dict(
+    **dict(resolution=16, num_slots=3, slot_dim=4, cnn_channels=8, encoder_width=16, encoder_layers=1, query_width=16),
+    **dict(query_hidden=16, slot_width=16, slot_hidden=16, decoder_heads=2, output_hidden=(16,), pixels_per_step=0),
 )
 
 
