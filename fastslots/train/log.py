@@ -107,13 +107,16 @@ class Progress:
         losses = "  ".join(f"{name} {values[name]:.4g}" for name in ("loss", "recon", "kl"))
         rate = f"{values['images_per_s']:.0f} images/s  {duration(left)} left"
         text = f"step {step}/{self._steps}  {losses}  R/H² {values['interaction_normalized']:.4f}  {rate}"
-        self._stream.write(f"\r\x1b[K{text}" if self._live else f"{text}\n")
-        self._stream.flush()
+        self._write(f"\r\x1b[K{text}" if self._live else f"{text}\n")
 
     def say(self, text: str) -> None:
         """A line of its own, above the live one."""
-        self._stream.write(f"\r\x1b[K{text}\n" if self._live else f"{text}\n")
-        self._stream.flush()
+        self._write(f"\r\x1b[K{text}\n" if self._live else f"{text}\n")
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # a log on a full disk, a terminal that was closed: no reason to stop
+            self._stream.write(text)
+            self._stream.flush()
 
 
 def duration(seconds: float) -> str:

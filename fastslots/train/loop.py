@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from fastslots.data import Loader, read_batch, to_float
+from fastslots.data import Batch, Loader, read_batch, to_float
 from fastslots.errors import UserError
 from fastslots.models import SlotVAE
 from fastslots.models.storage import WEIGHTS, load_weights, weights_bytes, weights_path
@@ -119,7 +119,7 @@ class Trainer:
         with StopSignals(group), loader:
             batches, last, stop = iter(loader), time.perf_counter(), 0
             while self.step < config.steps and not stop:
-                images = to_float(next(batches).images.to(self.device, non_blocking=True))
+                images = self._next(batches)
                 values = training_step(
                     self.model, self.optimizer, self.precision, config, self.step + 1, images, group
                 )  # the only host sync of a step is inside, where its losses are read
@@ -143,6 +143,14 @@ class Trainer:
     def close(self) -> None:
         self.writer.close()
         self.log.close()
+
+    def _next(self, batches: Iterator[Batch]) -> torch.Tensor:
+        """A step's images on the device; where the data have become unreadable, what was learnt is saved first."""
+        try:
+            return to_float(next(batches).images.to(self.device, non_blocking=True))
+        except UserError:
+            self._checkpoint()
+            raise
 
     def _start(self, damaged: list[str]) -> bytes:
         """Make the folder; the newest good checkpoint in it, or nothing. ``damaged`` gets what is said of others."""
