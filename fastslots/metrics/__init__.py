@@ -4,6 +4,7 @@
 >>> jacobian_ari(G, masks), jacobian_interaction_score(G, masks)     # masks [B, R, R], 0 = background
 """
 
+from fastslots.metrics.interaction import InteractionOrder, interaction_order
 from fastslots.metrics.jacobian import slot_jacobian
 from fastslots.metrics.rand_index import adjusted_rand_index
 from fastslots.metrics.scores import (
@@ -16,12 +17,14 @@ from fastslots.metrics.scores import (
 from fastslots.metrics.segmentation import ari, fg_ari, mean_best_overlap, mean_iou
 
 __all__ = [
+    "InteractionOrder",
     "JacobianMeter",
     "JacobianScores",
     "SegmentationMeter",
     "adjusted_rand_index",
     "ari",
     "fg_ari",
+    "interaction_order",
     "jacobian_ari",
     "jacobian_interaction_score",
     "mean_best_overlap",
