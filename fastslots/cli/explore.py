@@ -1,0 +1,65 @@
+"""fastslots explore"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from fastslots.errors import UserError
+
+IMAGES = 12
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser("explore", help="decode any latent of a run's slots live, in the browser")
+    parser.add_argument("run_folder", metavar="RUN", type=Path, help="folder that `fastslots train --out` wrote")
+    parser.add_argument("--weights", choices=("best", "last"), default="best", help="default: best")
+    parser.add_argument("--port", type=int, default=8000, help="on 127.0.0.1 (default 8000; 0: a free one)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if not 0 <= args.port < 65_536:
+        raise UserError("--port must be between 0 and 65535")
+    from fastslots.models.storage import load_run
+    from fastslots.report.live import Session, serve
+    from fastslots.train.config import TrainConfig, read_config
+
+    model = load_run(args.run_folder, args.weights)
+    config = read_config(args.run_folder / "config.json", TrainConfig)
+    if config.input != "pixels" or config.channels != 3:
+        raise UserError(f"{args.run_folder} decodes features, not images: there is nothing to look at")
+    session = Session(
+        model.to(config.torch_device()), held_out(args.run_folder, config), args.run_folder.resolve().name
+    )
+    try:
+        server = serve(session, args.port)
+    except OSError as error:
+        raise UserError(f"port {args.port} cannot be used ({error.strerror}): name another --port") from None
+    print(f"http://127.0.0.1:{server.server_port}  (only this machine can open it; Ctrl-C ends)", flush=True)
+    try:
+        server.serve_forever()
+    finally:
+        server.server_close()
+    return 0
+
+
+def held_out(run: Path, config):
+    """The first held-out images of a run, float [n, 3, R, R]; none where its data are not at hand."""
+    import torch
+
+    from fastslots.data import read_batch, to_float
+    from fastslots.train.report import other_data
+    from fastslots.train.sources import open_source
+
+    try:
+        source = open_source(config)
+        reason = other_data(run, source)
+    except UserError as error:
+        reason = str(error)
+    if reason:
+        print(f"no images of the run to start from: {reason}", file=sys.stderr)
+        return torch.empty(0, config.channels, config.resolution, config.resolution)
+    dataset, rows = source.splits["val"]
+    return to_float(read_batch(dataset, rows[:IMAGES])[0])

@@ -1,0 +1,100 @@
+"""The live explorer: pictures for any latent, and nothing for anybody else."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import io
+import json
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastslots.models import SlotVAE, SlotVAEConfig
+from fastslots.report.live import LARGEST_UPLOAD, Session, serve
+
+TINY = {
+    **{"resolution": 16, "num_slots": 3, "slot_dim": 4, "cnn_channels": 8, "encoder_width": 16, "encoder_layers": 1},
+    **{"query_width": 16, "query_hidden": 16, "slot_width": 16, "slot_hidden": 16, "decoder_heads": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def session() -> Session:
+    torch.manual_seed(0)
+    model = SlotVAE(SlotVAEConfig.preset("sprites-mini", **TINY, output_hidden=(16,)))
+    return Session(model, torch.rand(2, 3, 16, 16), "<b>run</b>")
+
+
+@pytest.fixture(scope="module")
+def server(session):
+    server = serve(session)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def ask(server, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection(*server.server_address, timeout=20)
+    connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+    answer = connection.getresponse()
+    return answer.status, answer.read()
+
+
+def pixels(uri: str) -> np.ndarray:
+    return np.array(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))))
+
+
+def test_decoding_gives_what_the_model_gives(session, server):
+    z, shown = session.images[1]["z"], [True, False, True]
+    status, body = ask(server, "POST", "/decode", json.dumps({"z": z, "shown": shown}).encode())
+    recon, _ = session.model.decoder(torch.tensor(z)[None, [0, 2]])
+    expected = (recon[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).detach().numpy()
+    result = json.loads(body)
+    assert status == 200 and np.abs(pixels(result["recon"]).astype(int) - expected).max() <= 1
+    assert pixels(result["maps"][1]).max() == 0 and pixels(result["maps"][0]).max() > 0
+
+
+def test_an_uploaded_picture_is_cropped_and_encoded(session, server):
+    picture = Image.new("RGB", (50, 20), "red")
+    picture.paste("blue", (15, 0, 35, 20))  # all that a centred square holds
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    status, body = ask(server, "POST", "/encode", buffer.getvalue())
+    result = json.loads(body)
+    assert status == 200 and np.array(result["z"]).shape == (3, 4)
+    assert (pixels(result["input"]) == (0, 0, 255)).all()
+
+
+@pytest.mark.parametrize(
+    "path, body, words",
+    [
+        ("/decode", b"{", "no JSON"),
+        ("/decode", b"[]", "z and shown are needed"),
+        ("/decode", b'{"z": [[1]], "shown": [1, 1, 1]}', "3 x 4 finite numbers"),
+        ("/decode", b'{"z": [[1, 2], [3]], "shown": [1, 1, 1]}', "z and shown are needed"),
+        ("/encode", b"text", "no picture"),
+        ("/other", b"", "no such request"),
+    ],
+)
+def test_bad_requests_are_answered_with_a_reason(server, path, body, words):
+    status, answer = ask(server, "POST", path, body)
+    assert status == 400 and words in json.loads(answer)["error"]
+
+
+def test_too_large_an_upload_is_refused_unread(server):
+    status, answer = ask(server, "POST", "/encode", b"", Content_Length=str(LARGEST_UPLOAD + 1))
+    assert status == 400 and "at most 32 MB" in json.loads(answer)["error"]
+
+
+def test_other_sites_and_other_machines_get_nothing(server):
+    assert server.server_address[0] == "127.0.0.1"
+    assert ask(server, "GET", "/", Host="evil.example")[0] == 403
+    assert ask(server, "POST", "/decode", b"{}", Origin="http://evil.example")[0] == 403
+    status, page = ask(server, "GET", "/")
+    assert status == 200 and b"<b>run" not in page and b"connect-src 'self'" in page
+    assert ask(server, "GET", "/../etc/passwd")[0] == 404
