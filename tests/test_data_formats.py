@@ -18,7 +18,7 @@ from PIL import Image
 
 from fastslots.data import SpritesDataset, open_dataset
 from fastslots.data.check import check
-from fastslots.data.open import pack
+from fastslots.data.open import pack, recognise
 from fastslots.data.packed import PackedDataset
 from fastslots.data.tfrecord import Records, masked_crc, parse_example
 from fastslots.errors import UserError
@@ -408,3 +408,96 @@ def test_real_clevr_with_masks():
     assert report.info.digest == "cbaa352ec426535af683e01c6fccb26f" and not report.warnings
     masks, colours = dataset[0]["mask"], dataset[0]["factors"]["color"]
     assert set(np.unique(masks)) <= set(range(9)) and colours.shape == (11,) and not colours[9:].any()
+
+
+# ---- many shards, damaged records ------------------------------------------------------------------------------------
+
+
+def shards_of(folder: Path, count: int = 3) -> Path:
+    """The eight scenes over ``count`` TFRecords, uneven."""
+    folder.mkdir()
+    records = [frame(record) for record in multi_dsprites()]
+    for number in range(count):
+        part = records[8 * number // count : 8 * (number + 1) // count]
+        (folder / f"clips-{number}-of-{count}.tfrecord").write_bytes(b"".join(part))
+    return folder
+
+
+def test_shards_open_as_one_set(tmp_path):
+    folder = shards_of(tmp_path / "shards")
+    for path in (folder, tmp_path / "shards" / "*.tfrecord", str(folder / "clips-?-of-3.tfrecord")):
+        dataset = open_dataset(path)
+        same_scenes(dataset, "Multi-dSprites, coloured on coloured")
+    order = np.array([7, 0, 3, 3, 5])
+    assert np.array_equal(dataset.batch(order)[0], IMAGES[order])
+    assert np.array_equal(dataset[-1]["mask"], MASKS[7]) and len(open_dataset(folder, max_objects=2)) < 8
+    assert check(folder).objects == check(write_tfrecord(tmp_path / "x")).objects
+    assert "8 images" in str(check(folder, quick=True).info) or check(folder, quick=True).info.total == 2
+
+
+def test_shards_pack_to_shards_and_go_on_after_a_stop(tmp_path, monkeypatch):
+    folder = shards_of(tmp_path / "shards")
+    whole = (folder / "clips-1-of-3.tfrecord").read_bytes()
+    (folder / "clips-1-of-3.tfrecord").write_bytes(whole[:-5])
+    with pytest.raises(UserError, match=r"clips-1-of-3.tfrecord: record 2 at byte \d+ is damaged"):
+        pack(folder, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+    (folder / "clips-1-of-3.tfrecord").write_bytes(whole)
+    decoded_now: list[str] = []
+    monkeypatch.setattr("fastslots.data.open.recognise", lambda path: decoded_now.append(path.name) or recognise(path))
+    pack(folder, tmp_path / "packed")
+    assert decoded_now == ["clips-1-of-3.tfrecord", "clips-2-of-3.tfrecord"]
+    same_scenes(open_dataset(tmp_path / "packed"), "Multi-dSprites")
+    assert check(tmp_path / "packed").info.digest == check(folder).info.digest
+
+
+def test_shards_that_do_not_fit_together_are_named(tmp_path):
+    folder = shards_of(tmp_path / "shards")
+    np.savez(folder / "z.npz", IMAGES)
+    with pytest.raises(UserError, match=r"z.npz holds npz .* without masks, but .*clips-0-of-3"):
+        open_dataset(folder)
+    with pytest.raises(UserError, match=r"nothing-\*: no such file"):
+        open_dataset(tmp_path / "nothing-*")
+
+
+def test_damaged_records_can_be_skipped_and_are_counted(tmp_path, capsys):
+    folder = shards_of(tmp_path / "shards")
+    second = folder / "clips-1-of-3.tfrecord"
+    data = bytearray(second.read_bytes())
+    length = len(data) // 3
+    data[length + 100] ^= 1  # scene 3 of the set, record 1 of its file: a payload, after which the next is found
+    second.write_bytes(data)
+    last = folder / "clips-2-of-3.tfrecord"
+    last.write_bytes(last.read_bytes()[: length + 50])  # scene 6: nothing after this place can be found
+    with pytest.raises(UserError, match=f"clips-1-of-3.tfrecord: record 1 at byte {length} is damaged"):
+        open_dataset(folder)
+    dataset = open_dataset(folder, on_bad_record="skip")
+    said = capsys.readouterr().err
+    assert f"left out: {second}: record 1 at byte {length}" in said and f"left out: {last}: record 1" in said
+    assert dataset.info.skipped == 2 and np.array_equal(dataset.batch(np.arange(5))[0], IMAGES[[0, 1, 2, 4, 5]])
+    report = check(folder, on_bad_record="skip")
+    assert "2 damaged records left out" in str(report.info) and "2 damaged records" in report.warnings[0]
+    with pytest.raises(UserError, match="is damaged"):  # what was decoded while skipping does not serve without
+        open_dataset(folder)
+
+
+@pytest.mark.parametrize("kind", ["npz", "hdf5", "pictures"])
+def test_every_reader_skips(tmp_path, kind):
+    images = IMAGES / np.float32(255)
+    images[2, 0, 0, 0] = np.nan
+    path = tmp_path / "x.npz"
+    if kind == "npz":
+        np.savez(path, images)
+    elif kind == "hdf5":
+        with h5py.File(path, "w") as file:
+            file["image"] = images
+    else:
+        path = tmp_path / "pictures"
+        path.mkdir()
+        for i in range(8):
+            Image.fromarray(IMAGES[i]).save(path / f"{i}.png")
+        (path / "2.png").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match=r"\[2\] has NaN|2.png cannot be read"):
+        open_dataset(path)
+    dataset = open_dataset(path, on_bad_record="skip")
+    assert dataset.info.skipped == 1 and np.array_equal(dataset.batch(np.arange(7))[0], np.delete(IMAGES, 2, 0))

@@ -145,7 +145,7 @@ def small_disk(folder: Path) -> bool:
 @pytest.mark.parametrize("kind", ["limit", "disk"])
 def test_a_full_disk_is_reported_and_outlived(commands, tmp_path, kind):
     """Checkpoints fail for a while (ENOSPC, or EFBIG by a limit), training goes on, and nothing is lost at the end."""
-    config, out = config_of(steps=400, checkpoint_every=10, keep_checkpoints=1), tmp_path / "run"
+    config, out = config_of(steps=150, checkpoint_every=5, keep_checkpoints=1), tmp_path / "run"
     whole = fit(config, out=tmp_path / "whole").out
     if kind == "disk" and not small_disk(out):
         pytest.skip("mounting a small file system needs root")

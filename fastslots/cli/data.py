@@ -17,6 +17,7 @@ def add_parser(commands) -> None:
     check = actions.add_parser("check", help="say what a data set is and what looks wrong")
     check.add_argument("path", metavar="PATH", type=Path)
     _add_shape(check)
+    _add_policy(check)
     check.add_argument("--quick", action="store_true", help="read the first scenes alone (default: all, kept decoded)")
     check.add_argument("--json", action="store_true", help="print one JSON object")
     check.set_defaults(run=_check)
@@ -25,6 +26,7 @@ def add_parser(commands) -> None:
     pack.add_argument("source", metavar="IN", type=Path)
     pack.add_argument("out", metavar="OUT", type=Path, help="folder to make; a partial one is continued")
     _add_shape(pack)
+    _add_policy(pack)
     pack.set_defaults(run=_pack)
 
     generate = actions.add_parser("generate", help="make a data set")
@@ -42,6 +44,16 @@ def _add_shape(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=0, help="side in pixels (default: 128 for CLEVR, else its own)")
 
 
+def _add_policy(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--on_bad_record",
+        "--on-bad-record",
+        choices=("stop", "skip"),
+        default="stop",
+        help="stop at the first damaged record (default), or leave them out and say how many",
+    )
+
+
 def _shape(args: argparse.Namespace) -> dict[str, int | None]:
     if args.max_objects < 0 or args.size < 0:
         raise UserError("--max_objects and --size must be positive")
@@ -51,18 +63,17 @@ def _shape(args: argparse.Namespace) -> dict[str, int | None]:
 def _check(args: argparse.Namespace) -> int:
     from fastslots.data.check import check
 
-    report = check(args.path, **_shape(args), quick=args.quick)
+    report = check(args.path, **_shape(args), quick=args.quick, on_bad_record=args.on_bad_record)
     print(json.dumps(dataclasses.asdict(report)) if args.json else report)
     return 0
 
 
 def _pack(args: argparse.Namespace) -> int:
-    from fastslots.data.open import pack
-    from fastslots.data.packed import PackedDataset
+    from fastslots.data.open import open_dataset, pack
 
     _free(args.out)
-    pack(args.source, args.out, **_shape(args))
-    print(PackedDataset(args.out).info)
+    pack(args.source, args.out, **_shape(args), on_bad_record=args.on_bad_record)
+    print(open_dataset(args.out).info)
     return 0
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from fastslots.data.open import open_dataset, pack
 from fastslots.data.packed import UNKNOWN, DatasetInfo, PackedDataset, is_packed
+from fastslots.data.shards import PackedShards, find_shards
 from fastslots.data.splits import split_indices
 from fastslots.errors import UserError
 
@@ -53,29 +54,36 @@ class Report:
         return "\n".join([text, *(f"warning: {warning}" for warning in self.warnings)])
 
 
-def check(path: str | Path, max_objects: int | None = None, size: int | None = None, quick: bool = False) -> Report:
+def check(
+    path: str | Path,
+    max_objects: int | None = None,
+    size: int | None = None,
+    quick: bool = False,
+    on_bad_record: str = "stop",
+) -> Report:
     """Open a data set as training would and look at it.
 
     Args:
-        max_objects, size: as in ``open_dataset``. quick: read the first ``QUICK`` scenes alone and keep nothing;
-            without it the whole set is read, and what training will map is kept.
+        max_objects, size, on_bad_record: as in ``open_dataset``.
+        quick: read the first ``QUICK`` scenes (of the first shard) alone and keep nothing; without it the whole set is
+            read, and what training will map is kept.
 
     Raises:
         UserError: where training would refuse the data.
     """
-    path = Path(path)
-    if not quick or is_packed(path):
-        dataset = open_dataset(path, max_objects, size)
-        if is_packed(path):
-            dataset.verify()
-        return _look(dataset, dataset.info, max_objects, False)
+    shards = find_shards(path)
+    if not quick or is_packed(shards[0]):
+        opened = open_dataset(path, max_objects, size, on_bad_record)
+        if is_packed(shards[0]):
+            opened.verify()
+        return _look(opened, opened.info, max_objects, False)
     with tempfile.TemporaryDirectory(prefix="fastslots-") as folder:
-        pack(path, Path(folder) / "head", size, first=QUICK)
+        pack(shards[0], Path(folder) / "head", size, first=QUICK, on_bad_record=on_bad_record)
         dataset = PackedDataset(Path(folder) / "head", max_objects, str(path))
         return _look(dataset, dataset.info, max_objects, dataset.info.total == QUICK)
 
 
-def _look(dataset: PackedDataset, info: DatasetInfo, max_objects: int | None, quick: bool) -> Report:
+def _look(dataset: PackedDataset | PackedShards, info: DatasetInfo, max_objects: int | None, quick: bool) -> Report:
     if not len(dataset):
         raise UserError(f"{info.path}: no scene has at most {max_objects} objects: raise --max_objects")
     rows = np.unique(np.linspace(0, len(dataset) - 1, min(SAMPLE, len(dataset))).astype(int))
@@ -88,6 +96,8 @@ def _look(dataset: PackedDataset, info: DatasetInfo, max_objects: int | None, qu
     std, labels = float(images.std((1, 2, 3)).mean()), 0 if masks is None else int(masks.max())
     splits = "known when the whole set is read" if quick else str(split_indices(len(dataset), info.published_split))
     warnings = _warnings(info, objects, std, images, masks)
+    if info.skipped:
+        warnings.append(f"{info.skipped:,} damaged records were left out (on_bad_record skip)")
     if masks is not None:
         # Against the fullest scene, not the scene itself: a crop that hides an object leaves a gap in labels.
         most = int(dataset.objects.max())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from fastslots.data.npz import to_labels, to_uint8
-from fastslots.data.scene import Scene
+from fastslots.data.scene import BadRecordError, Scene
 from fastslots.errors import UserError
 
 MAGIC = b"\x89HDF\r\n\x1a\n"
 ROWS = 64  # read at once: chunks hold several rows, and each read decodes whole chunks
+MOST_BYTES = 1 << 26  # read at once, whatever the header claims
 _NOT_FACTORS = ("image", "mask", "num_actual_objects")
 
 
@@ -49,18 +51,25 @@ class Hdf5Reader:
     def share(self, done: int) -> float:
         return done / self._count
 
-    def scenes(self, start: int = 0) -> Iterator[Scene]:
+    def scenes(self, start: int = 0) -> Iterator[Scene | BadRecordError]:
         names = [n for n, s in self._sets.items() if s.shape[:1] == (self._count,) and s.dtype.kind in "iufb"]
-        for first in range(start, self._count, ROWS):
-            last = min(first + ROWS, self._count)
+        row_bytes = sum(self._sets[name].dtype.itemsize * math.prod(self._sets[name].shape[1:]) for name in names)
+        if row_bytes > MOST_BYTES:
+            raise UserError(f"{self._path}: a scene of {row_bytes:,} bytes is too large: make the images smaller")
+        at_once = max(1, min(ROWS, MOST_BYTES // max(row_bytes, 1)))
+        for first in range(start, self._count, at_once):
+            last = min(first + at_once, self._count)
             try:
                 rows = {name: self._sets[name][first:last] for name in names}
-            except (OSError, RuntimeError, MemoryError) as error:
-                raise UserError(
-                    f"{self._path}: rows {first} to {last} cannot be read ({error}): download the file again"
-                ) from None
+            except (OSError, RuntimeError) as error:
+                reason = f"rows {first} to {last} cannot be read ({error}): download the file again"
+                yield from [BadRecordError(f"{self._path}: {reason}")] * (last - first)
+                continue
             for i in range(last - first):
-                yield self._scene({name: values[i] for name, values in rows.items()}, first + i)
+                try:
+                    yield self._scene({name: values[i] for name, values in rows.items()}, first + i)
+                except UserError as error:
+                    yield BadRecordError(str(error))
 
     def _scene(self, row: dict[str, np.ndarray], index: int) -> Scene:
         image = to_uint8(row["image"], f"{self._path}: image[{index}]")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastslots.data.scene import Scene, labels_of
+from fastslots.data.scene import BadRecordError, Scene, labels_of
 from fastslots.data.tfrecord import Records, parse_example
 from fastslots.errors import UserError
 
@@ -47,9 +47,14 @@ class MultiObjectReader:
     def __init__(self, path: Path):
         self._path = path
         self._records = Records(path)
-        first = next(self._examples(0), None)
+        damaged, first = None, None
+        for found in self._examples(0):  # the first sound record tells the layout
+            if not isinstance(found, BadRecordError):
+                first = found
+                break
+            damaged = damaged or found
         if first is None:
-            raise UserError(f"{path}: holds no record: download the file again")
+            raise damaged or UserError(f"{path}: holds no record: download the file again")
         sizes = tuple(len(first.get(name, ())) for name in SKIPPED)
         found = [layout for layout in LAYOUTS if layout.sizes == sizes]
         if not found:
@@ -62,25 +67,33 @@ class MultiObjectReader:
     def share(self, done: int) -> float:
         return self._records.share
 
-    def _examples(self, start: int) -> Iterator[dict[str, np.ndarray]]:
+    def _examples(self, start: int) -> Iterator[dict[str, np.ndarray] | BadRecordError]:
         """Records from ``start`` on; those before it are read, since GZIP has no random access, but not parsed."""
         self._records.close()
         self._records = Records(self._path)
-        for index, payload in enumerate(self._records):
-            if index >= start:
-                try:
-                    yield parse_example(payload)
-                except (ValueError, KeyError, UnicodeDecodeError) as error:
-                    raise UserError(
-                        f"{self._path}: record {index} is no tf.train.Example ({error}): download the file again"
-                    ) from None
+        for index, item in enumerate(self._records.items()):
+            if index < start:
+                continue
+            if isinstance(item, BadRecordError):
+                yield item
+                continue
+            try:
+                yield parse_example(item)
+            except (ValueError, KeyError) as error:
+                yield self._bad(index, f"is no tf.train.Example ({error})")
 
-    def scenes(self, start: int = 0) -> Iterator[Scene]:
+    def scenes(self, start: int = 0) -> Iterator[Scene | BadRecordError]:
         for index, features in enumerate(self._examples(start), start):
+            if isinstance(features, BadRecordError):
+                yield features
+                continue
             try:
                 yield self._scene(features)
             except ValueError as error:
-                raise UserError(f"{self._path}: record {index} {error}: download the file again") from None
+                yield self._bad(index, str(error))
+
+    def _bad(self, index: int, what: str) -> BadRecordError:
+        return BadRecordError(f"{self._path}: record {index} {what}: download the file again")
 
     def _scene(self, features: dict[str, np.ndarray]) -> Scene:
         layout = self._layout

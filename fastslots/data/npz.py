@@ -15,7 +15,7 @@ from typing import IO
 
 import numpy as np
 
-from fastslots.data.scene import Scene
+from fastslots.data.scene import BadRecordError, Scene
 from fastslots.errors import UserError
 
 ROWS = 64  # read at once
@@ -108,20 +108,26 @@ class NpzReader:
     def share(self, done: int) -> float:
         return done / len(self._images)
 
-    def scenes(self, start: int = 0) -> Iterator[Scene]:
+    def scenes(self, start: int = 0) -> Iterator[Scene | BadRecordError]:
         latents = self._latents.rows(start) if self._latents else None
         masks = self._masks.rows(start) if self._masks else None
-        for i, row in enumerate(self._images.rows(start), start):
-            image = to_uint8(row, f"{self._path}: arr_0[{i}]")
-            mask, objects = None, None
-            if masks is not None:
-                mask = to_labels(next(masks).reshape(self.native), f"{self._path}: arr_2[{i}]")
-                objects = len(np.unique(mask[mask > 0]))
+        for i, image in enumerate(self._images.rows(start), start):
+            labels = None if masks is None else next(masks).reshape(self.native)
             factors = {} if latents is None else {"latents": next(latents)}
-            yield Scene(image.repeat(3, 2) if image.shape[2] == 1 else image, mask, objects, factors)
+            try:
+                yield self._scene(i, image, labels, factors)
+            except UserError as error:
+                yield BadRecordError(str(error))
         for others in (latents, masks):
             if others is not None:
                 next(others, None)  # to the end, where checksums are compared
+
+    def _scene(self, i: int, image: np.ndarray, labels: np.ndarray | None, factors: dict) -> Scene:
+        image, mask, objects = to_uint8(image, f"{self._path}: arr_0[{i}]"), None, None
+        if labels is not None:
+            mask = to_labels(labels, f"{self._path}: arr_2[{i}]")
+            objects = len(np.unique(mask[mask > 0]))
+        return Scene(image.repeat(3, 2) if image.shape[2] == 1 else image, mask, objects, factors)
 
 
 def to_uint8(image: np.ndarray, name: str) -> np.ndarray:

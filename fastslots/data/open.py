@@ -17,7 +17,8 @@ from pathlib import Path
 
 from fastslots.data.packed import VERSION, PackedDataset, is_packed
 from fastslots.data.packing import write_packed
-from fastslots.data.scene import Reader, Scene, default_size, preprocess
+from fastslots.data.scene import BadRecordError, Reader, Scene, default_size, preprocess
+from fastslots.data.shards import PackedShards, find_shards
 from fastslots.errors import UserError
 
 KNOWN = (
@@ -30,12 +31,21 @@ PREPROCESSING = 1
 """Raised when crop or resize change, so that no cache made before is taken for one made after."""
 
 
-def open_dataset(path: str | Path, max_objects: int | None = None, size: int | None = None) -> PackedDataset:
+ON_BAD_RECORD = ("stop", "skip")
+
+
+def open_dataset(
+    path: str | Path, max_objects: int | None = None, size: int | None = None, on_bad_record: str = "stop"
+) -> PackedDataset | PackedShards:
     """Open a data set of any format in ``KNOWN``.
 
     Args:
-        path: file or folder. max_objects: keep scenes with at most so many (CLEVR6: 6).
+        path: file or folder; or many as one set, in the order of their names: a pattern ("clevr/*.tfrecords"), or a
+            folder that holds data files, or packed folders, of one kind.
+        max_objects: keep scenes with at most so many (CLEVR6: 6).
         size: side in pixels; None: 128 for CLEVR (after its centred crop), else the set's own.
+        on_bad_record: "stop" raises at the first damaged record; "skip" leaves it out, says so and counts it
+            (``ds.info.skipped``), and where nothing after it can be read leaves out the rest of that file.
 
     Returns:
         A map-style data set: ``ds[i]`` -> {"image": uint8 [R,R,3], "mask": uint8 [R,R] or absent, "factors": {...}};
@@ -44,8 +54,23 @@ def open_dataset(path: str | Path, max_objects: int | None = None, size: int | N
     Raises:
         UserError: naming file (record, member) and mend.
     """
-    path = Path(path)
-    _check_arguments(path, max_objects, size)
+    _check_arguments(path, max_objects, size, on_bad_record)
+    shards = find_shards(path)
+    if len(shards) == 1:
+        return _open_one(shards[0], max_objects, size, on_bad_record)
+    parts, lost = [], 0
+    for shard in shards:
+        try:
+            parts.append(_open_one(shard, max_objects, size, on_bad_record))
+        except UserError as error:
+            if on_bad_record == "stop":
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+            lost += 1
+    return PackedShards(parts, str(path), lost)
+
+
+def _open_one(path: Path, max_objects: int | None, size: int | None, on_bad_record: str) -> PackedDataset:
     if is_packed(path):
         dataset = PackedDataset(path, max_objects)
         if size not in (None, dataset.info.size):
@@ -56,60 +81,96 @@ def open_dataset(path: str | Path, max_objects: int | None = None, size: int | N
         return dataset
     reader = recognise(path)
     side = size or default_size(reader)
-    folder = cache_folder(path, side)
+    folder = cache_folder(path, side, on_bad_record)
     if not is_packed(folder):
         print(f"decoding {path} once into {folder}", file=sys.stderr)
-        _pack(reader, path, folder, side, None)
+        _pack(reader, path, folder, side, None, None, on_bad_record)
     return PackedDataset(folder, max_objects, str(path))
 
 
 def pack(
-    path: str | Path, folder: Path, size: int | None = None, max_objects: int | None = None, first: int | None = None
+    path: str | Path,
+    folder: Path,
+    size: int | None = None,
+    max_objects: int | None = None,
+    first: int | None = None,
+    on_bad_record: str = "stop",
 ) -> None:
-    """Decode, crop and resize a data set (``first``: only so many scenes) into a packed folder, with progress."""
-    path = Path(path)
-    _check_arguments(path, max_objects, size)
-    if is_packed(path):
-        raise UserError(f"{path} is packed already: train on it, or pack the data set that it was made from")
-    reader = recognise(path)
-    _pack(reader, path, folder, size or default_size(reader), max_objects, first)
+    """Decode, crop and resize a data set (``first``: only so many scenes) into a packed folder, with progress.
+
+    Of many shards each becomes a packed folder of its own in ``folder``, which opens as one set.
+    """
+    _check_arguments(path, max_objects, size, on_bad_record)
+    shards = find_shards(path)
+    partial = folder.with_name(folder.name + ".partial")
+    for number, shard in enumerate(shards):
+        target = folder if len(shards) == 1 else partial / f"shard-{number:05d}"
+        if is_packed(shard):
+            raise UserError(f"{shard} is packed already: train on it, or pack the data set that it was made from")
+        if not is_packed(target):  # else it is there from a call that was interrupted
+            reader = recognise(shard)
+            _pack(reader, shard, target, size or default_size(reader), max_objects, first, on_bad_record)
+    if len(shards) > 1:
+        os.replace(partial, folder)
 
 
-def _check_arguments(path: Path, max_objects: int | None, size: int | None) -> None:
-    try:
-        there = path.exists()
-    except (OSError, ValueError) as error:  # too long a name, a null byte
-        raise UserError(f"{str(path)!r} is no path ({error})") from None
-    if not there:
-        raise UserError(f"{path}: no such file or folder")
+def _check_arguments(path: str | Path, max_objects: int | None, size: int | None, on_bad_record: str) -> None:
     if size is not None and not 1 <= size <= 4096:
         raise UserError(f"{path}: a side of {size} pixels is asked for: give 1 to 4096")
     if max_objects is not None and max_objects < 0:
         raise UserError(f"{path}: at most {max_objects} objects are asked for: give at least 1, or 0 for no limit")
+    if on_bad_record not in ON_BAD_RECORD:
+        raise UserError(f"on_bad_record must be one of {', '.join(ON_BAD_RECORD)}, got {on_bad_record!r}")
 
 
 def _pack(
-    reader: Reader, path: Path, folder: Path, side: int, max_objects: int | None, first: int | None = None
+    reader: Reader,
+    path: Path,
+    folder: Path,
+    side: int,
+    max_objects: int | None,
+    first: int | None,
+    on_bad_record: str,
 ) -> None:
-    def scenes(start: int) -> Iterator[Scene | None]:
-        for index, scene in enumerate(reader.scenes(start), start):
+    def scenes(start: int) -> Iterator[Scene | BadRecordError | None]:
+        for index, item in enumerate(decoded(reader, path, side, start), start):
             if index == first:
                 return
-            if max_objects:
-                if scene.objects is None:
-                    raise UserError(f"{path}: nothing tells how many objects its scenes have: set --max_objects 0")
-                if scene.objects > max_objects:
-                    yield None
-                    continue
+            if isinstance(item, BadRecordError):
+                if on_bad_record == "stop":
+                    raise item
+                print(f"left out: {item}", file=sys.stderr)
+            elif max_objects and _objects(item, path) > max_objects:
+                yield None
+                continue
+            yield item
+
+    settings: dict[str, object] = {"size": side, "max_objects": max_objects, "stamp": _stamp(path)}
+    settings |= {"preprocessing": PREPROCESSING, "first": first, "on_bad_record": on_bad_record}
+    with Progress(reader.share) as progress:
+        write_packed(folder, scenes, reader.kind, str(path), settings, reader.published_split, progress)
+
+
+def _objects(scene: Scene, path: Path) -> int:
+    if scene.objects is None:
+        raise UserError(f"{path}: nothing tells how many objects its scenes have: set --max_objects 0")
+    return scene.objects
+
+
+def decoded(reader: Reader, path: Path, side: int, start: int = 0) -> Iterator[Scene | BadRecordError]:
+    """Cropped and resized scenes from ``start`` on; an error in place of a damaged one, or of all that follow it."""
+    index = start
+    try:
+        for index, scene in enumerate(reader.scenes(start), start):
+            if isinstance(scene, BadRecordError):
+                yield scene
+                continue
             try:
                 yield preprocess(scene, reader.crop, side)
             except ValueError as error:
-                raise UserError(f"{path}: scene {index}: {error}: remove it") from None
-
-    settings: dict[str, object] = {"size": side, "max_objects": max_objects, "stamp": _stamp(path)}
-    settings |= {"preprocessing": PREPROCESSING, "first": first}
-    with Progress(reader.share) as progress:
-        write_packed(folder, scenes, reader.kind, str(path), settings, reader.published_split, progress)
+                yield BadRecordError(f"{path}: scene {index}: {error}: remove it")
+    except UserError as error:  # nothing after this place can be read
+        yield BadRecordError(str(error))
 
 
 def recognise(path: Path) -> Reader:
@@ -127,9 +188,6 @@ def _recognise_folder(path: Path) -> Reader:
         return ClevrReader(path)
     if any(path.glob("*.mdb")):
         raise UserError(f"{path} is an LMDB of pickles, which are never loaded: convert it to npz or HDF5")
-    files = sorted(p.name for p in path.iterdir() if p.suffix in (".tfrecord", ".tfrecords", ".npz", ".hdf5", ".h5"))
-    if files:
-        raise UserError(f"{path} is a folder that holds {', '.join(files[:5])}: name the file itself")
     folder = FolderReader(path)
     if folder.count:
         return folder
@@ -155,10 +213,11 @@ def _recognise_file(path: Path) -> Reader:
     raise UserError(f"{path}: not recognised; known are: {KNOWN}")
 
 
-def cache_folder(path: Path, size: int) -> Path:
+def cache_folder(path: Path, size: int, on_bad_record: str = "stop") -> Path:
     """Where the decoded form of a file or folder lies: keyed by path, size, time and preprocessing."""
     root = Path(os.environ.get("FASTSLOTS_CACHE") or Path.home() / ".cache" / "fastslots")
-    key = json.dumps([str(path.resolve()), _stamp(path), size, PREPROCESSING, VERSION])
+    skip = ["skip"] if on_bad_record == "skip" else []  # added, so that caches made before there was a choice serve
+    key = json.dumps([str(path.resolve()), _stamp(path), size, PREPROCESSING, VERSION, *skip])
     return root / hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
 
 

@@ -45,12 +45,14 @@ class DatasetInfo:
     published_split: bool
     max_objects: int | None  # the filter, here or when it was packed
     digest: str  # of all images, masks and object counts: the fingerprint
+    skipped: int = 0  # damaged records that were left out (``on_bad_record="skip"``)
 
     def __str__(self) -> str:
         some = f"{self.count:,} of {self.total:,}" if self.count < self.total else f"{self.total:,}"
         at_most = f" with at most {self.max_objects} objects" if self.max_objects else ""
         masks = "with masks" if self.has_masks else "without masks"
-        return f"{self.kind}: {some} images{at_most}, {self.size} x {self.size}, {masks} ({self.path})"
+        without = f", {self.skipped:,} damaged records left out" if self.skipped else ""
+        return f"{self.kind}: {some} images{at_most}, {self.size} x {self.size}, {masks}{without} ({self.path})"
 
 
 class PackedDataset:
@@ -80,7 +82,7 @@ class PackedDataset:
         self._factors: dict[str, np.ndarray] | None = None
         self.info = DatasetInfo(
             *(meta["kind"], path or str(folder), len(self._rows), n, size, meta["has_masks"], meta["published_split"]),
-            *(max_objects or packed_with or None, meta["digest"]),
+            *(max_objects or packed_with or None, meta["digest"], meta.get("skipped", 0)),
         )
 
     def __reduce__(self):
@@ -147,6 +149,8 @@ def read_meta(folder: Path) -> dict:
         for key, kind in _META_TYPES.items():
             if type(meta[key]) is not kind:
                 raise ValueError(f"{key} is {meta[key]!r}")
+        if type(meta.get("skipped", 0)) is not int:  # older sets do not say
+            raise ValueError(f"skipped is {meta['skipped']!r}")
         if not (meta["count"] >= 1 and 1 <= meta["size"] < 1 << 14):
             raise ValueError("count or size is out of range")
     except (OSError, ValueError, KeyError, TypeError) as error:

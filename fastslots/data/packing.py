@@ -19,16 +19,16 @@ from pathlib import Path
 import numpy as np
 
 from fastslots.data.packed import ARRAYS, MAGIC, UNKNOWN, VERSION, digest, is_packed, read_arrays
-from fastslots.data.scene import Scene
+from fastslots.data.scene import BadRecordError, Scene
 from fastslots.errors import UserError
 
 FLUSH_EVERY = 256  # scenes of the source
-_FRESH = {"read": 0, "done": 0, "size": None, "has_masks": None}
+_FRESH = {"read": 0, "done": 0, "bad": 0, "size": None, "has_masks": None}
 
 
 def write_packed(
     folder: Path,
-    scenes: Callable[[int], Iterator[Scene | None]],
+    scenes: Callable[[int], Iterator[Scene | BadRecordError | None]],
     kind: str,
     source: str,
     settings: dict[str, object],
@@ -38,7 +38,8 @@ def write_packed(
     """Write square scenes of one size, unless another process has written them while this one waited for it.
 
     Args:
-        scenes: start -> one item for each scene of the source from ``start`` on; None for one that is left out.
+        scenes: start -> one item for each scene of the source from ``start`` on; None for one that is left out, an
+            error for one that could not be read (counted).
         settings: what decides the bytes; ``folder``.partial is continued only where they are the same.
         progress: called with the number of scenes of the source that are done.
 
@@ -89,7 +90,7 @@ class _Appender:
     def __init__(self, folder: Path, settings: dict[str, object]):
         self._folder, self._state, self._settings = folder, folder / "progress.json", settings
         state = self._read_state()
-        self.read, self._done, self._size, self._has_masks = (state[key] for key in _FRESH)
+        self.read, self._done, self._bad, self._size, self._has_masks = (state[key] for key in _FRESH)
         pixels = (self._size or 0) ** 2
         kept = (self._done * pixels * 3, self._done * pixels if self._has_masks else 0, self._done)
         self._files = {}
@@ -120,8 +121,10 @@ class _Appender:
         for file in self._files.values():
             file.close()
 
-    def add(self, scene: Scene | None) -> None:
-        if scene is not None:
+    def add(self, scene: Scene | BadRecordError | None) -> None:
+        if isinstance(scene, BadRecordError):
+            self._bad += 1
+        elif scene is not None:
             self._write(scene)
         self.read += 1
         if self.read % FLUSH_EVERY == 0:
@@ -152,7 +155,8 @@ class _Appender:
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
-        state = {"read": self.read, "done": self._done, "size": self._size, "has_masks": self._has_masks}
+        state = {"read": self.read, "done": self._done, "bad": self._bad}
+        state |= {"size": self._size, "has_masks": self._has_masks}
         temporary = self._state.with_suffix(".tmp")
         temporary.write_text(json.dumps(state | {"settings": self._settings}))
         os.replace(temporary, self._state)
@@ -176,7 +180,7 @@ class _Appender:
             joined = {name: np.concatenate(parts) for name, parts in columns.items()}
             _write_arrays(self._folder / "factors.npz", joined)
         meta = {"magic": MAGIC, "version": VERSION, "kind": self._settings["kind"], "source": self._settings["source"]}
-        meta |= {"count": self._done, "size": self._size, "has_masks": self._has_masks}
+        meta |= {"skipped": self._bad, "count": self._done, "size": self._size, "has_masks": self._has_masks}
         meta |= {"max_objects": self._settings.get("max_objects") or 0, "published_split": published_split}
         with open(self._folder / "meta.json", "w") as file:
             json.dump(meta | {"digest": digest(self._folder)}, file, indent=1)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastslots.data.scene import Scene
+from fastslots.data.scene import BadRecordError, Scene
 from fastslots.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
@@ -81,17 +81,16 @@ class ClevrReader:
     def share(self, done: int) -> float:
         return done / len(self._scenes)
 
-    def scenes(self, start: int = 0) -> Iterator[Scene]:
+    def scenes(self, start: int = 0) -> Iterator[Scene | BadRecordError]:
         for path, objects, count in self._scenes[start:]:
-            if not path.is_file():
-                raise UserError(f"{path}: no such file, though the scenes name it: download the images again")
             try:
-                factors = self._factors(objects)
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise UserError(
-                    f"{path}: its objects in the scenes file are malformed ({error!r}): mend them"
-                ) from None
-            yield Scene(read_picture(path), None, count, factors)
+                if not path.is_file():
+                    raise UserError(f"{path}: no such file, though the scenes name it: download the images again")
+                yield Scene(read_picture(path), None, count, self._factors(objects))
+            except UserError as error:
+                yield BadRecordError(str(error))
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+                yield BadRecordError(f"{path}: its objects in the scenes file are malformed ({error!r}): mend them")
 
     def _factors(self, objects: Any) -> dict[str, np.ndarray]:
         """[entries] or [entries, 3] each, in the layout of CLEVR with masks: entry 0 is the background."""
@@ -123,6 +122,9 @@ class FolderReader:
     def share(self, done: int) -> float:
         return done / self.count
 
-    def scenes(self, start: int = 0) -> Iterator[Scene]:
+    def scenes(self, start: int = 0) -> Iterator[Scene | BadRecordError]:
         for path in self._paths[start:]:
-            yield Scene(read_picture(path), None, None)
+            try:
+                yield Scene(read_picture(path), None, None)
+            except UserError as error:
+                yield BadRecordError(str(error))

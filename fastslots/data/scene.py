@@ -9,6 +9,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from fastslots.errors import UserError
+
 CLEVR_SIZE = 128  # the convention of Slot Attention (arXiv 2006.15055) and of the paper's arrays
 CLEVR_CROP = (29, 221, 64, 256)  # top, bottom, left, right of 240 x 320
 
@@ -23,6 +25,10 @@ class Scene:
     factors: dict[str, np.ndarray] = field(default_factory=dict)
 
 
+class BadRecordError(UserError):
+    """A scene that cannot be read, while those after it can."""
+
+
 class Reader(Protocol):
     """A data set on disk, read in order."""
 
@@ -35,8 +41,11 @@ class Reader(Protocol):
     @property
     def native(self) -> tuple[int, int]: ...  # height and width on disk (of the first scene, where they differ)
 
-    def scenes(self, start: int = 0) -> Iterator[Scene]:
-        """Scenes in order, from scene ``start`` on."""
+    def scenes(self, start: int = 0) -> Iterator[Scene | BadRecordError]:
+        """Scenes in order, from scene ``start`` on; in place of one that is damaged, the error that says so.
+
+        Raises UserError where nothing after a damaged place can be read.
+        """
         ...
 
     def share(self, done: int) -> float:

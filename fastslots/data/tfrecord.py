@@ -17,6 +17,7 @@ from typing import BinaryIO, cast
 import google_crc32c  # C: a CLEVR scene is 3 MB of payload, which a table in NumPy checks in a second
 import numpy as np
 
+from fastslots.data.scene import BadRecordError
 from fastslots.errors import UserError
 
 MAX_RECORD = 1 << 28
@@ -56,7 +57,8 @@ def _open(path: Path) -> tuple[BinaryIO, BinaryIO]:
 class Records:
     """Iterates over the payloads of a file in order.
 
-    Raises UserError that names a damaged record and where it starts (in the unzipped stream).
+    Raises UserError that names a damaged record and where it starts (in the unzipped stream); ``items`` goes on after
+    one whose length is sound.
     """
 
     def __init__(self, path: Path):
@@ -74,16 +76,24 @@ class Records:
         self._raw.close()
 
     def __iter__(self) -> Iterator[bytes]:
+        for item in self.items():
+            if isinstance(item, BadRecordError):
+                raise item
+            yield item
+
+    def items(self) -> Iterator[bytes | BadRecordError]:
+        """Payloads, and in place of each whose checksum differs an error."""
         offset = index = 0
         with ThreadPoolExecutor(1) as ahead:  # unzips the next record, without the GIL, while the caller parses this
             pending = ahead.submit(self._read, index, offset)
-            while (payload := pending.result()) is not None:
-                offset, index = offset + 16 + len(payload), index + 1
+            while (found := pending.result()) is not None:
+                item, length = found
+                offset, index = offset + 16 + length, index + 1
                 pending = ahead.submit(self._read, index, offset)
-                yield payload
+                yield item
 
-    def _read(self, index: int, offset: int) -> bytes | None:
-        """The next payload; None at the end of the file."""
+    def _read(self, index: int, offset: int) -> tuple[bytes | BadRecordError, int] | None:
+        """The next payload and its length; None at the end of the file."""
 
         def damaged(what: str) -> UserError:
             return UserError(f"{self._path}: record {index} at byte {offset} is damaged ({what}): {MEND}")
@@ -106,8 +116,8 @@ class Records:
         if len(payload) < length or len(tail) < 4:
             raise damaged("the file ends inside it")
         if struct.unpack("<I", tail)[0] != masked_crc(payload):
-            raise damaged("checksum of its payload differs")
-        return payload
+            return BadRecordError(str(damaged("checksum of its payload differs"))), length
+        return payload, length
 
 
 # ---- tf.train.Example, a protocol buffer -----------------------------------------------------------------------------

@@ -23,23 +23,30 @@ class MetricsLog:
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= last_step]
             path.write_text("".join(f"{line}\n" for line in kept))
-        self._file = open(path, "a")
+        # Unbuffered: Python's buffers lose what they hold when a write fails half-way on a full disk.
+        self._file = open(path, "ab", buffering=0)
+        self._pending = b""
 
     def write(self, values: dict[str, object]) -> None:
         """OSError where the disk is full; the line is kept and written with the next that succeeds."""
         # JSON has no NaN: null says the same and every reader takes it.
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
+        self._pending += json.dumps(clean).encode() + b"\n"
+        self._flush()
         if self._events:
             split = f"{values['eval']}/" if "eval" in values else "train/"
             for name, value in values.items():
                 if name != "step" and isinstance(value, int | float):
                     self._events.add_scalar(split + name, value, values["step"])
 
+    def _flush(self) -> None:
+        while self._pending:
+            self._pending = self._pending[self._file.write(self._pending) :]
+
     def close(self) -> None:
         with contextlib.suppress(OSError):  # a disk still full, of which the run has said so
-            self._file.close()
+            self._flush()
+        self._file.close()
         if self._events:
             self._events.close()
 

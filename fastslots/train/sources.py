@@ -37,8 +37,8 @@ def open_source(config: TrainConfig, dataset: Any = None) -> Source:
 
     size = config.resolution if config.input == "pixels" else None
     max_objects = config.max_objects or None
-    report = check(config.data, max_objects, size)
-    opened = open_dataset(config.data, max_objects, size)
+    report = check(config.data, max_objects, size, on_bad_record=config.on_bad_record)
+    opened = open_dataset(config.data, max_objects, size, config.on_bad_record)
     source = _split(opened, str(opened.info), opened.info.published_split)
     return replace(source, warnings=report.warnings)
 

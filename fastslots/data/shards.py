@@ -1,0 +1,97 @@
+"""Many files or packed folders as one data set. Each is decoded, cached and mapped by itself, so a set may be larger
+than memory, a new shard costs its own decoding alone, and a kill while decoding loses one shard's last scenes."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from fastslots.data.packed import DatasetInfo, PackedDataset, is_packed
+from fastslots.errors import UserError
+
+SUFFIXES = (".tfrecord", ".tfrecords", ".npz", ".hdf5", ".h5")
+
+
+def find_shards(path: str | Path) -> list[Path]:
+    """The files or folders that ``path`` means, in the order of their names: itself, or the shards that a pattern
+    matches or a folder holds. UserError where nothing is there."""
+    try:
+        if Path(path).exists():
+            found = _inside(Path(path)) if Path(path).is_dir() and not is_packed(Path(path)) else []
+            return found or [Path(path)]
+        found = sorted(Path(name) for name in glob.glob(str(path))) if glob.has_magic(str(path)) else []
+    except (OSError, ValueError) as error:  # too long a name, a null byte
+        raise UserError(f"{str(path)!r} is no path ({error})") from None
+    if not found:
+        raise UserError(f"{path}: no such file or folder")
+    return found
+
+
+def _inside(folder: Path) -> list[Path]:
+    """Data files, or packed folders, directly in a folder; none where it is a set itself (CLEVR v1.0)."""
+    if (folder / "scenes").is_dir():
+        return []
+    entries = sorted(p for p in folder.iterdir() if p.suffix != ".partial")
+    return [p for p in entries if is_packed(p)] or [p for p in entries if p.suffix in SUFFIXES and p.is_file()]
+
+
+class PackedShards:
+    """Map-style, as ``PackedDataset``: the scenes of several, in order.
+
+    Raises UserError that names the shard which differs from the first in kind, size or masks.
+    """
+
+    def __init__(self, parts: list[PackedDataset], path: str, lost: int = 0):
+        if not parts:
+            raise UserError(f"{path}: none of its files can be read")
+        first = parts[0].info
+        for part in parts:
+            one, other = ((i.kind, i.size, i.has_masks) for i in (first, part.info))
+            if one != other:
+                raise UserError(
+                    f"{part.info.path} holds {_what(part.info)}, but {first.path} holds {_what(first)}: "
+                    f"name sets of one kind"
+                )
+        self._parts = parts
+        self._starts = np.cumsum([0, *map(len, parts)])
+        self.objects = np.concatenate([part.objects for part in parts])
+        fingerprint = hashlib.blake2b(" ".join(part.info.digest for part in parts).encode(), digest_size=16)
+        self.info = DatasetInfo(
+            *(first.kind, path, len(self), sum(part.info.total for part in parts), first.size, first.has_masks),
+            *(False, first.max_objects, fingerprint.hexdigest(), lost + sum(part.info.skipped for part in parts)),
+        )
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> dict[str, object]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._parts[part][index - int(self._starts[part])]
+
+    def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """images uint8 [n, R, R, 3], masks uint8 [n, R, R] or None, in the order asked for"""
+        indices, size = np.asarray(indices), self.info.size
+        images = np.empty((len(indices), size, size, 3), np.uint8)
+        masks = np.empty((len(indices), size, size), np.uint8) if self.info.has_masks else None
+        owner = np.searchsorted(self._starts, indices, side="right") - 1
+        for part in np.unique(owner):
+            rows = owner == part
+            images[rows], some = self._parts[part].batch(indices[rows] - self._starts[part])
+            if masks is not None:
+                masks[rows] = some
+        return images, masks
+
+    def verify(self) -> None:
+        """UserError unless the arrays are those that were packed."""
+        for part in self._parts:
+            part.verify()
+
+
+def _what(info: DatasetInfo) -> str:
+    return f"{info.kind}, {info.size} x {info.size}, {'with' if info.has_masks else 'without'} masks"
