@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fastslots.bench.rows import Row
 from fastslots.bench.timing import Quantiles, quantiles
 
+ANCHORS = ("published", "new iterator a step")
 LEAST_NOISE = 0.05
 """Changes below this are never called one: what remains between runs whose quantiles agree."""
 
@@ -69,7 +70,7 @@ def _by_provider(rows: Iterable[Row]) -> dict[tuple[Key, str], Row]:
 
 
 def _anchor(rows: dict[tuple[Key, str], Row], key: tuple[Key, str]) -> Row | None:
-    found = [row for (of, name), row in rows.items() if of == key[0] and name.split(" (")[0] == "published"]
+    found = [row for (of, name), row in rows.items() if of == key[0] and name in ANCHORS]
     return found[0] if found and len(found[0].samples[found[0].clock]) == len(_samples(rows[key])) else None
 
 

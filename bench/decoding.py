@@ -22,15 +22,19 @@ from fastslots.models import SlotVAEConfig
 from fastslots.models.decoder import Decoder, DecoderLayer
 from fastslots.ops import backends, reference
 
-INTERPRETED = 1 << 18
+INTERPRETED = 1 << 19
 """Most numbers of an input that Triton's interpreter is given: what --tiny makes."""
 
 
-def compiled(function: Callable, device: str) -> dict[str, Callable]:
-    """The same under torch.compile: in its default mode, and max-autotune where it has kernels to choose from."""
-    forms = {"published, compiled": torch.compile(function, dynamic=False)}
+def compiled(function: Callable, timed: Callable[[Callable], Run], device: str) -> dict[str, Provider]:
+    """Providers of a function under torch.compile: default mode, and max-autotune where there are kernels to choose.
+
+    timed: the compiled function -> what is timed. The compiler is imported when a provider is made.
+    """
+    forms = {"published, compiled": Provider(lambda: timed(torch.compile(function, dynamic=False)))}
     if device == "cuda":
-        forms["published, max-autotune"] = torch.compile(function, dynamic=False, mode="max-autotune")
+        tuned = Provider(lambda: timed(torch.compile(function, dynamic=False, mode="max-autotune")))
+        forms["published, max-autotune"] = tuned
     return forms
 
 
@@ -95,14 +99,13 @@ def op_case(options: Options) -> Case:
 
     def expected() -> Tensors:
         wide = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
-        out, slot_map = reference.cross_attention(*wide.values(), scale)
+        out, slot_map = reference.cross_attention(wide["q"], wide["k"], wide["v"], scale)
         penalty = reference.interaction_penalty(slot_map)
         grads = named_gradients((out * dout.double()).sum() + L * penalty, wide)
         return {"out": out.detach(), "penalty": penalty.detach(), **grads}
 
     providers = {"published": Provider(lambda: through(published.stored_weights))}
-    for name, form in compiled(eager, options.device).items():
-        providers[name] = Provider(lambda form=form: lambda: finish(*form(q, k, v)))  # type: ignore[misc]
+    providers |= compiled(eager, lambda form: lambda: finish(*form(q, k, v)), options.device)
     for name, attend in peers.ATTENTIONS.items():
         providers[name] = Provider(lambda attend=attend: through(attend))  # type: ignore[misc]
     providers["flex, two lse"] = Provider(lambda: lambda: finish(*peers.flex_two_lse(q, k, v, scale)))
@@ -156,8 +159,7 @@ def block_case(options: Options) -> Case:
         return {"y": y.detach(), "penalty": penalty.detach(), **grads}
 
     providers = {"published": Provider(lambda: lambda: finish(*eager(x, slots)))}
-    for name, form in compiled(eager, options.device).items():
-        providers[name] = Provider(lambda form=form: lambda: finish(*form(x, slots)))  # type: ignore[misc]
+    providers |= compiled(eager, lambda form: lambda: finish(*form(x, slots)), options.device)
     for name, attend in peers.ATTENTIONS.items():
         providers[name] = Provider(lambda attend=attend: lambda: finish(*eager(x, slots, attend)))  # type: ignore[misc]
     for provider in providers.values():
@@ -167,9 +169,8 @@ def block_case(options: Options) -> Case:
 
 
 def _layer_flops(config: SlotVAEConfig, images: int, method: str) -> float:
-    axes = model_axes(config, images)
-    sizes = (axes[name] for name in ("D", "F", "H", "d", "K"))
-    return eager_cost(method, images * config.resolution**2, *sizes, element=4)[1]
+    D, F, H, d, K = (model_axes(config, images)[name] for name in ("D", "F", "H", "d", "K"))
+    return eager_cost(method, images * config.resolution**2, D, F, H, d, K, element=4)[1]
 
 
 # ---- layer -----------------------------------------------------------------------------------------------------------
@@ -212,8 +213,7 @@ def layer_case(options: Options) -> Case:
         return {"recon": terms.recon, "interaction": terms.interaction, **named_gradients(terms.total, named)}
 
     providers = {"published": Provider(lambda: lambda: finish(*eager(slots, images)))}
-    for name, form in compiled(eager, options.device).items():
-        providers[name] = Provider(lambda form=form: lambda: finish(*form(slots, images)))  # type: ignore[misc]
+    providers |= compiled(eager, lambda form: lambda: finish(*form(slots, images)), options.device)
     for name, attend in peers.ATTENTIONS.items():
         providers[name] = Provider(
             lambda attend=attend: lambda: finish(*eager(slots, images, attend))  # type: ignore[misc]

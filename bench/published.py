@@ -100,14 +100,15 @@ def training_loss(
     model: SlotVAE, images: Tensor, noise: Tensor, attend: Attend = stored_weights
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The whole model's loss -> total, recon, kl, interaction; weights sigma, beta, alpha of the config."""
-    config, out = model.config, encode(model.encoder, images)
+    config, out = model.config, encode(cast(Encoder, model.encoder), images)
     slots, kl = out, out.new_zeros(())
     if config.variational:
         mean, log_scale = out.chunk(2, -1)
         std = 0.5 * log_scale.exp()
         slots = mean + std * noise
         kl = (0.5 * (mean.square() + std.square() - 1) - std.log()).sum((1, 2)).mean()
-    decoded, recon, interaction = decoder_loss(model.decoder, slots, images, config.sigma, config.alpha, attend)
+    decoder = cast(Decoder, model.decoder)
+    decoded, recon, interaction = decoder_loss(decoder, slots, images, config.sigma, config.alpha, attend)
     return decoded + config.beta * kl, recon, kl, interaction
 
 

@@ -82,7 +82,7 @@ def environment(device: str, threads: int, roofs: dict[str, float]) -> dict[str,
         "isa": _isa() if device == "cpu" else "",
         "commit": commit(),
         "command": "fastslots " + shlex.join(sys.argv[1:]) if Path(sys.argv[0]).stem == "fastslots" else "",
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **roofs,
     }
 
@@ -165,4 +165,4 @@ def read(paths: Iterable[Path]) -> list[Row]:
             rows += [Row(**values) for values in json.loads(file.read_text())]
         except (ValueError, TypeError) as error:
             raise UserError(f"{file} holds no benchmark rows ({error}): name what `fastslots bench` wrote") from None
-    return sorted(rows, key=lambda row: row.run.get("time", ""))
+    return sorted(rows, key=lambda row: row.run.get("when", ""))

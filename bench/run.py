@@ -49,7 +49,8 @@ def measure(name: str, options: Options, say: Say = lambda line: None) -> list[R
             say(f"  {name} {provider}: {row.status}" + (f" ({row.reason})" if row.reason else f", {row.error:.1e}"))
         del expected
         gc.collect()
-        seen = timing.interleave(runs, options.rounds, options.device)
+        first = {row.provider: row.first_call for row in rows if row.first_call is not None}
+        seen = timing.interleave(runs, options.rounds, options.device, first)
         for row in rows:
             if row.provider in runs:
                 _fill(row, case, seen, options)

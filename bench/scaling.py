@@ -47,7 +47,12 @@ def at(axis: str, value: int, options: Options) -> Options:
 
 def sweep(axis: str, options: Options, processors: int, say: Say = lambda line: None) -> list[Row]:
     """Rows of all points of one axis, case ``scaling-AXIS``; compiled peers are left out (a compilation a point)."""
-    options = dataclasses.replace(options, only=options.only or PROVIDERS, skip="compiled|autotune", memory=False)
+    options = dataclasses.replace(
+        options,
+        only=options.only or PROVIDERS,
+        skip="|".join(filter(None, ("compiled|autotune", options.skip))),
+        memory=False,
+    )
     rows = []
     for value in (TINY if options.tiny else SWEEPS)[axis]:
         if axis == "threads" and value > processors:

@@ -13,6 +13,8 @@ import torch
 MIN_SAMPLE = 0.02
 """Seconds that one sample lasts at least: shorter work is repeated inside it."""
 MAX_REPEATS = 1000
+LONG = 1.0
+"""Seconds of a first call from which on caches are warm whatever comes next."""
 L2_FLUSH_BYTES = 1 << 28  # above the L2 of any GPU sold so far
 
 
@@ -72,12 +74,19 @@ class Stopwatch:
         return {"cuda": start.elapsed_time(end) / 1e3, "wall": time.perf_counter() - wall}
 
 
-def interleave(runs: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, dict[str, list[float]]]:
-    """Every provider once a round, each round starting with another -> provider -> clock -> seconds, a round each."""
+def interleave(
+    runs: dict[str, Callable[[], Any]], rounds: int, device: str, first: dict[str, float] | None = None
+) -> dict[str, dict[str, list[float]]]:
+    """Every provider once a round, each round starting with another -> provider -> clock -> seconds, a round each.
+
+    first: wall seconds of calls made before; a long one was warm-up enough.
+    """
     watch, names = Stopwatch(device), list(runs)
     repeats = {}
-    for name, run in runs.items():  # a warm call, which also says how long one lasts
-        seconds = watch.sample(run)["wall"]
+    for name, run in runs.items():
+        seconds = (first or {}).get(name, 0.0)
+        if seconds < LONG:  # a warm call, which also says how long one lasts
+            seconds = watch.sample(run)["wall"]
         repeats[name] = min(MAX_REPEATS, max(1, round(MIN_SAMPLE / max(seconds, 1e-9))))
     seen: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     gc.collect()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ def step_case(options: Options) -> Case:
 
     def folded(own: SlotVAE) -> tuple[Tensor, ...]:
         z, _, _, kl = own.encode(images, noise)
-        decoder = own.decoder
+        decoder = cast(Decoder, own.decoder)
         pixels, slot_map = reference.decode(decoder.queries(), decoder.layers(z), decoder.head())
         recon = reference.reconstruction_error(pixels, images.flatten(2).transpose(1, 2))
         interaction = reference.interaction_penalty(slot_map)
@@ -53,8 +54,9 @@ def step_case(options: Options) -> Case:
 
     def ours(backend: str) -> Provider:
         def make() -> Run:
-            layers, ff = model.decoder.layers(noise)[0]
-            tensors = (model.decoder.queries(), *layers, *ff)
+            decoder = cast(Decoder, model.decoder)
+            layers, ff = decoder.layers(noise)[0]
+            tensors = (decoder.queries(), *layers, *ff)
             need(backend, "decoder_loss", *tensors)
             if (auto := explain(*tensors, op="decoder_loss").backend) != backend:
                 raise peers.CannotServeError(f"training takes the backend {auto} here")
@@ -74,8 +76,7 @@ def step_case(options: Options) -> Case:
         return _terms_and_gradients(wide, [recon, kl, interaction])
 
     providers = {"published": Provider(lambda: trained(eager))}
-    for name, form in compiled(eager, options.device).items():
-        providers[name] = Provider(lambda form=form: trained(form))  # type: ignore[misc]
+    providers |= compiled(eager, trained, options.device)
     sdpa = peers.ATTENTIONS["sdpa, identity in V"]
     providers["sdpa, identity in V"] = Provider(lambda: trained(lambda own: eager(own, sdpa)))
     providers["folded"] = Provider(lambda: trained(folded))

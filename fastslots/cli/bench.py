@@ -36,6 +36,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU, if any")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="of matrix products")
     parser.add_argument("--only", default="", metavar="A|B", help="providers whose names hold one of these")
+    parser.add_argument("--skip", default="", metavar="A|B", help="leave out those whose names hold one of these")
     parser.add_argument("--axis", action="append", choices=AXES, help="of scaling (default: all; may be repeated)")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory (a process a provider)")
     parser.add_argument("--profile", action="store_true", help="also write a profile of ours, operator by operator")
@@ -90,7 +91,7 @@ def _measure(wanted: list[str], args: argparse.Namespace) -> int:
         preset = args.preset or ("sprites" if name == "jacobian" else "clevr6")
         options = Options(
             *(preset, args.batch, args.threads, args.rounds, args.tiny, device, args.precision),
-            *(not args.no_memory, args.only),
+            *(not args.no_memory, args.only, args.skip),
         )
         if name == "scaling":
             axes = args.axis or list(AXES)

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Everything that a GPU is needed for, in one command: correctness first, then op, block, layer, step, jacobian, loader,
+# memory, energy (in the rows) and a profile; rows and profile go to bench/results. Meant to fit in 8 minutes; what a
+# slow compiler has used up is taken from the scaling sweep, which comes last.
+#
+#   bench/gpu.sh            on a machine with a GPU, from a checkout with fastslots installed ('.[test,bench,gpu]')
+#   bench/gpu.sh --dry      every path on the CPU at tiny sizes: shows that the script works, its rows are no figures
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONSAFEPATH=1 # the installed package, not the source folder
+
+dry=""
+case "${1:-}" in
+  "") ;;
+  --dry) dry=1 ;;
+  *) echo "usage: bench/gpu.sh [--dry]" >&2; exit 2 ;;
+esac
+
+out=bench/results
+common=(--device cuda --rounds 20)
+if [ -n "$dry" ]; then
+  out=$(mktemp -d)
+  trap 'rm -rf "$out"' EXIT
+  export TRITON_INTERPRET=1 # the GPU kernels too, on the CPU
+  common=(--device cpu --tiny --rounds 1)
+elif ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "torch sees no GPU here: bench/gpu.sh --dry walks through on the CPU" >&2
+  exit 2
+fi
+common+=(--out "$out")
+
+say() { printf '\n== %s (after %s s)\n' "$*" "$SECONDS"; }
+
+say correctness
+if [ -n "$dry" ]; then
+  pytest -q -x tests/test_triton_ops.py -k "one-pixel"
+else
+  pytest -q -x tests/test_triton_ops.py tests/test_ops_reference.py
+fi
+
+say "16 bits, compiled peers included"
+fastslots bench op block layer step "${common[@]}" --precision bf16 --skip autotune --no-memory --profile
+say "16 bits, max-autotune"
+fastslots bench layer "${common[@]}" --precision bf16 --only "autotune|fastslots, triton" --no-memory
+
+for precision in fp32 tf32; do
+  [ -n "$dry" ] && [ "$precision" = tf32 ] && continue # a GPU's
+  say "$precision"
+  fastslots bench op block layer step "${common[@]}" --precision "$precision" --skip "compiled|autotune" --no-memory
+done
+say jacobian
+fastslots bench jacobian "${common[@]}" --rounds 3
+say loader
+fastslots bench loader "${common[@]}" --rounds 3
+say "memory by resolution"
+fastslots bench memory "${common[@]}" --batch 4 --skip compiled
+
+if [ "$SECONDS" -lt 400 ] || [ -n "$dry" ]; then
+  say scaling
+  fastslots bench scaling "${common[@]}" --axis resolution --axis slots --rounds 3
+fi
+say "done: $(find "$out" -name '*.json' | wc -l) files of rows in $out"
