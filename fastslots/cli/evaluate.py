@@ -21,6 +21,25 @@ def add_parser(commands) -> None:
     parser.add_argument("--weights", choices=("best", "last"), default="best", help="default: best")
     parser.add_argument("--images", type=int, default=0, help="how many (0, the default: all of the split)")
     parser.add_argument("--batch_size", "--batch-size", type=int, default=10, help="images at once")
+    parser.add_argument(
+        "--score-mode",
+        "--score_mode",
+        choices=("pooled", "paper"),
+        default="pooled",
+        help="J-ARI and JIS over all images (pooled, the default), or as the mean of the batches' values (paper)",
+    )
+    parser.add_argument(
+        "--interaction-order",
+        "--interaction_order",
+        action="store_true",
+        help="also second derivatives across slots against those within, on at most 32 images",
+    )
+    parser.add_argument(
+        "--attributes", action="store_true", help="also R² and accuracy of probes from slots to the data's factors"
+    )
+    parser.add_argument(
+        "--recombination", action="store_true", help="also the error of encoding decoded and recombined slots again"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
@@ -29,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if args.images < 0 or args.batch_size < 1:
         raise UserError("--images must be at least 0 and --batch_size at least 1")
     from fastslots.models.storage import load_run
+    from fastslots.train import analysis
     from fastslots.train.evaluate import evaluate
     from fastslots.train.sources import open_source
 
@@ -41,7 +61,18 @@ def run(args: argparse.Namespace) -> int:
         if sys.stderr.isatty():
             print(f"\r{done}/{total} images", end="" if done < total else "\n", file=sys.stderr, flush=True)
 
-    scores = evaluate(model, dataset, rows, args.images, args.batch_size, args.latent, config.seed, progress)
+    scores = evaluate(
+        *(model, dataset, rows, args.images, args.batch_size, args.latent, config.seed, progress),
+        score_mode=args.score_mode,
+    )
+    asked = (model, dataset, rows, args.images, args.batch_size)
+    if args.interaction_order:
+        scores |= analysis.order_scores(*asked)
+    if args.attributes:
+        scores |= analysis.attribute_scores(*asked)
+    if args.recombination:
+        scores |= analysis.recombination_scores(*asked)
+    scores |= {"score_mode": args.score_mode} if args.score_mode != "pooled" else {}
     scores |= {"split": args.split, "weights": args.weights, "data": config.data}
     if args.json:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in scores.items()}

@@ -49,8 +49,8 @@ def adjusted_rand_index(true_labels: Tensor, pred_labels: Tensor, foreground_onl
     return torch.where(equal, 1.0, 2 * (tp * tn - fn * fp) / bottom.masked_fill(equal, 1.0))
 
 
-def contingency(true_labels: Tensor, pred_labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts of pixels per pair of labels, [B, T, P] int64, and the true label of each row, [T] ascending.
+def contingency(true_labels: Tensor, pred_labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts of pixels per pair of labels, [B, T, P] int64, and the labels of rows [T] and columns [P], ascending.
 
     Rows and columns are the labels that occur anywhere in the batch (and those between them, when few).
     """
@@ -60,7 +60,7 @@ def contingency(true_labels: Tensor, pred_labels: Tensor) -> tuple[Tensor, Tenso
     T, P = len(true_names), len(pred_names)
     image = torch.arange(len(true), device=true.device)[:, None]
     counts = torch.bincount(((image * T + rows) * P + columns).flatten(), minlength=len(true) * T * P)
-    return counts.view(len(true), T, P), true_names
+    return counts.view(len(true), T, P), true_names, pred_names
 
 
 def flat_labels(true_labels: Tensor, pred_labels: Tensor) -> tuple[Tensor, Tensor]:

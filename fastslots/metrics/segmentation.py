@@ -35,7 +35,7 @@ def mean_best_overlap(slot_map: Tensor, masks: Tensor, include_background: bool 
     A slot may be the best of several objects. The background is no object, unless asked for, but a slot's pixels on it
     count in its union. An image without objects gives 1. Arguments as in ``ari``.
     """
-    overlap, is_object = _overlaps(slot_map, masks, include_background)
+    overlap, is_object, _, _ = slot_overlaps(slot_map, masks, include_background)
     return _mean_over_objects(overlap.amax(-1), is_object)
 
 
@@ -46,7 +46,7 @@ def mean_iou(slot_map: Tensor, masks: Tensor, include_background: bool = False) 
     """
     from scipy.optimize import linear_sum_assignment  # exact; kept out of the import of fastslots
 
-    overlap, is_object = _overlaps(slot_map, masks, include_background)
+    overlap, is_object, _, _ = slot_overlaps(slot_map, masks, include_background)
     matched = torch.zeros(overlap.shape[:2], dtype=overlap.dtype)
     for image, scores in enumerate(overlap.cpu()):  # rows that are no object hold zeros and take nothing from the sum
         rows, columns = map(torch.from_numpy, linear_sum_assignment(scores.numpy(), maximize=True))
@@ -85,15 +85,19 @@ def check_masks(masks: Tensor, images: int) -> None:
         raise ValueError(f"masks must be [{images}, R, R], got {list(masks.shape)}")
 
 
-def _overlaps(slot_map: Tensor, masks: Tensor, include_background: bool) -> tuple[Tensor, Tensor]:
-    """IoU of every true label with every slot, [B, T, P] float64, and which rows are objects there, [B, T] bool."""
-    counts, names = contingency(masks, slot_labels(slot_map, masks))
+def slot_overlaps(
+    slot_map: Tensor, masks: Tensor, include_background: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """IoU of every true label with every slot, [B, T, P] float64; which rows are objects there, [B, T] bool; the true
+    labels of the rows, [T]; the slots of the columns, [P]: those that own a pixel. Arguments as in ``ari``.
+    """
+    counts, names, slots = contingency(masks, slot_labels(slot_map, masks))
     size = counts.sum(2, keepdim=True)
     union = size + counts.sum(1, keepdim=True) - counts
     is_object = size[..., 0] > 0
     if not include_background:
         is_object = is_object & (names != 0)
-    return counts / union.clamp_min(1).double() * is_object[..., None], is_object
+    return counts / union.clamp_min(1).double() * is_object[..., None], is_object, names, slots
 
 
 def _mean_over_objects(score: Tensor, is_object: Tensor) -> Tensor:

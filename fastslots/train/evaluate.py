@@ -30,13 +30,15 @@ def evaluate(
     seed: int = 0,
     progress: Any = None,
     group: Group | None = None,
+    score_mode: str = "pooled",
 ) -> dict[str, Any]:
     """Scores of a model on the first ``images`` rows (0: all) of a data set.
 
     Returns recon = Σ(x − x̂)²/image, kl, interaction (R) and interaction_normalized (R/H²), each a mean over images;
     with masks also j_ari, fg_ari, ari, mbo, miou (means over images) and jis (pooled over all foreground pixels); the
     counts, ``latent`` ("mean": z is the posterior mean; "sample": drawn) and seconds. Several processes take a share of
-    the rows each and return the same scores.
+    the rows each and return the same scores. ``score_mode``: of ``JacobianMeter``; "paper" averages batch means, and
+    then depends on ``batch_size``.
     """
     group, device = group or Group(), next(model.parameters()).device
     rows = rows[: images or None]
@@ -44,7 +46,7 @@ def evaluate(
     training, start = model.training, time.perf_counter()
     model.eval()
     sums = dict.fromkeys(("recon", "kl", "interaction"), 0.0)
-    by_jacobian, by_map = JacobianMeter(), SegmentationMeter()
+    by_jacobian, by_map = JacobianMeter(score_mode), SegmentationMeter()
     for first in range(own.start, own.stop, batch_size):
         raw, masks = read_batch(dataset, np.asarray(rows[first : min(first + batch_size, own.stop)]))
         x = to_float(raw.to(device))

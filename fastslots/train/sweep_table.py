@@ -15,10 +15,18 @@ from typing import Any
 from fastslots.train.files import write_atomic
 from fastslots.train.sweep import TrialResult
 
-FIRST = ("j_ari", "jis", "fg_ari", "ari", "mbo", "miou", "recon", "kl", "interaction_normalized")
+FIRST = ("j_ari", "jis", "fg_ari", "ari", "mbo", "miou", "attribute_r2_linear", "recon", "kl", "interaction_normalized")
 """Metrics in the order of the tables; others follow by name."""
-NO_METRIC = {"step", "images", "images_with_masks", "foreground_pixels", "seconds"}
-SHOWN = 9  # metrics in the printed table; the files have all
+NO_METRIC = {
+    "step",
+    "images",
+    "images_with_masks",
+    "foreground_pixels",
+    "seconds",
+    "attribute_objects",
+    "interaction_order_images",
+}
+SHOWN = 10  # metrics in the printed table; the files have all
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # Okabe and Ito's
 
 
