@@ -43,6 +43,13 @@ def round_up(n: int, block: int) -> int:
     return -(-n // block) * block
 
 
+def pad_rows(t: Tensor, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """[..., n, w] -> [..., rows, width] in ``dtype``, zeros in the padding."""
+    padded = t.new_zeros(*t.shape[:-2], rows, width, dtype=dtype)
+    padded[..., : t.shape[-2], : t.shape[-1]] = t
+    return padded
+
+
 def pack_attention(
     G: Tensor, g: Tensor, U: Tensor, slot_mask: Tensor | None, dtype: torch.dtype, config: LaunchConfig
 ) -> Packed:

@@ -66,7 +66,7 @@ class _Terms:
     def __init__(self, launch: Launch) -> None:
         self.args, self.consts, self.grid = launch.args, launch.constexprs, launch.grid
         self.programs = math.prod(launch.grid)
-        self.D, self.BL = self.consts["D"], self.consts["BLOCK_L"]
+        self.D, self.BL = self.consts["D"], self.consts.get("BLOCK_L", 0)  # 0: a kernel without tiles of rows
         self.W = -(-self.D // self.consts["BLOCK_D"]) * self.consts["BLOCK_D"]
 
     def of(self, name: str) -> Any:
@@ -148,6 +148,30 @@ def _feed_forward_dw(t: _Terms) -> tuple[int, int, int]:
     return requested, 8 * rows * units * t.D, 8 * parts * t.of("blocks") * t.BL * units * t.W
 
 
+_PARTS = ("part_sum_ptr", "part_top_ptr", "part_total_ptr")
+
+
+def _token_attention_fwd(t: _Terms) -> tuple[int, int, int]:
+    (B, M, S), T = t.of("rows_ptr").shape, t.of("T")
+    requested = t.size("tokens_ptr", *_PARTS) + t.grid[0] * t.of("blocks") * t.size("rows_ptr")
+    issued = 4 * t.programs * t.of("blocks") * t.BL * t.consts["BLOCK_M"] * t.W
+    return requested, 4 * B * M * T * S, issued
+
+
+def _token_attention_combine(t: _Terms) -> tuple[int, int, int]:
+    sums, *others = _PARTS
+    return t.size("gathered_ptr", "lse_ptr", sums) + t.grid[0] * t.size(*others), 0, 0
+
+
+def _token_attention_bwd(t: _Terms) -> tuple[int, int, int]:
+    (B, M, S), T = t.of("rows_ptr").shape, t.of("T")
+    requested = t.size("tokens_ptr", "dtokens_ptr", "drows_ptr")
+    requested += t.grid[0] * t.size("dgathered_ptr", "gathered_ptr", "lse_ptr")
+    requested += t.grid[0] * t.of("blocks") * t.size("rows_ptr", "dgathered_ptr")
+    issued = 10 * t.programs * t.of("blocks") * t.BL * t.consts["BLOCK_M"] * t.W
+    return requested, 10 * B * M * T * S, issued
+
+
 _MODELS: dict[str, Callable[[_Terms], tuple[int, int, int]]] = {
     "cross_attention_fwd": _cross_attention_fwd,
     "cross_attention_bwd": _cross_attention_bwd,
@@ -157,6 +181,9 @@ _MODELS: dict[str, Callable[[_Terms], tuple[int, int, int]]] = {
     "decoder_layer_fwd": _decoder_layer_fwd,
     "feed_forward_dx": _feed_forward_dx,
     "feed_forward_dw": _feed_forward_dw,
+    "token_attention_fwd": _token_attention_fwd,
+    "token_attention_combine": _token_attention_combine,
+    "token_attention_bwd": _token_attention_bwd,
 }
 
 

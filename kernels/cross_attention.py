@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from ._pack import next_power, round_up
+from ._pack import next_power, pad_rows, round_up
 from ._tiles import (
     dot,
     load_map,
@@ -131,13 +131,6 @@ def _cross_attention_bwd_kernel(
         tl.store(dv_ptr + offs_c, dv[c])
 
 
-def _pack(t: Tensor, slots: int, width: int) -> Tensor:
-    """[B,H,K,d] -> [B,H,slots,width], zeros in the padding."""
-    packed = t.new_zeros(*t.shape[:2], slots, width)
-    packed[:, :, : t.shape[2], : t.shape[3]] = t
-    return packed
-
-
 def _slot_bias(k: Tensor, slot_mask: Tensor | None, slots: int) -> Tensor:
     """[B, slots] fp32: 0 for a real slot, -inf for a padded or masked one."""
     bias = k.new_full((k.shape[0], slots), float("-inf"), dtype=torch.float32)
@@ -154,7 +147,8 @@ def _operands(q: Tensor, k: Tensor, v: Tensor, scale: float, slot_mask: Tensor |
     d, K = q.shape[3], k.shape[2]
     slots, width = max(16, next_power(K)), round_up(d, config.block_d)
     args = {
-        "q_ptr": q, "k_ptr": _pack(k, slots, width), "v_ptr": _pack(v, slots, width),
+        "q_ptr": q,
+        "k_ptr": pad_rows(k, slots, width, k.dtype), "v_ptr": pad_rows(v, slots, width, v.dtype),
         "bias_ptr": _slot_bias(k, slot_mask, slots),
         "stride_qb": q.stride(0), "stride_qh": q.stride(1), "stride_ql": q.stride(2), "L": q.shape[2], "scale": scale,
     }  # fmt: skip
@@ -188,7 +182,7 @@ def cross_attention_bwd(
     q, dout, dslot_map = _unit_rows(q), _unit_rows(dout.to(q.dtype)), dslot_map.float().contiguous()
     config = launch.select(_cross_attention_bwd_kernel, q, d)
     args, values = _operands(q, k, v, scale, slot_mask, config)
-    parts, blocks = launch.split(L, config, B * H, target=2048)
+    parts, blocks = launch.split(L, config.block_l, B * H, target=2048)
     width, slots = args["k_ptr"].shape[3], values["KP"]
     dq = q.new_empty(B, H, L, d)
     dk, dv = (q.new_empty(B, H, parts, width, slots, dtype=torch.float32) for _ in range(2))

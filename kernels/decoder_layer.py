@@ -255,7 +255,7 @@ def _weight_grads(dy: Tensor, z: Tensor, folded, w2: Tensor, eps: float) -> tupl
     D, rows, F = z.shape[2], z.shape[0] * z.shape[1], w2.shape[1]
     config = launch.select(_feed_forward_dw_kernel, z, D)
     units = pack_feed_forward(folded, w2, z.dtype, config)
-    parts, blocks = launch.split(rows, config, units.groups)
+    parts, blocks = launch.split(rows, config.block_l, units.groups)
     dw1, dw2 = (z.new_empty(parts, units.w_in.shape[1], units.columns, dtype=torch.float32) for _ in range(2))
     db1 = z.new_empty(parts, units.columns, dtype=torch.float32)
     args = {

@@ -5,23 +5,45 @@
 Given the slots, pixels are independent. So a tile (whole images, or part of one where an image is larger) goes through
 the decoder and back before the next one starts; what leaves it are gradients of weights, folded projections and
 queries. Memory beyond those does not grow with the batch or the resolution. Layers are the fused kernels; the output
-head (a norm and a few products 180 wide) is cuBLAS, differentiated by hand. Nothing waits for the device, so all of it
-can be captured in a CUDA graph.
+head (a norm and a few products 180 wide) is cuBLAS, differentiated by hand. Nothing waits for the device (a test runs
+it on tensors without values), so on CUDA all tiles together are captured in a CUDA graph and replayed (``graphs``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .decoder_layer import decoder_layer_bwd, decoder_layer_fwd
+from .graphs import GRAPHS, Graphs, wanted
 
 TILE_ROWS = 65536
-"""Rows (images x pixels) of a tile: enough programs of 128 rows to fill a GPU, and few enough tiles that launches stay
-small beside the work. At width 180 in bf16 a tensor of a tile is 24 MB, so one or two of them live in L2."""
+"""Rows (images x pixels) of a tile where the size of L2 is not known."""
+LIVE_TENSORS = 4
+"""Tensors [rows, D] that a layer's backward goes back and forth between: x, z and their gradients."""
+MIN_ROWS, MAX_ROWS = 16384, 131072
+"""At least a program of 128 rows for each of about 128 multiprocessors; beyond the most, L2 would not be the limit."""
+
+
+@cache
+def _rows_in_l2(device: int, row_bytes: int) -> int:
+    fit = torch.cuda.get_device_properties(device).L2_cache_size // (LIVE_TENSORS * row_bytes)
+    return min(max(fit // 4096 * 4096, MIN_ROWS), MAX_ROWS)
+
+
+def tile_rows(like: Tensor, dtype: torch.dtype) -> int:
+    """Rows of a tile whose tensors, of the width of ``like``, stay in the L2 of its device (H100: 32,768 x 180 bf16).
+
+    A function of device, width and type alone, so the order of sums, and with it every bit, is the same in each run.
+    """
+    if not like.is_cuda:
+        return TILE_ROWS
+    return _rows_in_l2(like.device.index or 0, like.shape[-1] * dtype.itemsize)
 
 
 def _tiles(batch: int, pixels: int, rows: int) -> Iterator[tuple[slice, slice]]:
@@ -66,7 +88,11 @@ def _pair_sum(slot_map: Tensor) -> Tensor:
 
 
 def decoder_loss(
-    inputs: Any, need_grads: Sequence[bool], grad_scale: float | Tensor = 1.0, rows: int = TILE_ROWS
+    inputs: Any,
+    need_grads: Sequence[bool],
+    grad_scale: float | Tensor = 1.0,
+    rows: int | None = None,
+    graphs: Graphs | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """Loss terms and the gradients of ``grad_scale · total``.
 
@@ -75,6 +101,8 @@ def decoder_loss(
             target [B,L,C], pixel_weight [B,L] or None, slot_mask [B,K] or None, both weights, eps.
         need_grads: in the order of ``inputs.differentiable()``; where none is asked for, only the forward runs.
         grad_scale: the loss scale of mixed precision, a float or a 0-d tensor.
+        rows: images x pixels of a tile; None: as many as fit L2.
+        graphs: where to capture and replay; None: this process's for CUDA tensors (``graphs.wanted``), else nowhere.
 
     Returns:
         recon and interaction (fp32 scalars, unweighted), gradients in the same order (None where not asked for).
@@ -83,8 +111,14 @@ def decoder_loss(
     device_type = inputs.queries.device.type
     cast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if cast else inputs.queries.dtype
+    rows = tile_rows(inputs.queries, dtype) if rows is None else rows
+    if graphs is None and wanted(inputs.queries.device):
+        graphs = GRAPHS
     with torch.no_grad(), torch.autocast(device_type, enabled=False):
-        recon, interaction, grads = _run(inputs, flat, any(need_grads), grad_scale, rows, dtype)
+        if graphs is None:
+            recon, interaction, *grads = _run(inputs, any(need_grads), grad_scale, rows, dtype)
+        else:
+            recon, interaction, *grads = _replay(graphs, inputs, any(need_grads), grad_scale, rows, dtype)
     if not any(need_grads):
         return recon, interaction, [None] * len(flat)
     return recon, interaction, [
@@ -92,7 +126,38 @@ def decoder_loss(
     ]  # fmt: skip
 
 
-def _run(inputs, flat, any_grad, grad_scale, rows, dtype):
+def _replay(
+    graphs: Graphs, inputs: Any, any_grad: bool, grad_scale: float | Tensor, rows: int, dtype: torch.dtype
+) -> list[Tensor]:
+    """``_run`` as a function of tensors alone: weights that change from step to step are tensors too."""
+    flat, device = inputs.differentiable(), inputs.queries.device
+    optional = {name: getattr(inputs, name) for name in ("pixel_weight", "slot_mask")}
+    given = {name: t for name, t in optional.items() if t is not None}
+    scalars = [_scalar(value, device) for value in (inputs.recon_weight, inputs.interaction_weight, grad_scale)]
+
+    def function(tensors: Sequence[Tensor]) -> list[Tensor]:
+        *rest, recon_weight, interaction_weight, scale = tensors
+        same = replace(
+            inputs.with_tensors(rest[: len(flat)]), target=rest[len(flat)],
+            recon_weight=recon_weight, interaction_weight=interaction_weight,
+            **dict(zip(given, rest[len(flat) + 1 :], strict=True)),
+        )  # fmt: skip
+        return _run(same, any_grad, scale, rows, dtype)
+
+    key = (any_grad, rows, dtype, len(inputs.layers), tuple(given), inputs.eps, torch.get_float32_matmul_precision())
+    return graphs(key, function, [*flat, inputs.target, *given.values(), *scalars])
+
+
+def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
+    """A 0-d fp32 tensor on the device, made without waiting for it."""
+    if isinstance(value, Tensor):
+        return value.to(device, torch.float32, non_blocking=True)
+    return torch.full((), value, device=device, dtype=torch.float32)
+
+
+def _run(inputs: Any, any_grad: bool, grad_scale: float | Tensor, rows: int, dtype: torch.dtype) -> list[Tensor]:
+    """-> recon, interaction and, where any is asked for, all gradients in fp32."""
+    flat = inputs.differentiable()
     B, L, _ = inputs.target.shape
     queries, layers, head = inputs.queries.to(dtype), inputs.layers, inputs.head
     D, shared = queries.shape[2], queries.shape[0] != B
@@ -139,7 +204,7 @@ def _run(inputs, flat, any_grad, grad_scale, rows, dtype):
             _add([g[images] for g in grads[at : at + 3]], (dG, dg, dU))
             _add(grads[at + 3 : at + 3 + len(shared_grads)], shared_grads)
         grads[0][slice(None) if shared else images, pixels] += dx
-    return recon, interaction, grads
+    return [recon, interaction, *grads]
 
 
 def _add(sums: Sequence[Tensor], grads: Sequence[Tensor]) -> None:

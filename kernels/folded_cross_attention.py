@@ -291,7 +291,7 @@ def _weight_grads(dy, dslot_map, x, G, g, U, slot_mask, norm, eps) -> tuple[Tens
     L = x.shape[1]
     config = launch.select(_folded_attention_dw_kernel, x, D)
     packed = pack_attention(G, g, U, slot_mask, x.dtype, config)
-    parts, blocks = launch.split(L, config, B * packed.groups)
+    parts, blocks = launch.split(L, config.block_l, B * packed.groups)
     width = packed.w_in.shape[1]
     dw_in, dw_out = (x.new_empty(B, parts, width, packed.columns, dtype=torch.float32) for _ in range(2))
     db_in = x.new_empty(B, parts, packed.columns, dtype=torch.float32)

@@ -185,12 +185,12 @@ def run(
         kernel[grid](**args, **constexprs, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
-def split(rows: int, config: LaunchConfig, programs: int, target: int = 512) -> tuple[int, int]:
-    """Parts into which a reduction over ``rows`` is cut, and tiles in each, so that about ``target`` programs run.
+def split(rows: int, block_l: int, programs: int, target: int = 512) -> tuple[int, int]:
+    """Parts into which a reduction over ``rows`` is cut, and tiles of ``block_l`` in each: about ``target`` programs.
 
     A function of the shape and the table alone: the order of the sums, and so the bits, never depend on the load.
     """
-    tiles = max(1, -(-rows // config.block_l))
+    tiles = max(1, -(-rows // block_l))
     blocks = -(-tiles // min(tiles, -(-target // max(programs, 1))))
     return -(-tiles // blocks), blocks
 

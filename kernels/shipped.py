@@ -13,11 +13,13 @@ from .cross_attention import cross_attention_bwd, cross_attention_fwd
 from .decoder_layer import decoder_layer_bwd, decoder_layer_fwd
 from .folded_cross_attention import folded_attention_bwd, folded_attention_fwd
 from .launch import Launch, record
+from .token_attention import token_attention_bwd, token_attention_fwd
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One decoder layer: B images of L pixels, K slots, H heads of d, query width D, feed-forward width F."""
+    """One decoder layer: B images of L pixels, K slots, H heads of d, query width D, feed-forward width F; and one
+    encoder layer: M rows (heads x queries) against T tokens of width S."""
 
     name: str
     B: int
@@ -27,15 +29,18 @@ class Shape:
     d: int
     D: int
     F: int
+    M: int
+    T: int
+    S: int
 
 
 PRESETS = {
     shape.name: shape
     for shape in (
-        Shape("clevr6", 32, 128 * 128, 7, 12, 43, 180, 360),
-        Shape("sprites", 64, 64 * 64, 5, 12, 43, 180, 360),
-        Shape("clevrtex", 32, 16 * 16, 11, 12, 43, 360, 720),
-        Shape("sprites-mini", 32, 32 * 32, 4, 8, 8, 64, 128),
+        Shape("clevr6", 32, 128 * 128, 7, 12, 43, 180, 360, 28, 128 * 128, 128),
+        Shape("sprites", 64, 64 * 64, 5, 12, 43, 180, 360, 20, 64 * 64, 64),
+        Shape("clevrtex", 32, 16 * 16, 11, 12, 43, 360, 720, 44, 16 * 16, 128),
+        Shape("sprites-mini", 32, 32 * 32, 4, 8, 8, 64, 128, 16, 8 * 8, 64),
     )
 }
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
@@ -67,11 +72,17 @@ def inputs(shape: Shape, dtype: torch.dtype, device: str = "meta", shared: bool 
         "G": make(B, D, H, K, scale=2 * D**-0.5), "g": make(B, H, K), "U": make(B, H, K, D), "b": make(D),
         "norm_weight": make(D), "norm_bias": make(D), "w1": make(F, D, scale=D**-0.5), "b1": make(F),
         "w2": make(D, F, scale=F**-0.5), "b2": make(D),
+        "rows": make(B, shape.M, shape.S, scale=2 * shape.S**-0.5), "tokens": make(B, shape.T, shape.S, dtype=dtype),
+        "dgathered": make(B, shape.M, shape.S),
     }  # fmt: skip
 
 
 def run_op(op: str, t: dict[str, Tensor]) -> None:
-    """Forward and backward of one op: "cross_attention", "folded_cross_attention" or "decoder_layer"."""
+    """Forward and backward of one of ``OPS``."""
+    if op == "token_attention":
+        gathered, lse = token_attention_fwd(t["rows"], t["tokens"])
+        token_attention_bwd(t["dgathered"], t["rows"], t["tokens"], gathered, lse)
+        return
     if op == "cross_attention":
         scale = t["x"].shape[2] ** -0.5
         cross_attention_fwd(t["q"], t["k"], t["v"], scale)
@@ -87,7 +98,7 @@ def run_op(op: str, t: dict[str, Tensor]) -> None:
     decoder_layer_bwd(t["dy"], t["dmap"], *layer)
 
 
-OPS = ("cross_attention", "folded_cross_attention", "decoder_layer")
+OPS = ("cross_attention", "folded_cross_attention", "decoder_layer", "token_attention")
 
 
 def record_shipped(arch: str, shape: Shape, precision: str) -> list[tuple[str, Launch]]:

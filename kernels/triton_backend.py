@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from . import launch
-from ._pack import MAX_COLUMNS, MAX_SLOTS
+from ._pack import MAX_COLUMNS, MAX_SLOTS, round_up
 from ._tiles import INTERPRETED
 from .cross_attention import cross_attention_bwd, cross_attention_fwd
 from .decoder_layer import decoder_layer_bwd, decoder_layer_fwd
 from .decoder_loss import decoder_loss
 from .folded_cross_attention import folded_attention_bwd, folded_attention_fwd
+from .token_attention import MAX_CELLS, MAX_ROWS, padded_rows, token_attention_bwd, token_attention_fwd
 
 __all__ = [
     "cross_attention_bwd", "cross_attention_fwd", "decoder_layer_bwd", "decoder_layer_fwd", "decoder_loss",
-    "folded_cross_attention_bwd", "folded_cross_attention_fwd", "why_not",
+    "folded_cross_attention_bwd", "folded_cross_attention_fwd", "token_attention_bwd", "token_attention_fwd", "why_not",
 ]  # fmt: skip
 
 
@@ -39,6 +40,12 @@ def why_not(op: str, tensors: Sequence[Tensor]) -> str | None:
 def _too_large(op: str, tensors: Sequence[Tensor]) -> str | None:
     """Limits of the shapes: a tile holds whole rows and all slots of a head."""
     width = tensors[0].shape[-1]
+    if width > launch.WIDTH_CLASSES[-1]:
+        return f"rows of {width} elements are wider than {launch.WIDTH_CLASSES[-1]}"
+    if op == "token_attention":
+        rows = tensors[0].shape[1]
+        fits = padded_rows(rows) <= MAX_ROWS and padded_rows(rows) * round_up(width, 64) <= MAX_CELLS
+        return None if fits else f"{rows} rows of {width} elements are more than one tile holds"
     if op == "cross_attention":
         heads, slots = 1, tensors[1].shape[2] if len(tensors) > 1 else 1
     else:
@@ -47,8 +54,6 @@ def _too_large(op: str, tensors: Sequence[Tensor]) -> str | None:
         return f"{slots} slots are more than {MAX_SLOTS}, the most that one tile holds"
     if heads * slots > MAX_COLUMNS:
         return f"{heads} heads x {slots} slots are more than {MAX_COLUMNS} columns"
-    if width > launch.WIDTH_CLASSES[-1]:
-        return f"rows of {width} elements are wider than {launch.WIDTH_CLASSES[-1]}"
     return None
 
 

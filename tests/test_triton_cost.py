@@ -50,7 +50,7 @@ def counted(monkeypatch):
 @pytest.mark.parametrize("op", shipped.OPS)
 def test_model_counts_what_the_code_moves(op, precision, shared, monkeypatch):
     assert INTERPRETED.value
-    shape = shipped.Shape("tail", 2, 70, 5, 3, 12, 37, 50)
+    shape = shipped.Shape("tail", 2, 70, 5, 3, 12, 37, 50, 20, 150, 45)
     with launch.record("interpreter") as launches:
         shipped.run_op(op, shipped.inputs(shape, shipped.PRECISIONS[precision], "cpu", shared))
     assert launches
