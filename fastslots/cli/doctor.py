@@ -1,74 +1,237 @@
-"""fastslots doctor"""
+"""fastslots doctor: what this installation can do, what it cannot, and the mend for each problem."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import os
-import platform
 import shutil
-from importlib.metadata import PackageNotFoundError, version
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from fastslots.errors import UserError
 
 PACKAGES = (
-    "fastslots",
-    "torch",
-    "triton",
-    "numpy",
-    "safetensors",
-    "pillow",
-    "scipy",
-    "h5py",
-    "tensorboard",
-    "xformers",
+    *("fastslots", "torch", "triton", "numpy", "safetensors", "pillow", "scipy"),
+    *("h5py", "tensorboard", "xformers"),
 )
+TRAIN_STEPS = 40
+LITTLE_DATA = 4 << 20  # bytes that are read too soon to time
+READ_BYTES, READ_SECONDS = 1 << 28, 1.5
+SCENE_BYTES = 4 * 128 * 128  # image and mask of a packed CLEVR scene
+LITTLE_SPACE = 2 << 30  # bytes: a long run's checkpoints and its report fit
+
+
+class Findings:
+    """Lines printed as they are found; the problems, each with its mend, once more at the end."""
+
+    def __init__(self) -> None:
+        self.problems: list[tuple[str, str, str]] = []
+
+    def say(self, name: str, text: str) -> None:
+        print(f"{name:<10} {text}", flush=True)
+
+    def problem(self, name: str, text: str, mend: str) -> None:
+        self.say(name, text)
+        self.problems.append((name, text, mend))
+
+    def summary(self) -> None:
+        print("\nno problems found" if not self.problems else "\nproblems:")
+        for name, text, mend in self.problems:
+            print(f"  {name}: {text}\n    mend: {mend}")
 
 
 def add_parser(commands) -> None:
     parser = commands.add_parser("doctor", help="what this installation can do, and the mend for what it cannot")
+    parser.add_argument("data", metavar="DATA", nargs="?", type=Path, help="a data set whose folder's speed to measure")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.data and not args.data.exists():
+        raise UserError(f"{args.data}: no such file or folder")
+    found = Findings()
+    _versions(found)
+    _processors(found)
+    _gpus(found)
+    _compiled(found)
+    _backends(found)
+    _folders(found)
+    if args.data:
+        _reading(found, args.data)
+    broken = _self_check(found)
+    found.summary()
+    return 1 if broken else 0
+
+
+def _versions(found: Findings) -> None:
+    from fastslots.report.data import versions
+
+    for package, text in versions(PACKAGES).items():
+        found.say(package, text)
+
+
+def _processors(found: Findings) -> None:
+    import torch
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = torch.get_num_threads()
+    text = f"{os.cpu_count()} processors, {usable} for this process, torch uses {threads} threads"
+    if threads > usable:
+        found.problem("cpu", text, f"more threads than processors slow each other down: --threads {usable}")
+    elif "OMP_NUM_THREADS" in os.environ and threads < usable:
+        mend = f"OMP_NUM_THREADS is {os.environ['OMP_NUM_THREADS']}: unset it, or --threads {usable}, if no one else"
+        found.problem("cpu", text, f"{mend} needs them")
+    else:
+        found.say("cpu", text)
+
+
+def _gpus(found: Findings) -> None:
+    import torch
+
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        text = f"{properties.name}, {properties.total_memory >> 30} GiB, sm_{properties.major}{properties.minor}"
+        if (properties.major, properties.minor) < (8, 0):
+            found.problem("gpu", text, "the Triton kernels need sm_80 (Ampere) or newer: this one runs the reference")
+        else:
+            found.say("gpu", text)
+    if torch.cuda.device_count():
+        return
+    if shutil.which("nvidia-smi") and torch.version.cuda is None:
+        mend = "pip install torch from https://pytorch.org/get-started with the CUDA of your driver"
+        found.problem("gpu", "there is a driver, but this torch was built without CUDA", mend)
+    elif shutil.which("nvidia-smi"):
+        found.problem("gpu", "there is a driver, but torch sees no GPU", "see nvidia-smi, and CUDA_VISIBLE_DEVICES")
+    else:
+        found.say("gpu", "none seen by torch")
+
+
+def _compiled(found: Findings) -> None:
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    found.say("compiler", compiler or "none")
+    get = "" if compiler else "install g++ or clang++ (Debian: apt install g++), then "
+    again = f"{get}pip install --force-reinstall --no-deps . in fastslots' folder, and read what CMake says (-v)"
+    if not importlib.util.find_spec("fastslots._cpu"):
+        found.problem("C++ module", "absent: the slower PyTorch reference serves on CPUs", again)
+        return
+    try:
+        importlib.import_module("torch")  # its OpenMP pool comes first
+        importlib.import_module("fastslots._cpu")
+        found.say("C++ module", "present")
+    except ImportError as error:
+        found.problem("C++ module", f"present, but cannot be loaded ({error})", again)
+
+
+def _backends(found: Findings) -> None:
     import torch
 
     from fastslots.ops import explain
     from fastslots.ops.backends import OPS
 
-    print(f"python     {platform.python_version()} on {platform.system()} {platform.machine()}")
-    for package in PACKAGES:
-        print(f"{package:<10} {_version(package)}")
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    print(f"cpu        {os.cpu_count()} processors, torch uses {torch.get_num_threads()} threads")
-    print(f"gpu        {', '.join(devices) or 'none seen by torch'}")
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    print(f"compiler   {compiler or 'none: install g++ or clang++, then reinstall fastslots to get the C++ kernels'}")
-    module = importlib.util.find_spec("fastslots._cpu")
-    print(f"C++ module {'present' if module else 'absent: the PyTorch reference serves on CPUs'}")
-    for device in ["cpu"] + ["cuda"] * bool(devices):
+    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         print(f"\non {device}:")
+        rows, tokens = torch.empty(1, 28, 128, device=device), torch.empty(1, 4096, 128, device=device)  # as at clevr6
         for op in OPS:
-            print(explain(torch.empty(1, device=device), op=op))
-    print(f"\nself-check {_self_check()}")
-    return 0
+            print(explain(rows, *([tokens] if op == "token_attention" else []), op=op))
+    print()
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+def _folders(found: Findings) -> None:
+    """The places that fastslots writes to."""
+    cache = Path(os.environ.get("FASTSLOTS_CACHE", "~/.cache/fastslots")).expanduser()
+    for name, folder, flag in (("cache", cache, "FASTSLOTS_CACHE"), ("runs", Path("runs").absolute(), "--out")):
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(existing).free
+        text = f"{folder}, {free / 2**30:.1f} GiB free"
+        if not os.access(existing, os.W_OK):
+            found.problem(name, f"{folder} cannot be written", f"name another place with {flag}")
+        elif free < LITTLE_SPACE:
+            found.problem(name, text, f"free some space, or name another place with {flag}")
+        else:
+            found.say(name, text)
 
 
-def _self_check() -> str:
-    """The auto backend of this machine against the float64 reference."""
+def _reading(found: Findings, data: Path) -> None:
+    """Sequential reading, from the disk rather than from what the system remembers of it, where it lets us ask."""
+    files = sorted(path for path in data.rglob("*") if path.is_file()) if data.is_dir() else [data]
+    if not files:
+        raise UserError(f"{data} holds no files")
+    done, seconds = 0, 1e-9
+    for block in _blocks(files):
+        start = time.perf_counter()
+        done += len(block())
+        seconds += time.perf_counter() - start
+        if done >= READ_BYTES or seconds >= READ_SECONDS:
+            break
+    speed = done / seconds
+    text = f"{speed / 1e6:,.0f} MB/s from {data}, {speed / SCENE_BYTES:,.0f} packed scenes of 128 x 128 a second"
+    if done < LITTLE_DATA:
+        found.say("reading", f"{data} is too small to time")
+    elif speed < 5e7:
+        found.problem("reading", text, "copy the data to a local disk, or fastslots data pack them there")
+    else:
+        found.say("reading", text)
+
+
+def _blocks(files: list[Path]) -> Iterator:
+    for path in files:
+        with open(path, "rb", buffering=0) as file:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            for _ in range(-(-path.stat().st_size // (1 << 22))):
+                yield lambda file=file: file.read(1 << 22)
+
+
+def _self_check(found: Findings) -> bool:
+    """The backends of this machine against the float64 reference, then a short training; True if broken."""
     import torch
 
-    from fastslots.ops import cross_attention
-    from fastslots.testing import SHAPES, errors, random_qkv
+    from fastslots.ops import cross_attention, decoder_layer
+    from fastslots.ops.reference import FeedForward, FoldedProjections
+    from fastslots.testing import SHAPES, errors, random_layer, random_qkv
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    worst = {}
     q, k, v = (t.to(device) for t in random_qkv(SHAPES["clevr6"], torch.float32))
-    out, slot_map = cross_attention(q, k, v)
-    exact_out, exact_map = cross_attention(q.double(), k.double(), v.double(), backend="reference")
-    worst = max(errors(out, exact_out)[0], errors(slot_map, exact_map)[0])
-    return f"{'passed' if worst < 1e-4 else 'FAILED'}: cross_attention on {device}, largest relative error {worst:.1e}"
+    exact = cross_attention(q.double(), k.double(), v.double(), backend="reference")
+    pairs = zip(cross_attention(q, k, v), exact, strict=True)
+    worst["cross_attention"] = max(errors(a.cpu(), b.cpu())[0] for a, b in pairs)
+    x, folded, ff = random_layer(SHAPES["clevr6"], torch.float32)
+    x, folded = x.to(device), FoldedProjections(*(t.to(device) for t in folded))
+    ff = FeedForward(*(t.to(device) for t in ff))
+    wide, wide_ff = FoldedProjections(*(t.double() for t in folded)), FeedForward(*(t.double() for t in ff))
+    exact = decoder_layer(x.double(), wide, wide_ff, backend="reference")
+    pairs = zip(decoder_layer(x, folded, ff), exact, strict=True)
+    worst["decoder_layer"] = max(errors(a.cpu(), b.cpu())[0] for a, b in pairs)
+    text = ", ".join(f"{op} {error:.0e}" for op, error in worst.items())
+    good = max(worst.values()) < 1e-4
+    text = f"{'passed' if good else 'FAILED'}: largest relative errors on {device}: {text}"
+    mend = "do not train with this: send the output of this command to the issue tracker"
+    found.say("self-check", text) if good else found.problem("self-check", text, mend)
+    speed, reason = _train_a_little()
+    if reason:
+        found.problem("training", reason, mend)
+    else:
+        found.say("training", f"{speed:,.0f} images/s, preset sprites-mini, on {device}")
+    return not good or bool(reason)
+
+
+def _train_a_little() -> tuple[float, str]:
+    """(images a second, what went wrong) of a short run of the smallest preset."""
+    from fastslots.report.curves import MetricsReader
+    from fastslots.train import TrainConfig, fit
+
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as silence:
+        config = TrainConfig.preset("sprites-mini", steps=TRAIN_STEPS, eval_every=0, eval_images=1)
+        try:
+            fit(config, out=Path(folder) / "run", stream=silence)
+        except (RuntimeError, UserError) as error:
+            return 0.0, f"FAILED: {str(error).splitlines()[0]}"
+        curves = MetricsReader(Path(folder) / "run" / "metrics.jsonl").update().training
+    losses, speeds = curves["loss"].table()["mean"], sorted(curves["images_per_s"].table()["mean"])
+    falls = sum(losses[-5:]) < sum(losses[:5])
+    return speeds[len(speeds) // 2], "" if falls else "FAILED: the loss does not fall"
