@@ -16,7 +16,7 @@ from fastslots.report.pictures import data_uri
 
 PACKAGES = ("fastslots", "torch", "triton", "numpy", "safetensors", "pillow", "scipy")
 GRIDS = 4  # pictures of evaluations a page holds: the first, the last, and some between
-GRID_BYTES = 500_000  # of each; larger ones are stored lossily
+GRID_BYTES = 400_000  # of each; larger ones are stored lossily
 ROWS = 12  # evaluations in the table: the last ones
 EXPLORER = "explorer.json"
 

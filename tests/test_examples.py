@@ -1,0 +1,52 @@
+"""The examples run as printed, on a small run; the Python blocks of docs/op.md run one after another."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from fastslots.train import TrainConfig, fit
+
+ROOT = Path(__file__).parents[1]
+
+
+def example(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("example") / "run"
+    with open(os.devnull, "w") as silence:
+        fit(TrainConfig.preset("sprites-mini", steps=2, eval_images=4, threads=1), out=folder, stream=silence)
+    return folder
+
+
+def test_own_slot_model_learns(capsys):
+    last = example("own_slot_model").main(40)
+    first = float(re.search(r"step 20: error ([\d.]+)", capsys.readouterr().out)[1])
+    assert last < first
+
+
+def test_masks_from_slot_map(run, tmp_path):
+    assert -0.5 <= example("masks_from_slot_map").main(run, tmp_path / "masks") <= 1
+    assert len(list((tmp_path / "masks").glob("*.png"))) == 8
+
+
+def test_export_decoder(run, tmp_path):
+    assert example("export_decoder").main(run, tmp_path / "decoder.pt2") < 1e-4
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_python_blocks_of_the_documentation_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S):
+        exec(compile(block, page, "exec"), names)
