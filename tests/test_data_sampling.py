@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastslots.data import Loader, SpritesDataset, batch_indices, split_indices, to_float
+from fastslots.data.loader import hold_images
 
 
 def test_sampling_is_frozen():
@@ -90,6 +91,37 @@ def test_loader_is_over_once_closed(prefetch):
     assert threading.active_count() == before
     with pytest.raises(RuntimeError, match="this loader is closed"):
         next(steps)
+
+
+def test_images_held_on_a_device_are_those_of_the_data_set(tmp_path):
+    from fastslots.cli import main
+    from fastslots.data import open_dataset
+
+    assert main(["data", "generate", "sprites", str(tmp_path / "p"), "--count=40", "--size=8"]) == 0
+    dataset, rows, cpu = open_dataset(tmp_path / "p"), range(5, 35), torch.device("cpu")
+    held = hold_images(dataset, rows, cpu, limit=30 * 8 * 8 * 3)
+    assert np.array_equal(held.numpy(), dataset.batch(np.arange(5, 35))[0])
+    assert hold_images(dataset, rows, cpu, limit=30 * 8 * 8 * 3 - 1) is None
+    assert hold_images(SpritesDataset(0, 8), rows, cpu, limit=1e12) is None
+    with Loader(dataset, 3, 4, indices=rows) as read, Loader(dataset, 3, 4, indices=rows) as resident:
+        resident._held = held
+        assert torch.equal(read.read(9).images, resident.read(9).images)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("share", [0.4, 0.0])
+def test_batches_for_a_gpu_are_held_there_or_pinned(tmp_path, monkeypatch, share):
+    from fastslots.cli import main
+    from fastslots.data import open_dataset
+
+    assert main(["data", "generate", "sprites", str(tmp_path / "p"), "--count=40", "--size=8"]) == 0
+    monkeypatch.setattr("fastslots.data.loader.RESIDENT_SHARE", share)
+    dataset = open_dataset(tmp_path / "p")
+    with Loader(dataset, 3, 4, device=torch.device("cuda")) as loader, Loader(dataset, 3, 4) as plain:
+        batch = next(iter(loader)).images
+        assert batch.is_cuda if share else batch.is_pinned()
+        assert torch.equal(batch.cpu(), next(iter(plain)).images)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import random
@@ -11,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +39,7 @@ def config_of(**overrides) -> TrainConfig:
 
 def argv_of(config: TrainConfig, folder: Path, out: Path) -> list[str]:
     path = folder / "fields.json"
-    path.write_text(json.dumps(dataclasses.asdict(config)))
+    path.write_text(json.dumps(asdict(config)))
     return ["train", "--config", str(path), "--resume", "--out", str(out)]
 
 
@@ -102,7 +102,7 @@ def killed_at_random(commands, config: TrainConfig, folder: Path, kills: int, se
 @pytest.mark.parametrize("kills, steps", [(3, 200), pytest.param(50, 1500, marks=pytest.mark.long)])
 def test_kills_at_random_moments_change_nothing(commands, tmp_path, kills, steps):
     config = config_of(steps=steps, checkpoint_every=3, eval_every=50)
-    whole = fit(config, out=tmp_path / "whole").out
+    whole = fit(replace(config, checkpoint_every=0), out=tmp_path / "whole").out
     same_run(killed_at_random(commands, config, tmp_path, kills, seed=kills), whole)
 
 
@@ -146,13 +146,12 @@ def small_disk(folder: Path) -> bool:
 def test_a_full_disk_is_reported_and_outlived(commands, tmp_path, kind):
     """Checkpoints fail for a while (ENOSPC, or EFBIG by a limit), training goes on, and nothing is lost at the end."""
     config, out = config_of(steps=150, checkpoint_every=5, keep_checkpoints=1), tmp_path / "run"
-    whole = fit(config, out=tmp_path / "whole").out
+    whole = fit(replace(config, checkpoint_every=0), out=tmp_path / "whole").out
     if kind == "disk" and not small_disk(out):
         pytest.skip("mounting a small file system needs root")
     try:
         process = commands.start(argv_of(config, tmp_path, out), tmp_path / "err")
         assert wait_until(lambda: list((out / "checkpoints").glob("step_*")), process), process.said()
-        kept = {}
         if kind == "limit":  # bytes that a file of this process may have; the log reaches it soon
             least = (out / "metrics.jsonl").stat().st_size + 3_000
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (least, resource.RLIM_INFINITY))
@@ -164,13 +163,14 @@ def test_a_full_disk_is_reported_and_outlived(commands, tmp_path, kind):
                 except OSError:
                     pass
         assert wait_until(lambda: "safetensors cannot be written" in process.said(), process), process.said()
-        kept[latest_checkpoint(out / "checkpoints")[0].step] = True  # what was there before still verifies
+        kept, damaged = latest_checkpoint(out / "checkpoints")  # what was there before
+        assert kept and not damaged
         if kind == "limit":
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         else:
             (out / "filler").unlink()
         assert process.wait() == 0, process.said()
-        assert "Training goes on; what was written before is kept" in process.said() and max(kept) > 0
+        assert "Training goes on; what was written before is kept" in process.said()
         same_run(out, whole)
     finally:
         if kind == "disk":

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from fastslots.data.sampling import batch_indices
 
+RESIDENT_SHARE = 0.4
+"""Of a GPU's free memory, what images that stay there may take; a model and its step need the rest."""
+
 
 class Batch(NamedTuple):
     """One step's images."""
@@ -56,6 +59,21 @@ def _image_and_mask(item) -> tuple[Tensor, Tensor | None]:
     return image, None if mask is None else torch.as_tensor(mask)
 
 
+def hold_images(dataset, rows, device: torch.device, limit: float) -> Tensor | None:
+    """Images of ``rows`` as one uint8 tensor [n, R, R, 3] on ``device``; None where that takes over ``limit`` bytes.
+
+    For sets on disk alone (those with ``info``): what is made on the fly has no end.
+    """
+    info = getattr(dataset, "info", None)
+    if info is None or not 0 < len(rows) * info.size**2 * 3 <= limit:
+        return None
+    held = torch.empty(len(rows), info.size, info.size, 3, dtype=torch.uint8, device=device)
+    for first in range(0, len(rows), 1024):
+        part = np.asarray(rows[first : first + 1024])
+        held[first : first + len(part)] = read_batch(dataset, part)[0].to(device)
+    return held
+
+
 class Loader:
     """Iterates over ``Batch`` for step = start_step, start_step + 1, ... without end.
 
@@ -64,14 +82,21 @@ class Loader:
         indices: the rows to draw from (a split); None for all.
         batch_size: images a step on this process; ``start``: where its slice of the global batch begins.
         prefetch: batches prepared ahead by a thread; 0 prepares in the caller.
+        device: where the batches go. For a GPU images are held there if ``RESIDENT_SHARE`` of its free memory is
+            enough (and batches have no masks); else they wait in pinned memory, from which copies overlap with work.
 
     An error of the data set surfaces in the caller. Use as a context manager, or call ``close``.
     """
 
-    def __init__(self, dataset, seed: int, batch_size: int, start_step: int = 1, indices=None, start=0, prefetch=2):
+    def __init__(
+        self, dataset, seed: int, batch_size: int, start_step: int = 1, indices=None, start=0, prefetch=2, device=None
+    ):
         self._dataset, self._seed, self._batch_size, self._start = dataset, seed, batch_size, start
         self._rows = range(len(dataset)) if indices is None else indices
         self._step = start_step
+        self._pin, self._held = device is not None and device.type == "cuda", None
+        if self._pin:
+            self._held = hold_images(dataset, self._rows, device, RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0])
         self._closed = threading.Event()
         self._queue: queue.Queue = queue.Queue(max(prefetch, 1))
         self._thread = threading.Thread(target=self._work, name="fastslots-loader", daemon=True) if prefetch else None
@@ -81,8 +106,11 @@ class Loader:
     def read(self, step: int) -> Batch:
         """The batch of any step, now."""
         drawn = batch_indices(self._seed, step, self._batch_size, len(self._rows), self._start)
+        if self._held is not None:
+            return Batch(step, self._held[torch.from_numpy(drawn).to(self._held.device)], None)
         rows = drawn + self._rows.start if isinstance(self._rows, range) else np.asarray(self._rows)[drawn]
-        return Batch(step, *read_batch(self._dataset, rows))
+        images, masks = read_batch(self._dataset, rows)
+        return Batch(step, images.pin_memory() if self._pin else images, masks)
 
     def _work(self) -> None:
         step = self._step

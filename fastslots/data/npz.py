@@ -7,6 +7,7 @@ that claims more than the archive holds allocates nothing.
 from __future__ import annotations
 
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ from fastslots.errors import UserError
 
 ROWS = 64  # read at once
 MEND = "save plain arrays with numpy.savez"
+# What zipfile, zlib and NumPy's parser of headers (which falls back to Python's tokenizer) raise on damaged bytes
+_DAMAGE = (ValueError, TypeError, SyntaxError, tokenize.TokenError, RecursionError, OverflowError)
+_DAMAGE += (OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
 class Member:
@@ -34,7 +38,7 @@ class Member:
                 held = archive.getinfo(self._name).file_size - file.tell()
         except KeyError:
             raise
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        except _DAMAGE as error:
             raise UserError(f"{self.name} cannot be read ({error}): {MEND}") from None
         if held != math.prod(self.shape) * self.dtype.itemsize:
             raise UserError(
@@ -56,6 +60,10 @@ class Member:
             raise ValueError(f"its shape is {list(shape)}")
         return shape, dtype
 
+    def read(self) -> np.ndarray:
+        """All rows, [N, ...]."""
+        return np.stack(list(self.rows()))
+
     def rows(self, start: int = 0) -> Iterator[np.ndarray]:
         """Rows from ``start`` on. UserError where the archive is damaged (its CRC-32 is verified at the end)."""
         width = math.prod(self.shape[1:]) * self.dtype.itemsize
@@ -68,10 +76,19 @@ class Member:
                     data = file.read(rows * width)
                     yield from np.frombuffer(data, self.dtype).reshape(rows, *self.shape[1:])
                 file.read(1)  # the end, where zipfile compares checksums
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except _DAMAGE as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{self.name} is damaged ({error}): download or save the file again") from None
+
+
+def member_names(path: Path) -> list[str]:
+    """The arrays of an npz. UserError where it is none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{path} cannot be read as npz ({error}): download or save the file again") from None
 
 
 class NpzReader:
@@ -81,11 +98,7 @@ class NpzReader:
 
     def __init__(self, path: Path):
         self._path = path
-        try:
-            with zipfile.ZipFile(path) as archive:
-                names = [name.removesuffix(".npy") for name in archive.namelist()]
-        except (zipfile.BadZipFile, OSError) as error:
-            raise UserError(f"{path} cannot be read as npz ({error}): download or save the file again") from None
+        names = member_names(path)
         if "arr_0" not in names:
             found = ", ".join(names)
             raise UserError(f"{path}: no member arr_0 (it has {found}): expected arr_0 images, arr_2 label maps")

@@ -15,13 +15,12 @@ import hashlib
 import json
 import math
 import os
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from fastslots.data.npz import Member, member_names
 from fastslots.errors import UserError
 
 MAGIC, VERSION = "fastslots packed", 1
@@ -177,11 +176,10 @@ def _map(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Every array of an npz. UserError where it is damaged."""
+    """Every array of an npz. UserError where it is damaged; sizes are verified before anything is allocated."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        return {name: Member(path, name).read() for name in member_names(path)}
+    except (UserError, KeyError) as error:
         raise UserError(f"{path} is damaged ({error}): {MEND}") from None
 
 

@@ -14,7 +14,8 @@ from fastslots.data.scene import BadRecordError, Scene
 from fastslots.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
-MAX_PIXELS = 1 << 26  # a picture that claims more is refused before it is decoded
+MAX_PIXELS = 1 << 26  # a picture that claims more is refused before it is decoded,
+MAX_RATIO = 4096  # as is one that claims more pixels a byte of its file: DEFLATE gives at most 1,032 bytes a byte
 # Codes count from 1 in the order of the CLEVR generator's table; 0 = background or no object
 CODES = {
     "shape": ("cube", "sphere", "cylinder"),
@@ -29,7 +30,8 @@ def read_picture(path: Path) -> np.ndarray:
     """uint8 [H, W, 3]; transparency is dropped. UserError where it is no picture."""
     try:
         with Image.open(path) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
+            pixels = picture.width * picture.height
+            if pixels > MAX_PIXELS or pixels > (1 << 18) + MAX_RATIO * path.stat().st_size:
                 raise UserError(f"{path}: {picture.width} x {picture.height} pixels are too many: make it smaller")
             if picture.mode.startswith(("I", "F")):  # Pillow would cut 16-bit values off at 255
                 raise UserError(f"{path} has more than 8 bits a channel: save it with 8")
@@ -117,7 +119,18 @@ class FolderReader:
         self._paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         self._paths = [p for p in self._paths if not any(part[0] == "." for part in p.relative_to(path).parts)]
         self.count = len(self._paths)
-        self.native = read_picture(self._paths[0]).shape[:2] if self._paths else (0, 0)
+        self.native = self._first_size() if self._paths else (0, 0)
+
+    def _first_size(self) -> tuple[int, int]:
+        """Height and width of the first picture that can be read; the error of the first where none can."""
+        first: UserError | None = None
+        for path in self._paths:
+            try:
+                return read_picture(path).shape[:2]
+            except UserError as error:
+                first = first or error
+        assert first is not None
+        raise first
 
     def share(self, done: int) -> float:
         return done / self.count

@@ -32,7 +32,9 @@ def load_weights(path: Path) -> SlotVAE:
             raise UserError(f"{path} holds no configuration: name weights that fastslots wrote")
         model = SlotVAE(SlotVAEConfig(**json.loads(metadata["fastslots.config"])))
         model.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except UserError:
+        raise
+    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, MemoryError) as error:
         reason = (str(error).splitlines() or ["unreadable"])[0]
         raise UserError(f"{path} cannot be read as weights ({reason})") from None
     return model.eval()

@@ -115,7 +115,7 @@ class Trainer:
     def run(self) -> FitResult:
         config, group, (train, rows) = self.config, self.group, self.source.splits["train"]
         own = group.share(config.batch_size)
-        loader = Loader(train, config.seed, len(own), self.step + 1, rows, own.start)
+        loader = Loader(train, config.seed, len(own), self.step + 1, rows, own.start, device=self.device)
         with StopSignals(group), loader:
             batches, last, stop = iter(loader), time.perf_counter(), 0
             while self.step < config.steps and not stop:
