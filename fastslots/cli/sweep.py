@@ -70,8 +70,11 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         raise UserError(f"--out {args.out}: {error.strerror}: name a folder that can be written") from None
     say(f"{len(trials)} trials in {args.out}, {args.jobs} at once")
-    signal.signal(signal.SIGTERM, _terminated)
-    results = run_trials(trials, args.jobs, shlex.split(args.eval_arguments), say)
+    before = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        results = run_trials(trials, args.jobs, shlex.split(args.eval_arguments), say)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(write_sweep(results, args.out))
     failures = [result for result in results if result.error]
     for result in failures:
