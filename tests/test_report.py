@@ -149,8 +149,9 @@ def test_explorer_tiles_are_what_they_say():
         assert all(math.isclose(sum(row), 1, abs_tol=1e-3) for row in entry["confusion"])
 
 
-def test_large_images_are_thinned_not_moved():
-    model = tiny_model(resolution=128)
+@pytest.mark.parametrize("decoder", ["transformer", "broadcast"])
+def test_large_images_are_thinned_not_moved(decoder):
+    model = tiny_model(resolution=128, decoder=decoder, broadcast_channels=4)
     z = torch.randn(2, 3, 4)
     whole = views(model.decoder, z, 2)
     few = [v.detach()[..., :: v.shape[-1] // SIDE, :: v.shape[-1] // SIDE] for v in views(thinned(model.decoder), z, 2)]

@@ -128,7 +128,7 @@ function explorer(data, key) {
 
   function confusion(entry) {
     if (!entry.confusion) return [];
-    const head = h("tr", {}, h("th", {}, "object"), Array.from({ length: K }, (_, k) => h("th", {}, h("span.dot", { "--color": slotColor(k) }), ` slot ${k + 1}`)));
+    const head = h("tr", {}, h("th", {}, "by slot"), Array.from({ length: K }, (_, k) => h("th", {}, h("span.dot", { "--color": slotColor(k) }), ` ${k + 1}`)));
     const rows = entry.objects.map((name, i) => h("tr", {}, h("td", { "--part": 0, style: "text-align:left" }, name === 0 ? "background" : `object ${name}`),
       entry.confusion[i].map(part => h("td", { "--part": part }, (100 * part).toFixed(0) + " %"))));
     return [h("h3", {}, "Whose pixels are whose"), h("div.scroll", {}, h("table.confusion", {}, head, rows)),
