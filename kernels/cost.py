@@ -1,4 +1,4 @@
-"""A model of bytes and floating-point operations, per launch and per training step of a decoder layer.
+"""A model of bytes and floating-point operations, per launch and per training step of a decoder or encoder layer.
 
 Not a measurement. ``Cost.bytes`` is the least that must move between memory and the chip: every tensor of a launch,
 once. ``Cost.requested`` is what its loads and stores ask for, most of it answered by L2, and ``Cost.issued`` the padded
@@ -187,16 +187,16 @@ _MODELS: dict[str, Callable[[_Terms], tuple[int, int, int]]] = {
 }
 
 
-# ---- a decoder layer in plain PyTorch, operation by operation --------------------------------------------------------
+# ---- layers in plain PyTorch, operation by operation -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class EagerOp:
-    """Per pixel: values read and written by the forward, and whether it is a product (with its width pairs)."""
+    """Per pixel or token: values read and written by the forward, and the multiply-adds of a product."""
 
     reads: int
     writes: int
-    product: int = 0  # multiply-adds a pixel
+    product: int = 0
 
 
 def eager_ops(method: str, D: int, F: int, H: int, d: int, K: int) -> list[EagerOp]:
@@ -235,16 +235,33 @@ def eager_ops(method: str, D: int, F: int, H: int, d: int, K: int) -> list[Eager
 def eager_cost(
     method: str, pixels: int, D: int, F: int, H: int, d: int, K: int, element: int, backward: bool = True
 ) -> tuple[int, int]:
-    """Bytes and FLOPs of one layer in plain PyTorch, forward or forward and backward.
+    """Bytes and FLOPs of one decoder layer in plain PyTorch, forward or forward and backward."""
+    return _total(eager_ops(method, D, F, H, d, K), pixels, element, backward)
 
-    The backward of an operation reads the gradient and what the forward read, and writes a gradient of that; a product
-    reads the gradient once more (two products) and does twice the operations.
+
+def eager_token_cost(method: str, tokens: int, S: int, M: int, K: int, layers: int, element: int) -> tuple[int, int]:
+    """Bytes and FLOPs on the tokens' side of ``layers`` encoder cross-attentions, forward and backward.
+
+    "published": each layer norms all tokens and projects them to keys and values; K queries in M / K heads.
+    "folded": tokens are normed once; M rows attend to them as they are. What has K rows an image is left out.
     """
+    norm, softmax = EagerOp(S, S), EagerOp(M, M)
+    if method == "published":
+        # A head of width S·K / M: M rows of that width are K·S multiply-adds a token.
+        ops = [norm, EagerOp(S, 2 * S, 2 * S * S), EagerOp(S, M, K * S), softmax, EagerOp(M + S, 0, K * S)] * layers
+    else:
+        ops = [norm, *[EagerOp(S, M, M * S), softmax, EagerOp(M + S, 0, M * S)] * layers]
+    return _total(ops, tokens, element, backward=True)
+
+
+def _total(ops: list[EagerOp], rows: int, element: int, backward: bool) -> tuple[int, int]:
+    """Bytes and FLOPs. The backward of an operation reads the gradient and what the forward read, and writes a gradient
+    of that; a product reads the gradient once more (two products) and does twice the operations."""
     values = macs = 0
-    for op in eager_ops(method, D, F, H, d, K):
+    for op in ops:
         values += op.reads + op.writes
         macs += op.product
         if backward:
             values += op.writes * (2 if op.product else 1) + 2 * op.reads
             macs += 2 * op.product
-    return values * pixels * element, 2 * macs * pixels
+    return values * rows * element, 2 * macs * rows

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from . import cost
 from .compile import compile_launch
-from .launch import Launch, as_dict
-from .shipped import PRESETS, Shape
+from .launch import Launch, as_dict, record
+from .shipped import PRECISIONS, PRESETS, Shape, inputs, matmul_precision, run_op
 
 Row = dict[str, Any]
 
@@ -64,7 +64,7 @@ def markdown(rows: list[Row]) -> str:
     for row in rows:
         config, model = row["config"], row["model"]
         occupancy = "" if row["occupancy"] is None else f"{row['occupancy']:.0%}"
-        columns = row["constexprs"].get("BLOCK_C", row["constexprs"].get("KP"))
+        columns = next(row["constexprs"][key] for key in ("BLOCK_C", "KP", "BLOCK_M") if key in row["constexprs"])
         cells = [
             row["target"], row["preset"], row["precision"], row["kernel"], f"{config['block_l']} x {columns}",
             config["num_warps"], row["registers"], row["spills"], f"{row['shared_bytes'] / 1024:.0f}", occupancy,
@@ -77,44 +77,79 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join([*lines, "", *step_floors(), ""])
 
 
-def step_floors(preset: str = "clevr6", layers: int = 2) -> list[str]:
-    """Bytes, FLOPs and floors of the decoder's Transformer in one training step, by method."""
+def step_floors(preset: str = "clevr6", layers: int = 2, encoder_layers: int = 5) -> list[str]:
+    """Bytes, FLOPs and floors of one training step by method: the decoder's Transformer and the encoder's tokens."""
     shape = PRESETS[preset]
-    lines = [
+    return [
         f"## The {preset} decoder Transformer, one training step (model)",
         "",
         f"{layers} layers, forward and backward, B = {shape.B}, {shape.L} pixels. Published and folded: every",
         "operation of eager PyTorch reads and writes its tensors. Fused: the launches above. A floor is the longer of",
         "bytes at the published bandwidth and FLOPs at the published peak.",
         "",
+        *_floor_table(step_costs(shape, layers)),
+        "",
+        f"## The {preset} encoder's cross-attention, one training step (model)",
+        "",
+        f"{encoder_layers} layers, forward and backward, B = {shape.B}, {shape.T} tokens of {shape.S}: what is done to",
+        f"every token. Published: each layer norms and projects them. Folded and fused: normed once, {shape.M} rows",
+        "attend to them.",
+        "",
+        *_floor_table(encoder_costs(shape, encoder_layers)),
+    ]
+
+
+Method = tuple[str, float, float, str]
+"""Label, bytes, FLOPs, kind of product."""
+
+
+def _floor_table(methods: list[Method]) -> list[str]:
+    lines = [
         "| method | GB | GFLOP | " + " | ".join(f"{d.name} ms" for d in cost.DEVICES) + " |",
         "|---|---|---|" + "---|" * len(cost.DEVICES),
     ]
-    for label, bytes_, flops, precision in step_costs(shape, layers):
+    for label, bytes_, flops, precision in methods:
         floors = " | ".join(f"{d.floor_us(bytes_, flops, precision) / 1e3:.2f}" for d in cost.DEVICES)
         lines.append(f"| {label} | {bytes_ / 1e9:.2f} | {flops / 1e9:.0f} | {floors} |")
     return lines
 
 
-def step_costs(shape: Shape, layers: int) -> list[tuple[str, float, float, str]]:
-    """(method, bytes, FLOPs, product) of one training step of the decoder's layers."""
-    from .shipped import PRECISIONS, inputs, matmul_precision, record, run_op
+EAGER = (("published", 4, "fp32"), ("published", 2, "bf16"), ("folded", 2, "bf16"))
+FUSED = ("fp32", "tf32", "bf16")
 
+
+def step_costs(shape: Shape, layers: int) -> list[Method]:
+    """One training step of the decoder's layers; the first has the same queries for every image."""
     sizes = (shape.B * shape.L, shape.D, shape.F, shape.H, shape.d, shape.K)
-    out: list[tuple[str, float, float, str]] = []
-    for method, element, precision in (("published", 4, "fp32"), ("published", 2, "bf16"), ("folded", 2, "bf16")):
+    out: list[Method] = []
+    for method, element, precision in EAGER:
         bytes_, flops = cost.eager_cost(method, *sizes, element)
         out.append((f"{method}, {precision}", layers * bytes_, layers * flops, precision))
-    for precision in ("fp32", "tf32", "bf16"):
-        total_bytes = total_flops = 0
-        for layer in range(layers):
-            with matmul_precision(precision), record("sm_90") as launches:
-                run_op("decoder_layer", inputs(shape, PRECISIONS[precision], shared=layer == 0))
-            costs = [cost.launch_cost(item) for item in launches]
-            total_bytes += sum(c.bytes for c in costs)
-            total_flops += sum(c.flops for c in costs)
-        out.append((f"fused, {precision}", total_bytes, total_flops, precision))
+    for precision in FUSED:
+        costs = [_recorded_cost("decoder_layer", shape, precision, shared=layer == 0) for layer in range(layers)]
+        out.append((f"fused, {precision}", sum(c[0] for c in costs), sum(c[1] for c in costs), precision))
     return out
+
+
+def encoder_costs(shape: Shape, layers: int) -> list[Method]:
+    """One training step of the encoder's cross-attentions, the tokens' side. The norm before the first is in all."""
+    sizes = (shape.B * shape.T, shape.S, shape.M, shape.K, layers)
+    out: list[Method] = []
+    for method, element, precision in EAGER:
+        out.append((f"{method}, {precision}", *cost.eager_token_cost(method, *sizes, element), precision))
+    for precision in FUSED:
+        bytes_, flops = _recorded_cost("token_attention", shape, precision)
+        norm = cost.eager_token_cost("folded", *sizes[:4], 0, PRECISIONS[precision].itemsize)
+        out.append((f"fused, {precision}", layers * bytes_ + norm[0], layers * flops + norm[1], precision))
+    return out
+
+
+def _recorded_cost(op: str, shape: Shape, precision: str, shared: bool = False) -> tuple[int, int]:
+    """Bytes and FLOPs of the launches of one op, forward and backward."""
+    with matmul_precision(precision), record("sm_90") as launches:
+        run_op(op, inputs(shape, PRECISIONS[precision], shared=shared))
+    costs = [cost.launch_cost(item) for item in launches]
+    return sum(c.bytes for c in costs), sum(c.flops for c in costs)
 
 
 def roofline_svg(rows: list[Row], arch: str, width: int = 720, height: int = 440) -> str | None:

@@ -33,6 +33,10 @@ class Shape:
     T: int
     S: int
 
+    def row_width(self, kernel: str) -> int:
+        """Width of the rows that a kernel takes: what its block sizes are chosen by."""
+        return self.d if kernel.startswith("cross_") else self.S if kernel.startswith("token_") else self.D
+
 
 PRESETS = {
     shape.name: shape

@@ -16,6 +16,7 @@ _ROWS = (16, 32, 64, 128)
 _COLUMNS = (16, 32, 64)
 _WARPS = (4, 8)
 _STAGES = (1, 2, 3)
+_CHUNKS = (16, 64)
 
 
 def candidates() -> Iterator[LaunchConfig]:
@@ -24,7 +25,8 @@ def candidates() -> Iterator[LaunchConfig]:
         for columns in _COLUMNS:
             for warps in _WARPS:
                 for stages in _STAGES:
-                    yield LaunchConfig(rows, columns, warps, stages)
+                    for chunk in _CHUNKS:
+                        yield LaunchConfig(rows, columns, warps, stages, chunk)
 
 
 def _launches(arch: str, shape: Shape, precision: str, config: LaunchConfig) -> list[Launch]:
@@ -34,7 +36,7 @@ def _launches(arch: str, shape: Shape, precision: str, config: LaunchConfig) -> 
     for op in OPS:
         with launch.override(config), launch.record(arch) as launches:
             run_op(op, tensors)
-        found |= {item.name: item for item in launches}
+        found |= {item.name: item for item in launches if item.config == config}  # others are not in the table
     return list(found.values())
 
 
@@ -66,7 +68,7 @@ def tune(say: Callable[[str], None] = print, precisions: tuple[str, ...] = ("bf1
                         if time is not None and time < best.get(item.name, (float("inf"),))[0]:
                             best[item.name] = (time, config)
             for kernel, (time, config) in sorted(best.items()):
-                width = shape.d if kernel.startswith("cross_attention") else shape.D
+                width = shape.row_width(kernel)
                 with matmul_precision(precision):
                     key = launch.table_key(PRECISIONS[precision], width)
                 entries.setdefault(kernel, {})[key] = launch.as_dict(config)

@@ -80,6 +80,17 @@ def test_step_table_orders_the_methods():
     assert rows["published, fp32"][1] == 2 * 3 * 2 * pixels * (2 * 180 * 516 + 2 * 516 * 7 + 2 * 180 * 360)
 
 
+def test_encoder_table_orders_the_methods():
+    shape = shipped.PRESETS["clevr6"]
+    rows = {label: (bytes_, flops) for label, bytes_, flops, _ in report.encoder_costs(shape, 5)}
+    assert rows["published, bf16"][0] > rows["folded, bf16"][0] > rows["fused, bf16"][0]
+    # Fused: tokens read by both passes and their gradient written once a layer, and one norm; the rest is small.
+    token_bytes = 32 * 128 * 128 * 128 * 2
+    assert (3 * 5 + 5) * token_bytes < rows["fused, bf16"][0] < 1.15 * (3 * 5 + 5) * token_bytes
+    # Multiply-adds a token, forward: keys and values 2·128², scores and gathering 7·128 each; backward twice that.
+    assert rows["published, fp32"][1] == 5 * 2 * 3 * 32 * 128 * 128 * (2 * 128 * 128 + 2 * 7 * 128)
+
+
 def test_floor_is_the_longer_of_bytes_and_products():
     device = cost.Device("toy", "sm_90", 1e12, {"bf16": 1e12})
     assert device.floor_us(2e6, 1e6, "bf16") == 2.0 and device.floor_us(1e6, 3e6, "bf16") == 3.0

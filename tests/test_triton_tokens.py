@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastslots import ops
 from fastslots.kernels import launch, triton_backend
 from fastslots.kernels._tiles import INTERPRETED
 from fastslots.kernels.token_attention import token_attention_bwd, token_attention_fwd
@@ -170,6 +171,17 @@ def test_no_tensor_of_rows_times_tokens():
     with Sizes():  # the test can fail: the plain product makes one
         (rows @ tokens.mT).softmax(-1)
     assert max(sizes) >= B * M * T
+
+
+def test_public_op_serves_and_differentiates():
+    rows, tokens, dgathered = inputs((2, 9, 50, 24), torch.float32)
+    got, want = [], []
+    for backend, out in (("triton", got), ("reference", want)):
+        leaves = [t.clone().requires_grad_() for t in (rows, tokens)]
+        gathered = ops.token_attention(*leaves, backend=backend)
+        out += [gathered, *torch.autograd.grad(gathered, leaves, dgathered)]
+    for a, r in zip(got, want, strict=True):
+        torch.testing.assert_close(a, r, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
