@@ -38,6 +38,8 @@ def measure(case: str, provider: str, options: Options) -> tuple[int | None, str
         )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        if "CannotServeError: " in last:
+            return None, last.split("CannotServeError: ", 1)[1]
         return None, f"the process that measures memory ended with {done.returncode}: {last}"
     return int(done.stdout.split()[-1]), ""
 
