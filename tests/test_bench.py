@@ -201,7 +201,7 @@ def test_report_from_rows(tmp_path):
     readme, docs = (into / "README.md").read_text(), (into / "docs/benchmarks.md").read_text()
     assert readme.startswith("# Before\n") and readme.endswith("\nafter\n") and "stale text" not in readme
     assert "decoder training step (clevr6, 4 images of 128 x 128, fp32)" in readme and "**4" in readme
-    goals = next(line for line in docs.splitlines() if "decoder training step, clevr6 | published |" in line)
+    goals = next(line for line in docs.splitlines() if "decoder training step, clevr6, 4 images | published |" in line)
     assert goals.endswith("| aim met |")
     assert "| slot Jacobian, sprites | published | 40x | 100x | " in docs and "| missed |" in docs
     assert "not measured" in docs, "the loader"
