@@ -13,7 +13,7 @@ from .cross_attention import cross_attention_bwd, cross_attention_fwd
 from .decoder_layer import decoder_layer_bwd, decoder_layer_fwd
 from .folded_cross_attention import folded_attention_bwd, folded_attention_fwd
 from .launch import Launch, record
-from .token_attention import token_attention_bwd, token_attention_fwd
+from .token_attention import table_width, token_attention_bwd, token_attention_fwd
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,9 @@ class Shape:
 
     def row_width(self, kernel: str) -> int:
         """Width of the rows that a kernel takes: what its block sizes are chosen by."""
-        return self.d if kernel.startswith("cross_") else self.S if kernel.startswith("token_") else self.D
+        if kernel.startswith("token_"):
+            return table_width(self.M, self.S)
+        return self.d if kernel.startswith("cross_") else self.D
 
 
 PRESETS = {

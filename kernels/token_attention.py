@@ -175,6 +175,11 @@ def padded_rows(M: int) -> int:
     return max(16, next_power(M))
 
 
+def table_width(M: int, D: int) -> int:
+    """The width by which block sizes are looked up: more than 32 rows count as that much wider."""
+    return max(D, min(D * padded_rows(M) // 32, launch.WIDTH_CLASSES[-1]))
+
+
 def _values(tokens: Tensor, M: int, config: launch.LaunchConfig) -> dict[str, object]:
     """More rows take shorter tiles of tokens, so that the table's entries hold their registers for any of them."""
     block_m = padded_rows(M)
@@ -196,7 +201,7 @@ def token_attention_fwd(rows: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     gathered, lse = rows.new_empty(B, M, D), rows.new_empty(B, M, dtype=torch.float32)
     if T == 0:
         return gathered.zero_(), lse.fill_(float("-inf"))
-    config = launch.select(_token_attention_fwd_kernel, tokens, D)
+    config = launch.select(_token_attention_fwd_kernel, tokens, table_width(M, D))
     values = _values(tokens, M, config)
     block_m = values["BLOCK_M"]
     parts, blocks = launch.split(T, values["BLOCK_L"], B)
@@ -218,7 +223,7 @@ def token_attention_bwd(
     B, M, D = rows.shape
     T = tokens.shape[1]
     tokens = tokens.contiguous()
-    config = launch.select(_token_attention_bwd_kernel, tokens, D)
+    config = launch.select(_token_attention_bwd_kernel, tokens, table_width(M, D))
     values = _values(tokens, M, config)
     block_m = values["BLOCK_M"]
     parts, blocks = launch.split(T, values["BLOCK_L"], B)

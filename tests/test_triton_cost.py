@@ -94,3 +94,16 @@ def test_encoder_table_orders_the_methods():
 def test_floor_is_the_longer_of_bytes_and_products():
     device = cost.Device("toy", "sm_90", 1e12, {"bf16": 1e12})
     assert device.floor_us(2e6, 1e6, "bf16") == 2.0 and device.floor_us(1e6, 3e6, "bf16") == 3.0
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_the_tuner_writes_the_entries_that_launches_read(precision):
+    shape = shipped.PRESETS["clevr6"]
+    entries = launch.table()["sm_90"]
+    launches = [item for _, item in shipped.record_shipped("sm_90", shape, precision)]
+    tuned = [item for item in launches if item.name in entries]
+    assert {item.name for item in tuned} == set(entries)
+    for item in tuned:
+        with shipped.matmul_precision(precision):
+            key = launch.table_key(shipped.PRECISIONS[precision], shape.row_width(item.name))
+        assert launch.LaunchConfig(**entries[item.name][key]) == item.config, item.name
