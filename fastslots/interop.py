@@ -80,11 +80,16 @@ def load_official(path: str | Path, preset: str, **overrides: object) -> SlotVAE
 
 
 def to_official(model: SlotVAE, unused_as_zeros: bool = False) -> dict[str, Tensor]:
-    """The model's weights under the authors' names and shapes.
+    """The model's weights under the authors' names and shapes. UserError for a baseline, which theirs cannot hold.
 
     unused_as_zeros: for a model of features, also give zeros for the CNN and grid embedding that their ClevrTex
     program holds (and never reads), so that its strict loading succeeds.
     """
+    if (model.config.encoder, model.config.decoder) != ("transformer", "transformer"):
+        raise UserError(
+            f"encoder {model.config.encoder!r} with decoder {model.config.decoder!r} has no place in the authors' "
+            "state_dict: only 'transformer' for both has"
+        )
     state = {official_name(name): value.detach().clone() for name, value in model.state_dict().items()}
     if unused_as_zeros and model.config.input == "features":
         C, S = model.config.cnn_channels, model.config.token_width

@@ -57,9 +57,10 @@ def why_not(op: str, tensors: Sequence[Tensor]) -> str | None:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         return f"{names}: all tensors must be fp64, or of at most 32 bits and floating point"
     if op == "token_attention":
-        rows = x.shape[1]
+        rows = x.shape[1] if x.ndim == 3 else 1
         return f"{rows} rows are more than {MAX_COLUMNS}" if rows > MAX_COLUMNS else None
-    second = tensors[1].shape if len(tensors) > 1 else (1, 1, 1, 1)
+    # A probe of device and dtype alone (other shapes, one tensor) is answered too: its sizes forbid nothing.
+    second = tensors[1].shape if len(tensors) > 1 and tensors[1].ndim == 4 else (1, 1, 1, 1)
     heads, slots = (1, second[2]) if op == "cross_attention" else second[2:4]
     if slots > MAX_SLOTS:
         return f"{slots} slots are more than {MAX_SLOTS}"

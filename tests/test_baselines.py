@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fastslots.errors import UserError
+from fastslots.interop import to_official
 from fastslots.metrics import slot_jacobian
 from fastslots.models import SlotVAE, SlotVAEConfig
 from fastslots.models.broadcast import BroadcastDecoder
@@ -214,3 +215,8 @@ def test_each_baseline_trains_from_one_flag_and_gets_every_score(tmp_path, flag)
     assert torch.equal(loaded(x, noise).recon, model(x, noise).recon)
     whole, tiled = model.loss(model(x, noise), x), model.training_loss(x, noise)
     assert torch.allclose(whole.total, tiled.total, rtol=1e-4)
+
+
+def test_the_authors_format_has_no_place_for_a_baseline():
+    with pytest.raises(UserError, match="slot-attention"):
+        to_official(SlotVAE(SlotVAEConfig.preset("sprites-mini", encoder="slot-attention")))
