@@ -180,11 +180,12 @@ def table_width(M: int, D: int) -> int:
     return max(D, min(D * padded_rows(M) // 32, launch.WIDTH_CLASSES[-1]))
 
 
-def _values(tokens: Tensor, M: int, config: launch.LaunchConfig) -> dict[str, object]:
+def _values(tokens: Tensor, M: int, config: launch.LaunchConfig, tf32_rows: int = 16) -> dict[str, object]:
     """More rows take shorter tiles of tokens, so that the table's entries hold their registers for any of them."""
-    block_m = padded_rows(M)
+    precision = launch.precision(tokens.dtype)
+    block_m = max(padded_rows(M), tf32_rows if precision == "tf32" else 16)
     return {
-        "D": tokens.shape[2], "PRECISION": launch.precision(tokens.dtype),
+        "D": tokens.shape[2], "PRECISION": precision,
         "BLOCK_L": max(16, min(config.block_l, config.block_l * config.block_c // block_m)), "BLOCK_M": block_m,
         "BLOCK_D": config.block_d,
     }  # fmt: skip
@@ -224,7 +225,7 @@ def token_attention_bwd(
     T = tokens.shape[1]
     tokens = tokens.contiguous()
     config = launch.select(_token_attention_bwd_kernel, tokens, table_width(M, D))
-    values = _values(tokens, M, config)
+    values = _values(tokens, M, config, tf32_rows=64)  # 16 or 32 rows spill registers in TF32, 64 do not (Triton 3.9)
     block_m = values["BLOCK_M"]
     parts, blocks = launch.split(T, values["BLOCK_L"], B)
     dtokens = torch.empty_like(tokens)
