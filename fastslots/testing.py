@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastslots.ops.reference import FeedForward, FoldedProjections
 
@@ -89,3 +90,26 @@ def assert_close(actual: Tensor, expected: Tensor, bound: float, name: str = "")
     flat = (actual.double() - expected.double()).abs().nan_to_num(float("inf")).flatten()
     place = torch.unravel_index(flat.argmax(), actual.shape) if actual.ndim else ()
     raise AssertionError(f"{name}: max {worst:.3e}, rms {rms:.3e} over {bound:.1e}, worst at {[int(i) for i in place]}")
+
+
+class Poison(TorchDispatchMode):
+    """Fills every uninitialised tensor with NaN, so that an element no kernel writes is seen."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if "empty" in func.name() and isinstance(out, Tensor) and out.is_floating_point():
+            out.fill_(float("nan"))
+        return out
+
+
+def varint(n: int) -> bytes:
+    """A protobuf number, as TFRecord examples hold them."""
+    out = b""
+    while n > 127:
+        out, n = out + bytes([n & 127 | 128]), n >> 7
+    return out + bytes([n])
+
+
+def message(number: int, body: bytes) -> bytes:
+    """A protobuf field of bytes."""
+    return varint(number << 3 | 2) + varint(len(body)) + body

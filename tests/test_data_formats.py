@@ -22,6 +22,7 @@ from fastslots.data.open import pack, recognise
 from fastslots.data.packed import PackedDataset
 from fastslots.data.tfrecord import Records, masked_crc, parse_example
 from fastslots.errors import UserError
+from fastslots.testing import message
 
 CLEVR = os.environ.get("FASTSLOTS_CLEVR")
 real = pytest.mark.skipif(not CLEVR, reason="set FASTSLOTS_CLEVR to a folder with CLEVR data")
@@ -35,17 +36,6 @@ def cache(tmp_path, monkeypatch):
 
 
 # ---- writers of what users hold --------------------------------------------------------------------------------------
-
-
-def varint(n: int) -> bytes:
-    out = b""
-    while n > 127:
-        out, n = out + bytes([n & 127 | 128]), n >> 7
-    return out + bytes([n])
-
-
-def message(number: int, body: bytes) -> bytes:
-    return varint(number << 3 | 2) + varint(len(body)) + body
 
 
 def example(features: dict[str, object], one_value: bool = False) -> bytes:

@@ -46,6 +46,7 @@ from fastslots.data.tfrecord import masked_crc, parse_example
 from fastslots.errors import UserError
 from fastslots.models import SlotVAE
 from fastslots.models.storage import load_weights, weights_bytes
+from fastslots.testing import message
 from fastslots.train.checkpoint import Checkpoint, load_checkpoint
 from fastslots.train.config import TrainConfig, read_config
 
@@ -112,17 +113,6 @@ def consume(reader_of: Callable, path: Path) -> None:
 def file_read(reader_of: Callable, data: bytes, folder: Path) -> None:
     (folder / "x.bin").write_bytes(data)
     consume(reader_of, folder / "x.bin")
-
-
-def varint(n: int) -> bytes:
-    out = b""
-    while n > 127:
-        out, n = out + bytes([n & 127 | 128]), n >> 7
-    return out + bytes([n])
-
-
-def message(number: int, body: bytes) -> bytes:
-    return varint(number << 3 | 2) + varint(len(body)) + body
 
 
 @cache

@@ -26,6 +26,7 @@ from fastslots.kernels.folded_cross_attention import folded_attention_bwd, folde
 from fastslots.models import SlotVAE, SlotVAEConfig
 from fastslots.ops import reference, tiled
 from fastslots.ops.reference import FeedForward, FoldedProjections, OutputHead
+from fastslots.testing import Poison
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 MAX_UNITS = {torch.float16: 6, torch.bfloat16: 6, torch.float32: 32}
@@ -46,16 +47,6 @@ LAYER_SHAPES = {
 
 def interpreted() -> None:
     assert INTERPRETED.value, "triton was imported before TRITON_INTERPRET was set: run these tests in a new process"
-
-
-class Poison(TorchDispatchMode):
-    """Fills every uninitialised tensor with NaN, so that an element no kernel writes is seen."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if "empty" in func.name() and isinstance(out, torch.Tensor) and out.is_floating_point():
-            out.fill_(float("nan"))
-        return out
 
 
 def assert_close(got, expected, dtype: torch.dtype) -> None:

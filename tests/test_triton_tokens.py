@@ -17,6 +17,7 @@ from fastslots import ops
 from fastslots.kernels import launch, triton_backend
 from fastslots.kernels._tiles import INTERPRETED
 from fastslots.kernels.token_attention import token_attention_bwd, token_attention_fwd
+from fastslots.testing import Poison
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 MAX_UNITS = {torch.float16: 6, torch.bfloat16: 6, torch.float32: 32}
@@ -38,16 +39,6 @@ SHAPES = {
 @pytest.fixture(autouse=True)
 def _interpreted():
     assert INTERPRETED.value, "triton was imported before TRITON_INTERPRET was set: run these tests in a new process"
-
-
-class Poison(TorchDispatchMode):
-    """Fills every uninitialised tensor with NaN, so that an element no kernel writes is seen."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if "empty" in func.name() and isinstance(out, torch.Tensor) and out.is_floating_point():
-            out.fill_(float("nan"))
-        return out
 
 
 def inputs(shape, dtype, spread=2.0, rows_dtype=None):
