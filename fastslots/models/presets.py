@@ -42,10 +42,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         **{"output_hidden": (64, 64), "octaves": 6},
         **{"sigma": 4.0, "alpha": 3.0, "beta": 0.1, "batch_size": 32, "grad_clip": 1.0},
         **{"pixels_per_step": 64, "pixel_sampling": "foreground"},
-        **{"optimizer": "muon", "lr": 8e-3, "schedule": "cosine", "warmup": 100, "steps": 5_000},
+        **{"optimizer": "muon", "lr": 8e-3, "schedule": "cosine", "warmup": 100, "steps": 6_000},
         # A penalty from the start, even at 2 %, made slots divide the picture rather than its objects: none for 30 %.
-        **{"alpha_start": 1_500, "alpha_warmup": 2_500, "beta_start": 1_000, "beta_warmup": 2_500},
-        **{"eval_every": 2_500, "eval_images": 200, "eval_batch": 20, "checkpoint_every": 1_000},
+        **{"alpha_start": 1_800, "alpha_warmup": 3_000, "beta_start": 1_200, "beta_warmup": 3_000},
+        **{"eval_every": 3_000, "eval_images": 200, "eval_batch": 20, "checkpoint_every": 1_000},
     },
 }
 
