@@ -26,8 +26,14 @@ CASES: dict[str, Callable[[Options], Case]] = {
 Say = Callable[[str], None]
 
 
-def measure(name: str, options: Options, say: Say = lambda line: None) -> list[Row]:
-    """Rows of one case, a row a provider, in the order of the case. ``say`` is told of progress, a line each."""
+def measure(
+    name: str, options: Options, say: Say = lambda line: None, keep: Callable[[list[Row]], object] = lambda rows: None
+) -> list[Row]:
+    """Rows of one case, a row a provider, in the order of the case.
+
+    say: told of progress, a line each; keep: given the rows once they are timed, before memory is measured, where a
+    compiled peer can run a machine out of it.
+    """
     torch.set_num_threads(options.threads)
     roofs = timing.roofs(options.device, options.tiny)
     run = environment(options.device, options.threads, roofs) | {"tiny": options.tiny}
@@ -57,6 +63,8 @@ def measure(name: str, options: Options, say: Say = lambda line: None) -> list[R
                 if options.device == "cuda":
                     row.energy_j, row.clock_mhz = timing.energy(runs[row.provider]) or (None, None)
     ratios(rows)
+    if runs:
+        keep(rows)
     del runs, seen, case
     gc.collect()
     if options.memory and name != "loader":

@@ -72,6 +72,20 @@ def test_a_provider_that_breaks_does_not_stop_the_others(monkeypatch):
     assert seen["published"].status == "ok"
 
 
+def test_times_are_kept_before_memory_is_measured(monkeypatch):
+    """A compiled peer's memory process once took the machine's memory, and an hour of timing with it."""
+    kept: list[Row] = []
+
+    def killed(*_):
+        assert all(row.time for row in kept) and kept
+        raise SystemExit(137)
+
+    monkeypatch.setattr(memory, "measure", killed)
+    with pytest.raises(SystemExit):
+        measure("op", dataclasses.replace(tiny("op"), only="published", memory=True), keep=kept.extend)
+    assert [row.provider for row in kept] == ["published"]
+
+
 def test_check_names_the_worst_tensor_and_what_is_missing():
     expected = {"a": torch.ones(3, dtype=torch.float64), "b": torch.tensor([1.0, -1.0], dtype=torch.float64)}
     assert check({"a": torch.ones(3), "b": torch.tensor([1.0, -1.1])}, expected)[1] == "b"

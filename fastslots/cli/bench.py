@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import time
+from functools import partial
 from pathlib import Path
 
 from fastslots.errors import UserError
@@ -93,18 +94,20 @@ def _measure(wanted: list[str], args: argparse.Namespace) -> int:
             *(preset, args.batch, args.threads, args.rounds, args.tiny, device, args.precision),
             *(not args.no_memory, args.only, args.skip),
         )
+        slug = re.sub(r"[^a-z0-9]+", "-", files.device_name(device).lower()).strip("-")
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        file = f"{name}-{preset}-{args.precision}-{slug}-{stamp}"
+        write = partial(files.write, folder=args.out, name=file)
         if name == "scaling":
             axes = args.axis or list(AXES)
             measured = [row for axis in axes for row in sweep(axis, options, os.cpu_count() or 1, say)]
         elif name == "memory":
             measured = memory_rows(options, (8, 16) if args.tiny else MEMORY_RESOLUTIONS, say)
         else:
-            measured = measure(name, options, say)
+            measured = measure(name, options, say, write)
         if not measured:
             raise UserError(f"--only {args.only}: no provider of {name} has such a name")
-        slug = re.sub(r"[^a-z0-9]+", "-", str(measured[0].run["device"]).lower()).strip("-")
-        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-        path = files.write(measured, args.out, f"{name}-{preset}-{args.precision}-{slug}-{stamp}")
+        path = write(measured)
         say(for_people(measured))
         say(f"wrote {path}")
         if args.profile and name in ("layer", "step"):
