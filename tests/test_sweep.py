@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from fastslots.cli import main
+from fastslots.cli.sweep import cell_of
 from fastslots.errors import UserError
 from fastslots.train.config import TrainConfig
 from fastslots.train.sweep import LOG, Trial, TrialResult, command, finished, make_trials
@@ -71,6 +72,22 @@ def test_trials_are_all_combinations_with_all_seeds(tmp_path):
         make_trials("sprites-mini", {"alpha": [0.0, 0.0]}, {}, [0], tmp_path)
     with pytest.raises(UserError, match="alpha must be at least 0"):
         make_trials("sprites-mini", {"alpha": [0.0, -1.0]}, {}, [0], tmp_path)
+
+
+def test_cells_beside_the_grid(tmp_path):
+    also = [cell_of("encoder=slot-attention,beta=0.2"), cell_of("output_hidden=8,9,decoder=broadcast")]
+    assert also == [{"encoder": "slot-attention", "beta": 0.2}, {"output_hidden": (8, 9), "decoder": "broadcast"}]
+    trials = make_trials("sprites-mini", {"alpha": [0.0, 2.0]}, {"beta": 0.3}, [0, 1], tmp_path, also)
+    assert [trial.config.seed for trial in trials] == [0, 1] * 4
+    cells = [trial.cell for trial in trials[::2]]
+    plain = {"encoder": "transformer", "beta": 0.3, "output_hidden": (64, 64), "decoder": "transformer"}
+    assert cells == [
+        plain | {"alpha": 0.0},
+        plain | {"alpha": 2.0},
+        plain | {"alpha": 3.0, "encoder": "slot-attention", "beta": 0.2},
+        plain | {"alpha": 3.0, "output_hidden": (8, 9), "decoder": "broadcast"},
+    ]
+    assert all(getattr(t.config, name) == value for t in trials for name, value in t.cell.items())
 
 
 def test_the_command_of_a_trial_gives_its_configuration(tmp_path):
@@ -147,6 +164,10 @@ def test_a_plot_shows_every_trial_and_survives_odd_values():
         (["--seeds", "0"], "--seeds and --jobs must be at least 1"),
         (["--seeds", "2", "--seed", "1,2"], "--seeds or --seed, not both"),
         (["--decoder_heads", "8,7"], "multiple of decoder_heads 7"),
+        (["--also", "encoder"], "--also 'encoder': expected FIELD=VALUE"),
+        (["--also", "seed=1"], "fields other than seed"),
+        (["--also", "decoderr=broadcast"], "unknown argument --decoderr: did you mean --decoder?"),
+        (["--also", "beta=0.1"], "given twice"),
         (["clevr7"], "unknown preset 'clevr7'"),
     ],
 )

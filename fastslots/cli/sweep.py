@@ -28,6 +28,13 @@ def add_parser(commands) -> None:
     parser.add_argument("--seeds", type=int, help="seeds 0 .. N-1 (default 1); or name them with --seed 3,5,8")
     parser.add_argument("--jobs", type=int, default=1, help="trials at once, each with its share of the cores")
     parser.add_argument(
+        "--also",
+        metavar="FIELD=VALUE,...",
+        action="append",
+        default=[],
+        help="one more cell beside the combinations, e.g. --also encoder=slot-attention,alpha=0; may be repeated",
+    )
+    parser.add_argument(
         "--eval",
         dest="eval_arguments",
         metavar="ARGUMENTS",
@@ -52,6 +59,27 @@ def comma_list(field_type: str, convert: Callable[[str], Any]) -> Callable[[str]
     return values
 
 
+def cell_of(text: str) -> dict[str, Any]:
+    """``field=value,field=value`` -> the values, converted; a part without "=" belongs to the value before it."""
+    from fastslots.cli import Parser
+
+    parts: list[str] = []
+    for part in text.split(","):
+        if "=" in part or not parts:
+            parts.append(part)
+        else:
+            parts[-1] += f",{part}"
+    parser = Parser(prog="fastslots sweep --also", add_help=False, allow_abbrev=False)
+    add_fields(parser)
+    values = {}
+    if all("=" in part for part in parts):
+        found = parser.parse_args([f"--{part.strip()}" for part in parts])
+        values = {key.removeprefix("field_"): value for key, value in vars(found).items()}
+    if not values or "seed" in values:
+        raise UserError(f"--also {text!r}: expected FIELD=VALUE,... of fields other than seed")
+    return values
+
+
 def run(args: argparse.Namespace) -> int:
     given = {key.removeprefix("field_"): value for key, value in vars(args).items() if key.startswith("field_")}
     seeds = given.pop("seed", None)
@@ -64,7 +92,8 @@ def run(args: argparse.Namespace) -> int:
 
     varied = {name: values for name, values in given.items() if len(values) > 1}
     fixed = {name: values[0] for name, values in given.items() if len(values) == 1}
-    trials = make_trials(args.preset or DEFAULT_PRESET, varied, fixed, seeds or range(args.seeds or 1), args.out)
+    also = [cell_of(text) for text in args.also]
+    trials = make_trials(args.preset or DEFAULT_PRESET, varied, fixed, seeds or range(args.seeds or 1), args.out, also)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -20,7 +20,7 @@ _PAPER: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "sprites": {
         **_PAPER,
-        **{"resolution": 64, "num_slots": 5, "slot_dim": 32, "cnn_channels": 32},
+        **{"resolution": 64, "num_slots": 5, "slot_dim": 32, "cnn_channels": 32, "broadcast_channels": 32},
         **{"sigma": 5.0, "alpha": 0.05, "beta": 0.05, "batch_size": 64, "warmup": 10_000},
     },
     "clevr6": {
@@ -39,7 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         **{"resolution": 32, "num_slots": 4, "slot_dim": 16, "cnn_channels": 32, "cnn_stride": 4},
         **{"encoder_width": 64, "encoder_layers": 3, "log_scale_bias": -2.0},
         **{"query_width": 64, "query_hidden": 128, "slot_width": 64, "slot_hidden": 256, "decoder_heads": 8},
-        **{"output_hidden": (64, 64), "octaves": 6},
+        **{"output_hidden": (64, 64), "octaves": 6, "broadcast_channels": 32},
         **{"sigma": 4.0, "alpha": 3.0, "beta": 0.1, "batch_size": 32, "grad_clip": 1.0},
         **{"pixels_per_step": 64, "pixel_sampling": "foreground"},
         **{"optimizer": "muon", "lr": 8e-3, "schedule": "cosine", "warmup": 100, "steps": 6_000},

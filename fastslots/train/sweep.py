@@ -54,20 +54,29 @@ class TrialResult:
 
 
 def make_trials(
-    preset: str, varied: dict[str, Sequence[Any]], fixed: dict[str, Any], seeds: Sequence[int], out: Path
+    preset: str,
+    varied: dict[str, Sequence[Any]],
+    fixed: dict[str, Any],
+    seeds: Sequence[int],
+    out: Path,
+    also: Sequence[dict[str, Any]] = (),
 ) -> list[Trial]:
-    """All combinations of ``varied`` with all seeds, cell by cell.
+    """All combinations of ``varied`` with all seeds, cell by cell; then the cells ``also``.
 
+    also: fields in which a cell differs from ``fixed`` and the preset; it does not follow ``varied``. Every cell of the
+    table has every field that any cell sets.
     A trial that ``out`` already holds keeps its folder, whatever its name: grids may grow and shrink.
 
     Raises UserError where a combination is no configuration, or a folder holds a run that is not this trial.
     """
     there = {_identity(read_config(path)): path.parent for path in sorted(out.glob("*/config.json"))}
+    columns = list(dict.fromkeys([*varied, *(name for cell in also for name in cell)]))
+    grid = [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
     trials = []
-    for values in itertools.product(*varied.values()):
-        cell = dict(zip(varied, values, strict=True))
+    for given in (*grid, *also):
         for seed in seeds:
-            config = TrainConfig.preset(preset, preset_name=preset, **fixed, **cell, seed=seed)
+            config = TrainConfig.preset(preset, preset_name=preset, **{**fixed, **given, "seed": seed})
+            cell = {name: getattr(config, name) for name in columns}
             parts = [f"{field}_{_slug(value)}" for field, value in (cell | {"seed": seed}).items()]
             trials.append(Trial(cell, config, there.get(_identity(config), out / "-".join(parts))))
     if len({trial.folder for trial in trials}) != len(trials):
