@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastslots.errors import UserError
 from fastslots.models.config import SlotVAEConfig
+from fastslots.models.storage import read_state
 from fastslots.models.vae import SlotVAE
 
 # ours -> theirs, tried in order; \1 is a layer's or a module's number
@@ -101,26 +102,3 @@ def to_official(model: SlotVAE, unused_as_zeros: bool = False) -> dict[str, Tens
             }
         state |= {f"encoder.{name}": torch.zeros(shape) for name, shape in shapes.items()}
     return state
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """A flat state_dict from safetensors or a ``weights_only`` torch file."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the readers raise half a dozen types on bad bytes
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{path} cannot be read as weights ({reason}): give a state_dict (.pth or .safetensors)"
-        ) from None
-    for wrapper in ("model_state_dict", "state_dict", "model"):  # a checkpoint that also holds the optimiser
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} holds no flat state_dict of tensors")
-    return {name.removeprefix("module."): value for name, value in state.items()}

@@ -1,4 +1,4 @@
-"""fastslots data check | pack | generate"""
+"""fastslots data check | pack | generate | features"""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import dataclasses
 import json
 from pathlib import Path
 
+from fastslots.cli import features
 from fastslots.errors import UserError
 
 
 def add_parser(commands) -> None:
-    parser = commands.add_parser("data", help="check, pack or generate data sets")
+    parser = commands.add_parser("data", help="check, pack, generate or encode data sets")
     actions = parser.add_subparsers(metavar="ACTION", required=True, parser_class=type(parser))
 
     check = actions.add_parser("check", help="say what a data set is and what looks wrong")
@@ -38,6 +39,8 @@ def add_parser(commands) -> None:
     generate.add_argument("--objects", default="2-4", metavar="A-B", help="shapes of a scene (default 2-4)")
     generate.set_defaults(run=_generate)
 
+    features.add_parser(actions)
+
 
 def _add_shape(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_objects", "--max-objects", type=int, default=0, help="keep scenes with at most so many")
@@ -62,7 +65,12 @@ def _shape(args: argparse.Namespace) -> dict[str, int | None]:
 
 def _check(args: argparse.Namespace) -> int:
     from fastslots.data.check import check
+    from fastslots.data.features import check_features, is_features
 
+    if is_features(args.path):
+        found = check_features(args.path, args.max_objects or None)
+        print(json.dumps(dataclasses.asdict(found)) if args.json else found)
+        return 0
     report = check(args.path, **_shape(args), quick=args.quick, on_bad_record=args.on_bad_record)
     print(json.dumps(dataclasses.asdict(report)) if args.json else report)
     return 0

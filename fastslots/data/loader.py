@@ -60,14 +60,17 @@ def _image_and_mask(item) -> tuple[Tensor, Tensor | None]:
 
 
 def hold_images(dataset, rows, device: torch.device, limit: float) -> Tensor | None:
-    """Images of ``rows`` as one uint8 tensor [n, R, R, 3] on ``device``; None where that takes over ``limit`` bytes.
+    """Images of ``rows`` as one tensor on ``device``, uint8 [n, R, R, 3] or features as they are kept; None where that
+    takes over ``limit`` bytes.
 
     For sets on disk alone (those with ``info``): what is made on the fly has no end.
     """
-    info = getattr(dataset, "info", None)
-    if info is None or not 0 < len(rows) * info.size**2 * 3 <= limit:
+    if getattr(dataset, "info", None) is None or not len(rows):
         return None
-    held = torch.empty(len(rows), info.size, info.size, 3, dtype=torch.uint8, device=device)
+    first = read_batch(dataset, np.asarray(rows[:1]))[0]
+    if len(rows) * first.nbytes > limit:
+        return None
+    held = torch.empty(len(rows), *first.shape[1:], dtype=first.dtype, device=device)
     for first in range(0, len(rows), 1024):
         part = np.asarray(rows[first : first + 1024])
         held[first : first + len(part)] = read_batch(dataset, part)[0].to(device)

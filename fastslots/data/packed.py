@@ -15,8 +15,10 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -66,14 +68,14 @@ class PackedDataset:
                 f"set --max_objects {packed_with}, or pack it again with --max_objects {max_objects}"
             )
         self._folder = folder
-        self._images = _map(folder / "images.u8", (n, size, size, 3))
-        self._masks = _map(folder / "masks.u8", (n, size, size)) if meta["has_masks"] else None
+        self._images = map_array(folder / "images.u8", (n, size, size, 3))
+        self._masks = map_array(folder / "masks.u8", (n, size, size)) if meta["has_masks"] else None
         self._open = {
             name: (open(folder / name, "rb"), values.size)
             for name, values in (("images.u8", self._images), ("masks.u8", self._masks))
             if values is not None
         }
-        self.objects = np.array(_map(folder / "objects.u8", (n,)))
+        self.objects = np.array(map_array(folder / "objects.u8", (n,)))
         keep = np.ones(n, bool) if not max_objects else self.objects <= max_objects
         if max_objects and (self.objects == UNKNOWN).any():
             raise UserError(f"{path or folder}: nothing tells how many objects its scenes have: set --max_objects 0")
@@ -94,7 +96,7 @@ class PackedDataset:
     def __getitem__(self, index: int) -> dict[str, object]:
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        self._check_length()
+        check_lengths(self._folder, self._open)
         row = self._rows[index]
         item: dict[str, object] = {"image": np.array(self._images[row])}
         if self._masks is not None:
@@ -104,18 +106,9 @@ class PackedDataset:
 
     def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """images uint8 [n, R, R, 3], masks uint8 [n, R, R] or None"""
-        self._check_length()
+        check_lengths(self._folder, self._open)
         rows = self._rows[np.asarray(indices)]
         return self._images[rows], None if self._masks is None else self._masks[rows]
-
-    def _check_length(self) -> None:
-        """UserError where a file was cut since it was mapped: reading beyond its end would kill the process (SIGBUS).
-
-        Costs a microsecond a batch. A file that was removed stays readable through its map.
-        """
-        for name, (file, length) in self._open.items():
-            if os.fstat(file.fileno()).st_size < length:
-                raise UserError(f"{self._folder / name} has become shorter while it was in use: {MEND}")
 
     def factors(self) -> dict[str, np.ndarray]:
         """Generating factors by name, a row a scene (before the object filter)."""
@@ -168,11 +161,23 @@ def is_packed(folder: Path) -> bool:
         return False
 
 
-def _map(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    expected, size = math.prod(shape), path.stat().st_size if path.is_file() else 0
+def map_array(path: Path, shape: tuple[int, ...], dtype: str = "u1") -> np.ndarray:
+    """A raw array mapped into memory. UserError where the file is of another length."""
+    expected, size = math.prod(shape) * np.dtype(dtype).itemsize, path.stat().st_size if path.is_file() else 0
     if size != expected:
         raise UserError(f"{path} has {size} bytes, expected {expected}: {MEND}")
-    return np.memmap(path, np.uint8, "r", shape=shape)
+    return np.memmap(path, dtype, "r", shape=shape)
+
+
+def check_lengths(folder: Path, files: dict[str, tuple[BinaryIO, int]]) -> None:
+    """UserError where a file was cut since it was mapped: reading beyond its end would kill the process (SIGBUS).
+
+    files: name -> (open file, bytes that are mapped). Costs a microsecond a batch. A file that was removed stays
+    readable through its map.
+    """
+    for name, (file, length) in files.items():
+        if os.fstat(file.fileno()).st_size < length:
+            raise UserError(f"{folder / name} has become shorter while it was in use: {MEND}")
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -183,10 +188,10 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is damaged ({error}): {MEND}") from None
 
 
-def digest(folder: Path) -> str:
+def digest(folder: Path, names: Iterable[str] = ARRAYS) -> str:
     """Of the arrays, in the order images, masks, objects."""
     hasher = hashlib.blake2b(digest_size=16)
-    for name in ARRAYS:
+    for name in names:
         if (folder / name).exists():
             with open(folder / name, "rb") as file:
                 while block := file.read(1 << 20):

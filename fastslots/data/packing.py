@@ -48,7 +48,7 @@ def write_packed(
     partial = folder.with_name(folder.name + ".partial")
     settings = json.loads(json.dumps(settings | {"kind": kind, "source": source}))
     try:
-        with _locked(partial, folder):
+        with locked(partial, folder):
             if is_packed(folder):
                 shutil.rmtree(partial, ignore_errors=True)
                 return
@@ -68,7 +68,7 @@ def write_packed(
 
 
 @contextlib.contextmanager
-def _locked(partial: Path, folder: Path) -> Iterator[None]:
+def locked(partial: Path, folder: Path) -> Iterator[None]:
     """One writer at a time; the lock goes with the process that holds it."""
     partial.mkdir(parents=True, exist_ok=True)
     with open(partial / "lock", "ab") as file:
@@ -150,7 +150,7 @@ class _Appender:
             shapes = [{name: np.shape(value) for name, value in row.items()} for row in self._factors]
             names = list(shapes[0]) if all(shape == shapes[0] for shape in shapes) else []
             columns = {name: np.stack([row[name] for row in self._factors]) for name in names}
-            _write_arrays(self._folder / f"factors-{self.read}.npz", columns)
+            write_arrays(self._folder / f"factors-{self.read}.npz", columns)
             self._factors = []
         for file in self._files.values():
             file.flush()
@@ -178,7 +178,7 @@ class _Appender:
         }
         if columns:
             joined = {name: np.concatenate(parts) for name, parts in columns.items()}
-            _write_arrays(self._folder / "factors.npz", joined)
+            write_arrays(self._folder / "factors.npz", joined)
         meta = {"magic": MAGIC, "version": VERSION, "kind": self._settings["kind"], "source": self._settings["source"]}
         meta |= {"skipped": self._bad, "count": self._done, "size": self._size, "has_masks": self._has_masks}
         meta |= {"max_objects": self._settings.get("max_objects") or 0, "published_split": published_split}
@@ -188,7 +188,7 @@ class _Appender:
             os.fsync(file.fileno())
 
 
-def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """An npz, brought to the disk. Not numpy.savez, whose own arguments take names like "file" from the columns."""
     with open(path, "wb") as file:
         with zipfile.ZipFile(file, "w") as archive:

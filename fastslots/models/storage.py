@@ -1,4 +1,4 @@
-"""Weights with their configuration, and the models of run directories."""
+"""Weights with their configuration, the models of run directories, and others' weights."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import dataclasses
 import json
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from fastslots.errors import UserError
 from fastslots.models.config import SlotVAEConfig
@@ -54,3 +56,24 @@ def weights_path(run: Path, weights: str) -> Path:
 
 def load_run(run: Path, weights: str = "best") -> SlotVAE:
     return load_weights(weights_path(run, weights))
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Others' weights: a flat state_dict from safetensors or a ``weights_only`` torch file."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the readers raise half a dozen types on bad bytes
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{path} cannot be read as weights ({reason}): give a state_dict (.pth or .safetensors)"
+        ) from None
+    for wrapper in ("model_state_dict", "state_dict", "model"):  # a checkpoint that also holds the optimiser
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path} holds no flat state_dict of tensors")
+    return {name.removeprefix("module."): value for name, value in state.items()}

@@ -149,7 +149,7 @@ def _factors(dataset: Any, rows: Sequence[int]) -> dict[str, np.ndarray]:
 def _counts_from_one(dataset: Any) -> bool:
     """Our sprites' factors begin with the object of mask label 1; published sets' with the background, label 0."""
     info = getattr(dataset, "info", None)
-    return isinstance(dataset, SpritesDataset) or getattr(info, "kind", "") == "generated sprites"
+    return isinstance(dataset, SpritesDataset) or getattr(info, "kind", "").endswith("generated sprites")
 
 
 def _target(name: str, values: Tensor) -> Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from fastslots.data import SpritesDataset, split_indices
+from fastslots.data.features import FeatureDataset, is_features
 from fastslots.data.sampling import step_seed
 from fastslots.errors import UserError
 from fastslots.train.config import TrainConfig
@@ -30,15 +32,25 @@ def open_source(config: TrainConfig, dataset: Any = None) -> Source:
     """
     if dataset is not None:
         return _split(dataset, f"{type(dataset).__name__} of {len(dataset)} images", False)
+    if (config.input == "features") != is_features(config.data):
+        raise UserError(
+            f"this model reads features of a frozen network, and {config.data} holds none: make them with "
+            f"`fastslots data features DATA --checkpoint FILE --out DIR` and train with --data DIR"
+            if config.input == "features"
+            else f"{config.data} holds features of a frozen network: train preset clevrtex, or set --input features"
+        )
+    if config.input == "features":
+        features = FeatureDataset(Path(config.data), config.max_objects or None)
+        made = f"{features.channels} x {features.side} x {features.side} by {features.made_by.get('checkpoint')}"
+        return _split(features, f"{features.info}; {made}", features.info.published_split)
     if config.data == "sprites":
         return _builtin(config)
     from fastslots.data import open_dataset
     from fastslots.data.check import check
 
-    size = config.resolution if config.input == "pixels" else None
     max_objects = config.max_objects or None
-    report = check(config.data, max_objects, size, on_bad_record=config.on_bad_record)
-    opened = open_dataset(config.data, max_objects, size, config.on_bad_record)
+    report = check(config.data, max_objects, config.resolution, on_bad_record=config.on_bad_record)
+    opened = open_dataset(config.data, max_objects, config.resolution, config.on_bad_record)
     source = _split(opened, str(opened.info), opened.info.published_split)
     return replace(source, warnings=report.warnings)
 
