@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -18,7 +19,19 @@ from fastslots.metrics import jacobian_ari, slot_jacobian
 from fastslots.models import SlotVAE, SlotVAEConfig
 from fastslots.report import render, run_facts
 from fastslots.report.curves import POINTS, Curve, MetricsReader
-from fastslots.report.explorer import FIXED, PER_SLOT, PIXELS, SIDE, Plan, decode, explore, thinned, views
+from fastslots.report.explorer import (
+    FIXED,
+    PER_SLOT,
+    PIXELS,
+    SIDE,
+    WALKS,
+    Plan,
+    affordable,
+    decode,
+    explore,
+    thinned,
+    views,
+)
 from fastslots.report.pictures import data_uri
 from fastslots.train import TrainConfig, fit
 from fastslots.train.report import write_report
@@ -143,9 +156,9 @@ def test_explorer_tiles_are_what_they_say():
     walked = z[4:5].clone()
     walked[0, 1, data["latents"][1]] = data["values"][1][6]
     assert close(tile(4, FIXED + PER_SLOT * K + 2 * K * K + (1 * L + 1) * V + 6), picture(walked))
-    scores = [jacobian_ari(slot_jacobian(model.decoder, z[i : i + 1]), masks[i : i + 1].long()) for i in range(6)]
-    assert data["scores"]["j_ari"] == pytest.approx(scores, abs=1e-3)
-    for entry in data["images"]:
+    for i, entry in enumerate(data["images"]):
+        score = jacobian_ari(slot_jacobian(model.decoder, z[i : i + 1]), masks[i : i + 1].long())
+        assert entry["j_ari"] == pytest.approx(score, abs=1e-3)
         assert all(math.isclose(sum(row), 1, abs_tol=1e-3) for row in entry["confusion"])
 
 
@@ -162,11 +175,20 @@ def test_large_images_are_thinned_not_moved(decoder):
 
 @pytest.mark.parametrize("slots, side", [(1, 32), (4, 32), (7, 64), (16, 64), (40, 64)])
 def test_the_plan_is_bounded_and_partners_swap_both_ways(slots, side):
-    plan = Plan.of(24, slots, 3, side)
-    tiles = FIXED + slots * (PER_SLOT + (plan.group - 1) * slots + 3 * 7)
-    assert 1 <= plan.images <= 6 and (plan.images * tiles * side**2 <= PIXELS or plan.images == 1)
-    for image in range(plan.images):
-        assert all(image in plan.partners_of(partner) for partner in plan.partners_of(image))
+    for budget in (PIXELS, PIXELS // 4):
+        plan = Plan.of(24, slots, 9, budget, side)
+        tiles = FIXED + slots * (PER_SLOT + (plan.group - 1) * slots + plan.latents * plan.values)
+        assert plan.tiles(slots) == tiles and (plan.latents, plan.values) in WALKS
+        assert 1 <= plan.images <= 6 and (plan.images * tiles * side**2 <= budget or plan.images == 1)
+        for image in range(plan.images):
+            assert all(image in plan.partners_of(partner) for partner in plan.partners_of(image))
+
+
+def test_large_decoders_are_shown_less_of_on_a_cpu():
+    small, large = (SlotVAE(SlotVAEConfig.preset(name)) for name in ("sprites-mini", "clevr6"))
+    assert affordable(small.decoder, 4, 32) == PIXELS
+    plan = Plan.of(24, 7, 64, affordable(thinned(large.decoder), 7, SIDE), SIDE)
+    assert plan == Plan(images=3, group=3, latents=2, values=5)
 
 
 def test_noise_is_stored_within_its_limit():
@@ -189,13 +211,30 @@ def test_the_page_has_no_way_out_and_text_cannot_become_markup(run):
 
 def test_a_page_of_a_run_that_has_just_begun(tmp_path):
     (tmp_path / "config.json").write_text(TrainConfig.preset("sprites-mini").to_json())
+    (tmp_path / "scores.json").write_text("")  # torn
     page = write_report([tmp_path])
     assert page.stat().st_size < 100_000 and json.loads(page.read_text().split("id=facts>")[1].split("</script>")[0])
 
 
-def test_images_given_in_python_are_not_explored_from_elsewhere(run, tmp_path):
+def test_every_evaluation_leaves_the_scores_of_its_images(run):
+    scores = json.loads((run / "scores.json").read_text())
+    last = run_facts(run)["evaluations"][-1]
+    assert scores["step"] == last["step"] == 12
+    for name in ("j_ari", "fg_ari"):
+        assert len(scores[name]) == 8 and np.mean(scores[name]) == pytest.approx(last[name], abs=1e-4)
+
+
+def test_images_given_in_python_are_explored_at_the_end_of_their_run(tmp_path):
+    config = TrainConfig.preset("sprites-mini", **TINY, steps=2, batch_size=4, eval_images=4, threads=1)
+    images, said = torch.utils.data.TensorDataset(torch.rand(60, 3, 16, 16)), io.StringIO()
+    fit(config, images, tmp_path, stream=said)
+    shown = json.loads((tmp_path / "explorer.json").read_text())
+    assert len(shown["images"]) == 3 and not shown["masks"] and "no slot explorer" not in said.getvalue()
+
+
+def test_images_given_in_python_are_not_explored_from_elsewhere_later(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "explorer.json").unlink(missing_ok=True)
     (tmp_path / "run" / "data.txt").write_text("MyDataset of 50 images")
-    write_report([tmp_path / "run"])
+    write_report([tmp_path / "run"], explorer=True)
     assert not (tmp_path / "run" / "explorer.json").exists()

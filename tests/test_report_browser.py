@@ -49,8 +49,9 @@ def write_run(folder: Path, seed: int, steps: int = 12) -> Path:
         entry["partners"] = [j for j in range(i - i % GROUP, i - i % GROUP + GROUP) if j != i]
         images.append(entry | {"objects": [0, 1], "confusion": [[1, 0, 0], [0.25, 0.5, 0.25]], "j_ari": 0.5})
     explorer = {"side": SIDE, "columns": COLUMNS, "slots": K, "latents": LATENTS, "values": [VALUES] * len(LATENTS)}
-    scores = {"j_ari": [0.1, 0.5, -0.2], "fg_ari": [1.0, 0.9, 0.9]}
-    explorer |= {"images": images, "masks": True, "scores": scores}
+    explorer |= {"images": images, "masks": True}
+    scores = {"step": 12, "j_ari": [0.1, 0.5, -0.2], "fg_ari": [1.0, 0.9, 0.9]}
+    (folder / "scores.json").write_text(json.dumps(scores))
     (folder / "explorer.json").write_text(json.dumps(explorer))
     return folder
 

@@ -18,6 +18,7 @@ from fastslots.errors import UserError
 from fastslots.models import SlotVAE
 from fastslots.train import NonFiniteLossError, TrainConfig, fit
 from fastslots.train.checkpoint import latest_checkpoint
+from fastslots.train.files import write_atomic
 from fastslots.train.log import read_metrics
 from fastslots.train.optim import Optimizer
 from fastslots.train.step import Precision, draw, training_step
@@ -204,3 +205,19 @@ def test_an_unwritable_folder_is_named(tmp_path):
 def test_tensorboard_events(tmp_path):
     fit(tiny(tensorboard=True), out=tmp_path)
     assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_the_explorer_of_a_finished_run_shows_its_best_weights(tmp_path, monkeypatch):
+    """Slow disks: the best weights of the last evaluation are still being written when the report is."""
+    import fastslots.train.loop as loop
+
+    def slow(path, data):
+        if path.name == "best.safetensors":
+            time.sleep(0.5)
+        write_atomic(path, data)
+
+    monkeypatch.setattr(loop, "write_atomic", slow)
+    fit(tiny(eval_every=0), out=tmp_path)
+    stamp = json.loads((tmp_path / "explorer.json").read_text())["stamp"]
+    assert stamp == f"best.safetensors {(tmp_path / 'checkpoints' / 'best.safetensors').stat().st_mtime_ns}"
+    assert "explorer" in (tmp_path / "report.html").read_text()

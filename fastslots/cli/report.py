@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from fastslots.errors import UserError
@@ -26,5 +27,9 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"{folder} is no run directory (no config.json in it)")
     from fastslots.train.report import write_report
 
-    print(write_report(args.runs, args.out, explorer=not args.no_explorer))
+    def progress(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{done}/{total} images decoded", end="" if done < total else "\n", file=sys.stderr, flush=True)
+
+    print(write_report(args.runs, args.out, explorer=not args.no_explorer, progress=progress))
     return 0

@@ -57,6 +57,7 @@ class JacobianMeter:
         if mode not in ("pooled", "paper"):
             raise ValueError(f"mode must be 'pooled' or 'paper', got {mode!r}")
         self.mode = mode
+        self.of_images: list[float] = []  # J-ARI of each
         self._batches: list[
             tuple[float, int, float, int]
         ] = []  # sum and count of J-ARI over images, of JIS over pixels
@@ -67,6 +68,7 @@ class JacobianMeter:
         if not len(share):
             return
         agreement = adjusted_rand_index(masks, share.argmax(1), foreground_only=True)
+        self.of_images += agreement.tolist()
         K = share.shape[1]
         seen = (masks != 0) & (share.sum(1) > 0)
         largest = share.amax(1)[seen]
@@ -90,19 +92,22 @@ class JacobianMeter:
 
 
 class SegmentationMeter:
-    """Means over images of ARI, FG-ARI, mBO and mIoU, given batch by batch."""
+    """ARI, FG-ARI, mBO and mIoU of images and their means, given batch by batch."""
 
     SCORES = {"ari": ari, "fg_ari": fg_ari, "mbo": mean_best_overlap, "miou": mean_iou}  # noqa: RUF012
 
     def __init__(self) -> None:
         self._sums = dict.fromkeys(self.SCORES, 0.0)
+        self.of_images: dict[str, list[float]] = {name: [] for name in self.SCORES}
         self.images = 0
 
     def update(self, slot_map: Tensor, masks: Tensor) -> None:
         """slot_map [B, R·R, K] float or labels [B, R, R]; masks [B, R, R] integer labels."""
         labels = slot_labels(slot_map, masks)
         for name, score in self.SCORES.items():
-            self._sums[name] += score(labels, masks).sum().item()
+            of_images = score(labels, masks)
+            self._sums[name] += of_images.sum().item()
+            self.of_images[name] += of_images.tolist()
         self.images += len(masks)
 
     def result(self) -> dict[str, float]:

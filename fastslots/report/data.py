@@ -19,6 +19,7 @@ GRIDS = 4  # pictures of evaluations a page holds: the first, the last, and some
 GRID_BYTES = 400_000  # of each; larger ones are stored lossily
 ROWS = 12  # evaluations in the table: the last ones
 EXPLORER = "explorer.json"
+OF_IMAGES = "scores.json"  # the newest evaluation image by image
 
 
 def run_facts(run: Path, reader: MetricsReader | None = None) -> dict[str, Any]:
@@ -37,6 +38,7 @@ def run_facts(run: Path, reader: MetricsReader | None = None) -> dict[str, Any]:
         "scores": {name: curve.table() for name, curve in evaluation_curves(reader.evaluations).items()},
         "grids": _grids(run / "images"),
         "explorer": _json(run / EXPLORER),
+        "of_images": _json(run / OF_IMAGES),
         "config": config,
         "stopped": (run / "nan_batch.safetensors").exists(),
         "versions": versions(PACKAGES),

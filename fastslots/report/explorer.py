@@ -8,12 +8,14 @@ Each image has one sheet of square tiles, in this order (K slots, P partner imag
     for each slot k and latent:   the image with that latent of the slot at each of V values
 
 What it costs is bounded: IMAGES images, tiles of at most SIDE pixels a side (every n-th pixel of larger images,
-decoded exactly: pixels are independent), PIXELS pixels in all, SHEET_BYTES bytes a sheet.
+decoded exactly: pixels are independent), PIXELS pixels in all, SHEET_BYTES bytes a sheet; on a CPU about CPU_WORK
+multiplications, for which a large decoder shows fewer images and shorter walks.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,19 +23,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastslots.metrics import adjusted_rand_index, fg_ari, slot_jacobian
+from fastslots.metrics import adjusted_rand_index, slot_jacobian
 from fastslots.models import SlotVAE
 from fastslots.models.decoder import Decoder
 from fastslots.report.pictures import by_colour, data_uri, grey, labels, rgb
 
 IMAGES = 6
 SIDE = 64
-LATENTS = 3  # of each slot, those that carry most
-VALUES = 7
+WALKS = (
+    (3, 7),
+    (2, 5),
+)  # latents of each slot, those that carry most, and values of each; the second where time is short
 SPREAD = 2.5  # standard deviations to each side that a walk covers
 PIXELS = 8_000_000
 SHEET_BYTES = 400_000
-SCORED = 24  # images in the histogram of scores
+CPU_WORK = 8_000_000_000_000  # multiplications: 15 to 25 s of one core at the published widths
+ENCODED = 12  # images whose slots say which latents carry most
 COLUMNS = 32  # tiles in a row of a sheet
 DECODED_AT_ONCE = 262_144  # pixels: bounds memory on any device
 FIXED, PER_SLOT = 5, 3  # tiles an image and a slot have, whatever is chosen
@@ -41,20 +46,27 @@ FIXED, PER_SLOT = 5, 3  # tiles an image and a slot have, whatever is chosen
 
 @dataclass(frozen=True)
 class Plan:
-    """How many images are shown. They swap slots within groups: of three, or of two where that costs too much."""
+    """How much is shown. Images swap slots within groups: of three, or of two where that costs too much."""
 
     images: int
     group: int
+    latents: int
+    values: int
 
     @classmethod
-    def of(cls, images: int, slots: int, latents: int, side: int) -> Plan:
-        """The largest plan within PIXELS; a single image always fits."""
-        for count in range(min(images, IMAGES), 1, -1):
-            for group in (3, 2):
-                tiles = FIXED + slots * (PER_SLOT + (group - 1) * slots + latents * VALUES)
-                if count * tiles * side**2 <= PIXELS:
-                    return cls(count, group)
-        return cls(1, 1)
+    def of(cls, images: int, slots: int, latents: int, pixels: int, side: int) -> Plan:
+        """The largest plan of at most ``pixels`` pixels; of a single image and short walks whatever they are."""
+        for count in range(min(images, IMAGES), 0, -1):
+            for group in (3, 2) if count > 1 else (1,):
+                for walk in WALKS[: 1 if count > 3 else None]:
+                    plan = cls(count, group, min(latents, walk[0]), walk[1])
+                    if count * plan.tiles(slots) * side**2 <= pixels:
+                        return plan
+        return cls(1, 1, min(latents, WALKS[-1][0]), WALKS[-1][1])
+
+    def tiles(self, slots: int) -> int:
+        """Of one image."""
+        return FIXED + slots * (PER_SLOT + (self.group - 1) * slots + self.latents * self.values)
 
     def partners_of(self, image: int) -> list[int]:
         first = image - image % self.group
@@ -62,24 +74,29 @@ class Plan:
 
 
 @torch.no_grad()
-def explore(model: SlotVAE, images: Tensor, masks: Tensor | None) -> dict[str, Any]:
+def explore(
+    model: SlotVAE,
+    images: Tensor,
+    masks: Tensor | None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
     """Everything the page's explorer needs, ready for JSON.
 
-    images: float [B, 3, R, R] in [0, 1], the first few to show, all to score; masks: [B, R, R] integer labels or None.
-    z is the posterior mean. The model should be in evaluation mode.
+    images: float [B, 3, R, R] in [0, 1], the first few to show, all to encode; masks: [B, R, R] integer labels or None.
+    progress: called with (images done, images). z is the posterior mean. The model should be in evaluation mode.
     """
     K, D = model.config.num_slots, model.config.slot_dim
     device = next(model.parameters()).device
     noise = torch.zeros(len(images), K, D, device=device)
     posterior = model.encode(images.to(device), noise)
-    decoder = thinned(model.decoder)
-    latents = _latents(posterior.mean, posterior.std, model.config.variational)
+    decoder, side = thinned(model.decoder), _thin(images).shape[-1]
+    plan = Plan.of(len(images), K, D, affordable(decoder, K, side), side)
+    latents = _latents(posterior.mean, posterior.std, model.config.variational, plan.latents)
     center, spread = posterior.mean.mean((0, 1)), posterior.mean.std((0, 1), correction=0).clamp_min(1e-6)
-    values = center[:, None] + spread[:, None] * torch.linspace(-SPREAD, SPREAD, VALUES, device=device)  # [D, VALUES]
-    recon, maps, shares = map(_thin, views(decoder, posterior.slots, model.config.decoder_heads))
-    plan = Plan.of(len(images), K, len(latents), recon.shape[-1])
+    values = center[:, None] + spread[:, None] * torch.linspace(-SPREAD, SPREAD, plan.values, device=device)  # [D, V]
     shown = posterior.slots[: plan.images]
-    truth = None if masks is None else _thin(masks).long()
+    recon, maps, parts = map(_thin, views(decoder, shown, model.config.decoder_heads))
+    truth = None if masks is None else _thin(masks[: plan.images]).long()
     inputs = _thin(images[: plan.images])
     without = _thin(decode(decoder, _without_each(shown))).unflatten(0, (plan.images, K))
     entries = []
@@ -87,25 +104,36 @@ def explore(model: SlotVAE, images: Tensor, masks: Tensor | None) -> dict[str, A
         partners = plan.partners_of(i)
         changed = torch.cat([_swapped(shown, i, partners), _walked(shown[i], latents, values)])
         tiles = [rgb(inputs[i]), *([labels(truth[i].numpy())] if truth is not None else [rgb(inputs[i]) * 0])]
-        tiles += [rgb(recon[i]), by_colour(maps[i]), by_colour(shares[i])]
+        tiles += [rgb(recon[i]), by_colour(maps[i]), by_colour(parts[i])]
         for k in range(K):
-            tiles += [grey(maps[i, k]), grey(shares[i, k]), rgb(without[i, k])]
+            tiles += [grey(maps[i, k]), grey(parts[i, k]), rgb(without[i, k])]
         tiles += [rgb(picture) for picture in _thin(decode(decoder, changed))]
         entry = {"sheet": data_uri(_sheet(tiles), SHEET_BYTES), "partners": partners}
         entry["z"] = [[_short(z) for z in row] for row in shown[i][:, latents].tolist()]
         if truth is not None:
-            entry |= _confusion(shares[i], truth[i])
+            entry |= _confusion(parts[i], truth[i])
         entries.append(entry)
+        if progress:
+            progress(i + 1, plan.images)
     return {
-        "side": recon.shape[-1],
+        "side": side,
         "columns": COLUMNS,
         "slots": K,
         "latents": latents,
         "values": [[_short(v) for v in values[d].tolist()] for d in latents],
         "images": entries,
         "masks": masks is not None,
-        "scores": {} if truth is None else _scores(maps, shares, truth),
     }
+
+
+def affordable(decoder: Any, slots: int, side: int) -> int:
+    """Pixels of tiles with ``side`` pixels a side that may be decoded."""
+    weights = list(decoder.parameters())
+    if weights[0].device.type != "cpu":
+        return PIXELS
+    # A pixel meets each weight once; where slots are decoded apart, once for each of them
+    work = decoder.resolution**2 * sum(w.numel() for w in weights) * (1 if isinstance(decoder, Decoder) else slots)
+    return min(PIXELS, CPU_WORK // work * side**2)
 
 
 def views(decoder: Any, slots: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,9 +143,12 @@ def views(decoder: Any, slots: Tensor, heads: int) -> tuple[Tensor, Tensor, Tens
     """
     recon, slot_map = decoder(slots)
     maps = slot_map.transpose(1, 2).unflatten(-1, (decoder.resolution, decoder.resolution)) / heads
-    jacobian = slot_jacobian(decoder, slots)
-    shares = jacobian / jacobian.sum(1, keepdim=True).clamp_min(torch.finfo(jacobian.dtype).tiny)
-    return recon.cpu(), maps.cpu(), shares.cpu()
+    return recon.cpu(), maps.cpu(), shares(slot_jacobian(decoder, slots)).cpu()
+
+
+def shares(jacobian: Tensor) -> Tensor:
+    """[B, K, R, R] -> each slot's share of a pixel's Jacobian."""
+    return jacobian / jacobian.sum(1, keepdim=True).clamp_min(torch.finfo(jacobian.dtype).tiny)
 
 
 def thinned(decoder: Any) -> Any:
@@ -149,12 +180,12 @@ def _thin(images: Tensor) -> Tensor:
     return images[..., ::stride, ::stride].cpu()
 
 
-def _latents(mean: Tensor, std: Tensor, variational: bool) -> list[int]:
+def _latents(mean: Tensor, std: Tensor, variational: bool, count: int) -> list[int]:
     """The latents whose means vary most from slot to slot, in units of their posterior noise where there is one."""
     signal = mean.var((0, 1), correction=0)
     if variational:
         signal = signal / std.square().mean((0, 1)).clamp_min(1e-12)
-    return sorted(signal.topk(min(LATENTS, len(signal))).indices.tolist())
+    return sorted(signal.topk(count).indices.tolist())
 
 
 def _without_each(slots: Tensor) -> Tensor:
@@ -201,13 +232,6 @@ def _confusion(shares: Tensor, truth: Tensor) -> dict[str, Any]:
     parts = [[_short(n) for n in (row / row.sum()).tolist()] for row in rows]
     agreement = adjusted_rand_index(truth[None], owner[None], foreground_only=True)
     return {"objects": names, "confusion": parts, "j_ari": _short(agreement.item())}
-
-
-def _scores(maps: Tensor, shares: Tensor, truth: Tensor) -> dict[str, list[float]]:
-    """J-ARI and FG-ARI of each image, on the pixels that are left."""
-    by_jacobian = adjusted_rand_index(truth, shares.argmax(1), foreground_only=True)
-    by_map = fg_ari(maps.flatten(2).transpose(1, 2), truth)
-    return {name: [_short(s) for s in v.tolist()] for name, v in (("j_ari", by_jacobian), ("fg_ari", by_map))}
 
 
 def _short(value: float) -> float:

@@ -74,10 +74,12 @@ function curves(kind, title, order, more = () => null) {
 function rank(order, name) { return order.includes(name) ? order.indexOf(name) : order.length }
 
 function histograms() {
-  const scored = runs.map((run, i) => ({ run: i, scores: run.explorer.scores || {} }));
+  const scored = runs.map((run, i) => ({ run: i, scores: run.of_images }));
   const drawn = [["j_ari", "J-ARI"], ["fg_ari", "FG-ARI"]].map(([name, title]) => [title, scored.filter(({ scores }) => scores[name]).map(({ run, scores }) => ({ run, values: scores[name] }))])
     .filter(([, series]) => series.length);
-  return drawn.length ? h("div.cards", { style: "margin-top:.8rem" }, drawn.map(([title, series]) => histogram(title, series))) : null;
+  const steps = [...new Set(scored.map(({ scores }) => scores.step).filter(Boolean))].map(number).join(" and ");
+  return drawn.length ? h("div", {}, h("div.cards", { style: "margin-top:.8rem" }, drawn.map(([title, series]) => histogram(title, series))),
+    h("p.hint", {}, `The images of the evaluation at step ${steps} by their scores; scores below 0 are counted as 0.`)) : null;
 }
 
 function explorers() {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,16 @@ from fastslots.data import read_batch, to_float
 from fastslots.data.sampling import step_seed
 from fastslots.metrics import JacobianMeter, SegmentationMeter, slot_jacobian
 from fastslots.models import SlotVAE
+from fastslots.models.vae import SlotVAEOutput
 from fastslots.train.distributed import Group
 
 _NOISE = 21
 _OF_AN_IMAGE = ("j_ari", *SegmentationMeter.SCORES)  # scores that are means over images
+SHOWN = ("j_ari", "fg_ari")  # those that are also given image by image
+
+# Called after each batch: images [B, C, R, R] on the model's device, what the model made of them, and the slot
+# Jacobian [B, K, R, R] on the CPU, None where there are no masks to score it by
+See = Callable[[Tensor, SlotVAEOutput, Tensor | None], None]
 
 
 @torch.no_grad()
@@ -31,6 +38,8 @@ def evaluate(
     progress: Any = None,
     group: Group | None = None,
     score_mode: str = "pooled",
+    see: See | None = None,
+    of_images: bool = False,
 ) -> dict[str, Any]:
     """Scores of a model on the first ``images`` rows (0: all) of a data set.
 
@@ -38,7 +47,8 @@ def evaluate(
     with masks also j_ari, fg_ari, ari, mbo, miou (means over images) and jis (pooled over all foreground pixels); the
     counts, ``latent`` ("mean": z is the posterior mean; "sample": drawn) and seconds. Several processes take a share of
     the rows each and return the same scores. ``score_mode``: of ``JacobianMeter``; "paper" averages batch means, and
-    then depends on ``batch_size``.
+    then depends on ``batch_size``. ``progress`` is called with (images done, images), ``see`` as ``See``
+    says. ``of_images``: also "of_images", J-ARI and FG-ARI of every image in the order of rows ({} without masks).
     """
     group, device = group or Group(), next(model.parameters()).device
     rows = rows[: images or None]
@@ -54,10 +64,13 @@ def evaluate(
         terms = model.loss(result, x)
         for name in sums:
             sums[name] += getattr(terms, name).item() * len(x)
+        jacobian = None
         if masks is not None:
-            masks = masks.long()
-            by_jacobian.update(slot_jacobian(model.decoder, result.slots).cpu(), masks)
+            masks, jacobian = masks.long(), slot_jacobian(model.decoder, result.slots).cpu()
+            by_jacobian.update(jacobian, masks)
             by_map.update(result.slot_map.cpu(), masks)
+        if see:
+            see(x, result, jacobian)
         if progress:
             progress(min(first + batch_size, own.stop) - own.start, len(own))
     model.train(training)
@@ -66,15 +79,24 @@ def evaluate(
     if by_map.images:
         found["j_ari"], found["jis"], _, pixels = by_jacobian.result()
         found |= by_map.result()
-    # Sums rather than means, so that those of all processes can be added
+    # Sums rather than means, so that those of all processes can be added; an image's own score counts in one of them
+    each = torch.zeros(len(SHOWN), len(rows), dtype=torch.float64)
+    if by_map.images:
+        each[0, own.start : own.stop] = torch.tensor(by_jacobian.of_images, dtype=each.dtype)
+        each[1, own.start : own.stop] = torch.tensor(by_map.of_images["fg_ari"], dtype=each.dtype)
     local = [*sums.values(), *(found.get(name, 0.0) * by_map.images for name in _OF_AN_IMAGE)]
-    *totals, jis, masked, pixels = group.sum([*local, found.get("jis", 0.0) * pixels, by_map.images, pixels])
+    local += [found.get("jis", 0.0) * pixels, by_map.images, pixels]
+    summed = group.sum([*local, *each.flatten().tolist()])
+    *totals, jis, masked, pixels = summed[: len(local)]
     out: dict[str, Any] = {name: total / max(len(rows), 1) for name, total in zip(sums, totals, strict=False)}
     out["interaction_normalized"] = out["interaction"] / model.config.decoder_heads**2
     if masked:
         scores = zip(_OF_AN_IMAGE, totals[len(sums) :], strict=True)
         out |= {name: total / masked for name, total in scores} | {"jis": jis / max(pixels, 1)}
     out |= {"images": len(rows), "images_with_masks": int(masked), "foreground_pixels": int(pixels)}
+    if of_images:
+        rest = torch.tensor(summed[len(local) :], dtype=each.dtype).view_as(each)
+        out["of_images"] = dict(zip(SHOWN, rest.tolist(), strict=True)) if masked else {}
     return out | {"latent": latent, "seconds": time.perf_counter() - start}
 
 

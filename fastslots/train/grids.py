@@ -9,27 +9,48 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastslots.metrics import slot_jacobian
 from fastslots.models import SlotVAE
-from fastslots.report.explorer import views
+from fastslots.models.vae import SlotVAEOutput
+from fastslots.report.explorer import shares
 from fastslots.report.pictures import by_colour, grey, rgb
 
 GAP = 2
 SIDE = 96  # small images are enlarged to at least this
 
 
-@torch.no_grad()
-def slot_grid(model: SlotVAE, images: Tensor, path: Path) -> None:
-    """Write a PNG: each row input | reconstruction | slots by colour (map) | slots by colour (Jacobian) | then for
-    every slot its map and its share of the Jacobian. images: float [B, 3, R, R] in [0, 1]."""
-    noise = torch.zeros(len(images), model.config.num_slots, model.config.slot_dim, device=images.device)
-    slots = model.encode(images, noise).slots
-    recon, maps, shares = views(model.decoder, slots, model.config.decoder_heads)
-    rows = []
-    for i in range(len(images)):
-        tiles = [rgb(images[i]), rgb(recon[i]), by_colour(maps[i]), by_colour(shares[i])]
-        tiles += [grey(values) for values in (*maps[i], *shares[i])]
-        rows.append(_join([_enlarge(tile) for tile in tiles], axis=1))
-    Image.fromarray(_join(rows, axis=0)).save(path, optimize=True)
+class SlotPictures:
+    """The first ``room`` images of an evaluation, as it saw them: nothing is computed twice.
+
+    Rows of ``tiles``: input, reconstruction, slots by colour (map, then Jacobian), each slot's map, each slot's share
+    of the Jacobian; uint8 [R, R, 3].
+    """
+
+    def __init__(self, model: SlotVAE, room: int):
+        self._model, self._room = model, room
+        self.tiles: list[list[np.ndarray]] = []
+
+    @torch.no_grad()
+    def see(self, images: Tensor, result: SlotVAEOutput, jacobian: Tensor | None) -> None:
+        """What ``evaluate`` tells after each batch."""
+        images = images[: self._room - len(self.tiles)]
+        if not len(images):
+            return
+        n, R = len(images), images.shape[-1]
+        maps = result.slot_map[:n].transpose(1, 2).unflatten(-1, (R, R)).cpu() / self._model.config.decoder_heads
+        jacobian = slot_jacobian(self._model.decoder, result.slots[:n]) if jacobian is None else jacobian[:n]
+        parts = shares(jacobian).cpu()
+        for i in range(n):
+            row = [rgb(images[i]), rgb(result.recon[i]), by_colour(maps[i]), by_colour(parts[i])]
+            self.tiles.append(row + [grey(values) for values in (*maps[i], *parts[i])])
+
+    def grid(self) -> Image.Image:
+        """One picture of all rows."""
+        rows = [_join([_enlarge(tile) for tile in row], axis=1) for row in self.tiles]
+        return Image.fromarray(_join(rows, axis=0))
+
+    def save(self, path: Path) -> None:
+        self.grid().save(path, optimize=True)
 
 
 def _enlarge(tile: np.ndarray) -> np.ndarray:

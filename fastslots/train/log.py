@@ -63,6 +63,9 @@ class Silent:
     def say(self, text: str) -> None:
         pass
 
+    def note(self, text: str) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -119,6 +122,15 @@ class Progress:
     def say(self, text: str) -> None:
         """A line of its own, above the live one."""
         self._write(f"\r\x1b[K{text}\n" if self._live else f"{text}\n")
+
+    def note(self, text: str) -> None:
+        """What is being done between steps: in the live line; elsewhere a line where it has been silent for long."""
+        now = time.monotonic()
+        if self._live:
+            self._write(f"\r\x1b[K{text}")
+        elif now - self._shown > SILENCE:
+            self._shown = now
+            self._write(f"{text}\n")
 
     def _write(self, text: str) -> None:
         with contextlib.suppress(OSError):  # a log on a full disk, a terminal that was closed: no reason to stop

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -17,15 +18,16 @@ from fastslots.errors import UserError
 from fastslots.models import SlotVAE
 from fastslots.models.storage import WEIGHTS, load_weights, weights_bytes, weights_path
 from fastslots.ops import backends
+from fastslots.report.data import OF_IMAGES
 from fastslots.train.checkpoint import Checkpoint, Writer, latest_checkpoint, save_checkpoint, snapshot
 from fastslots.train.config import TrainConfig
 from fastslots.train.distributed import Group, StopSignals
 from fastslots.train.evaluate import evaluate
 from fastslots.train.files import write_atomic
-from fastslots.train.grids import slot_grid
+from fastslots.train.grids import SlotPictures
 from fastslots.train.log import MetricsLog, Progress, Silent
 from fastslots.train.optim import Optimizer
-from fastslots.train.report import write_report
+from fastslots.train.report import write_explorer, write_report
 from fastslots.train.run import RunFolder, claim, next_run
 from fastslots.train.sources import check_shape, open_source
 from fastslots.train.step import Precision, training_step
@@ -117,7 +119,7 @@ class Trainer:
         own = group.share(config.batch_size)
         loader = Loader(train, config.seed, len(own), self.step + 1, rows, own.start, device=self.device)
         with StopSignals(group), loader:
-            batches, last, stop = iter(loader), time.perf_counter(), 0
+            batches, last, stop, done = iter(loader), time.perf_counter(), 0, False
             while self.step < config.steps and not stop:
                 images = self._next(batches)
                 values = training_step(
@@ -135,7 +137,7 @@ class Trainer:
                     last = time.perf_counter()
                 if done or stop or _due(self.step, config.checkpoint_every):
                     self._checkpoint()
-            self._finish()
+            self._finish(explore=done and not stop)
         if stop:
             self.progress.say(f"stopped by signal {stop} at step {self.step}; go on with --resume")
         return FitResult(self.model, self.folder.path, self.step, self.scores, stop, group.first)
@@ -177,7 +179,15 @@ class Trainer:
 
     def _evaluate(self) -> None:
         config, (dataset, rows) = self.config, self.source.splits["val"]
-        self.scores = evaluate(self.model, dataset, rows, config.eval_images, config.eval_batch, group=self.group)
+        pictures = SlotPictures(self.model, GRID_IMAGES if self.group.first and config.input == "pixels" else 0)
+        self.scores = evaluate(
+            *(self.model, dataset, rows, config.eval_images, config.eval_batch),
+            progress=lambda images, total: self.progress.note(f"evaluating: {images} of {total} images"),
+            group=self.group,
+            see=pictures.see,
+            of_images=True,
+        )
+        of_images = self.scores.pop("of_images")
         if not self.group.first:
             return
         self._record({"step": self.step, "eval": "val", **self.scores})
@@ -188,11 +198,24 @@ class Trainer:
         if score > self.best:
             self.best, data = score, weights_bytes(self.model)
             self.writer.submit(lambda: write_atomic(self.folder.path / WEIGHTS["best"], data))
-        if config.input == "pixels":
-            images = to_float(read_batch(dataset, rows[:GRID_IMAGES])[0].to(self.device))
-            grid = self.folder.images / f"step_{self.step:08d}.png"
-            self._or_warn(lambda: slot_grid(self.model, images, grid))
+        if pictures.tiles:
+            self._or_warn(lambda: pictures.save(self.folder.images / f"step_{self.step:08d}.png"))
+        if of_images:
+            short = {name: [round(score, 4) for score in scores] for name, scores in of_images.items()}
+            self._store(OF_IMAGES, json.dumps({"step": self.step, **short}).encode())
         self._or_warn(lambda: write_report([self.folder.path]))
+
+    def _explore(self) -> None:
+        """The page once more, with pictures of the best weights, which are on the disk by now."""
+
+        def progress(images: int, total: int) -> None:
+            self.progress.note(f"slot explorer: {images} of {total} images decoded")
+
+        reason = write_explorer(self.folder.path, self.config, self.source, progress)
+        if reason:
+            self.progress.say(f"no slot explorer: {reason}")
+        else:
+            write_report([self.folder.path])
 
     def _checkpoint(self) -> None:
         """Copy what a resume needs; the first process writes it while the next steps run."""
@@ -210,10 +233,15 @@ class Trainer:
 
         self.writer.submit(write)
 
-    def _finish(self) -> None:
+    def _finish(self, explore: bool = False) -> None:
         """Leave together, when everything is on the disk: torchrun ends the others once the first has left."""
         self.writer.finish()
+        if explore and self.group.first:
+            self._or_warn(self._explore)
         self.group.barrier()
+
+    def _store(self, name: str, data: bytes) -> None:
+        self._or_warn(lambda: write_atomic(self.folder.path / name, data))
 
     def _record(self, values: dict[str, object]) -> None:
         self._or_warn(lambda: self.log.write(values))

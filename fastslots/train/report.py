@@ -1,9 +1,9 @@
-"""The report of runs: their pictures for the slot explorer where they are due, then the page (``fastslots.report``)."""
+"""The report of runs: their pictures for the slot explorer where asked for, then the page (``fastslots.report``)."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastslots.data import read_batch, to_float
@@ -12,7 +12,7 @@ from fastslots.models.storage import load_run, weights_path
 from fastslots.report import render, run_facts
 from fastslots.report.curves import MetricsReader
 from fastslots.report.data import EXPLORER
-from fastslots.report.explorer import SCORED, explore
+from fastslots.report.explorer import ENCODED, explore
 from fastslots.train.config import TrainConfig, read_config
 from fastslots.train.files import write_atomic
 from fastslots.train.sources import Source, open_source
@@ -20,26 +20,35 @@ from fastslots.train.sources import Source, open_source
 _readers: dict[Path, MetricsReader] = {}  # a long run's log is read once, not at every evaluation
 
 
-def write_report(runs: Sequence[Path], out: Path | None = None, explorer: bool | None = None) -> Path:
+Progress = Callable[[int, int], None]  # images done, of how many
+
+
+def write_report(
+    runs: Sequence[Path], out: Path | None = None, explorer: bool = False, progress: Progress | None = None
+) -> Path:
     """Write the report of one run (into its folder), or of several side by side; returns its path.
 
-    explorer: decode the explorer's pictures where the weights have changed since; None: when all steps are done.
+    explorer: decode the explorer's pictures first, where the weights have changed since.
     """
     facts = []
     for run in runs:
         path = (run / "metrics.jsonl").resolve()
         reader = _readers.setdefault(path, MetricsReader(path)).update()
-        config = read_config(run / "config.json", TrainConfig)
-        if explorer or (explorer is None and reader.last.get("step", 0) >= config.steps):
-            write_explorer(run, config)
+        if explorer:
+            write_explorer(run, read_config(run / "config.json", TrainConfig), progress=progress)
         facts.append(run_facts(run, reader))
     path = out or runs[0] / "report.html"
     write_atomic(path, render(facts).encode())
     return path
 
 
-def write_explorer(run: Path, config: TrainConfig) -> str:
-    """Store the explorer's pictures of a run's best weights; returns why not, "" where they are there."""
+def write_explorer(
+    run: Path, config: TrainConfig, source: Source | None = None, progress: Progress | None = None
+) -> str:
+    """Store the explorer's pictures of a run's best weights; returns why not, "" where they are there.
+
+    source: the run's data where they are open already.
+    """
     if config.input != "pixels" or config.channels != 3:
         return "the explorer shows models of images, and this one decodes features"
     try:
@@ -48,15 +57,16 @@ def write_explorer(run: Path, config: TrainConfig) -> str:
         stored = run / EXPLORER
         if stored.exists() and stamp in stored.read_text()[:200]:
             return ""
-        source = open_source(config)
-        if reason := other_data(run, source):
-            return reason
+        if source is None:
+            source = open_source(config)
+            if reason := other_data(run, source):
+                return reason
         dataset, rows = source.splits["val"]
-        images, masks = read_batch(dataset, rows[:SCORED])
+        images, masks = read_batch(dataset, rows[:ENCODED])
         model = load_run(run, "best").to(config.torch_device())
     except UserError as error:
         return str(error)
-    pictures = {"stamp": stamp, "weights": "best"} | explore(model, to_float(images), masks)
+    pictures = {"stamp": stamp, "weights": "best"} | explore(model, to_float(images), masks, progress)
     write_atomic(stored, json.dumps(pictures).encode())
     return ""
 

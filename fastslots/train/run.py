@@ -6,7 +6,9 @@ metrics.jsonl         a line a training step; evaluation lines carry "eval"
 checkpoints/          step_NNNNNNNN.safetensors, best.safetensors
 model.safetensors     the last weights
 images/               a grid an evaluation
-report.html           curves, grids, scores
+scores.json           J-ARI and FG-ARI of each image of the newest evaluation
+explorer.json         pictures of the slot explorer, when all steps are done
+report.html           curves, grids, scores, explorer
 """
 
 from __future__ import annotations
