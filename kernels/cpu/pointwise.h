@@ -154,22 +154,48 @@ void interaction(const T* map, int64_t K, int64_t panels, const T* factor, T* pa
   }
 }
 
+// Calls block(first feature, features, of them done before): whole vectors, the last one moved back over the one before
+// it, so that no row is cut to a length known at run time. Fewer features than lanes are one short block.
+template <typename T, typename Block>
+FASTSLOTS_INLINE void feature_blocks(int64_t D, Block block) {
+  constexpr int V = kLanes<T>;
+  if (D < V) {
+    if (D > 0) block(0, int(D), 0);
+    return;
+  }
+  int64_t j = 0;
+  for (; j + V <= D; j += V) block(j, V, 0);
+  if (j < D) block(D - V, V, int(j - (D - V)));
+}
+
+template <typename T>
+FASTSLOTS_INLINE Vec<T> load_part(const T* from, int width) {
+  if (width == kLanes<T>) return load<T>(from);
+  Vec<T> v = {};
+  std::memcpy(&v, from, size_t(width) * sizeof(T));
+  return v;
+}
+
+template <typename T>
+FASTSLOTS_INLINE void store_part(T* to, Vec<T> v, int width) {
+  if (width == kLanes<T>) return store<T>(to, v);
+  std::memcpy(to, &v, size_t(width) * sizeof(T));
+}
+
 // panels [panels][D][W] <- `count` pixels from[pixel·stride + feature], zeros past them.
 template <typename T>
 void load_pixels(const T* from, int64_t stride, int64_t count, int64_t D, int64_t panels, T* to) {
   constexpr int W = kPanel<T>, V = kLanes<T>;
   for (int64_t pixel = 0; pixel < panels * W; pixel += V) {
     T* panel = to + pixel / W * D * W + pixel % W;
-    for (int64_t j = 0; j < D; j += V) {
-      const int64_t width = D - j < V ? D - j : V;
+    const int rows = int(count - pixel < V ? (count > pixel ? count - pixel : 0) : V);
+    feature_blocks<T>(D, [&](int64_t j, int width, int) {
       Vec<T> square[V];
-      for (int i = 0; i < V; ++i) {
-        square[i] = Vec<T>{};
-        if (pixel + i < count) std::memcpy(&square[i], from + (pixel + i) * stride + j, size_t(width) * sizeof(T));
-      }
+      const T* row = from + pixel * stride + j;
+      for (int i = 0; i < V; ++i) square[i] = i < rows ? load_part<T>(row + i * stride, width) : Vec<T>{};
       transpose_square<T>(square);
       for (int i = 0; i < width; ++i) store<T>(panel + (j + i) * W, square[i]);
-    }
+    });
   }
 }
 
@@ -179,21 +205,19 @@ void store_pixels(const T* from, int64_t stride, int64_t count, int64_t D, bool 
   constexpr int W = kPanel<T>, V = kLanes<T>;
   for (int64_t pixel = 0; pixel < count; pixel += V) {
     const T* panel = from + pixel / W * D * W + pixel % W;
-    for (int64_t j = 0; j < D; j += V) {
-      const int64_t width = D - j < V ? D - j : V;
+    const int rows = int(count - pixel < V ? count - pixel : V);
+    feature_blocks<T>(D, [&](int64_t j, int width, int done) {
       Vec<T> square[V];
-      for (int i = 0; i < V; ++i) square[i] = i < width ? load<T>(panel + (j + i) * W) : Vec<T>{};
-      transpose_square<T>(square);
-      for (int i = 0; i < V && pixel + i < count; ++i) {
-        T* row = to + (pixel + i) * stride + j;
-        if (add) {
-          Vec<T> old = {};
-          std::memcpy(&old, row, size_t(width) * sizeof(T));
-          square[i] += old;
-        }
-        std::memcpy(row, &square[i], size_t(width) * sizeof(T));
+      for (int i = 0; i < V; ++i) {
+        square[i] = i < width && !(add && i < done) ? load<T>(panel + (j + i) * W) : Vec<T>{};
       }
-    }
+      transpose_square<T>(square);
+      T* row = to + pixel * stride + j;
+      for (int i = 0; i < rows; ++i) {
+        if (add) square[i] += load_part<T>(row + i * stride, width);
+        store_part<T>(row + i * stride, square[i], width);
+      }
+    });
   }
 }
 
