@@ -60,6 +60,20 @@ def test_gradients_through_the_model(setup):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
+def test_queries_in_parts_are_the_same_queries(setup, monkeypatch):
+    """One part of the pixels' queries at a time, ragged at the end, gives the same loss and gradients as all at once."""
+    model, slots, images = setup
+    parameters = list(model.decoder.parameters())
+    whole = torch.autograd.grad(model.decoder.loss(slots, images, 0.7, 1.3).total, parameters)
+    seen: list[int] = []
+    model.decoder.query_mlp.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    monkeypatch.setattr("fastslots.models.decoder.QUERY_ROWS", 50)
+    parts = torch.autograd.grad(model.decoder.loss(slots, images, 0.7, 1.3).total, parameters)
+    assert sorted(seen) == [44, 44, 50, 50, 50, 50]  # 144 pixels, forward and again in backward
+    for a, b in zip(parts, whole, strict=True):
+        assert_close(a, b, 1e-12)
+
+
 def test_what_needs_no_gradient_costs_none(setup):
     model, slots, images = setup
     inputs = inputs_of(model, slots.detach(), images)

@@ -9,11 +9,13 @@ from typing import cast
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fastslots.models.config import SlotVAEConfig
 from fastslots.models.layers import FeedForwardLayer, grid, mlp, xavier_
 from fastslots.nn import AttentionProjections
 from fastslots.ops import decoder_layer
+from fastslots.ops.autograd import is_traced
 from fastslots.ops.reference import (
     FeedForward,
     FoldedProjections,
@@ -22,6 +24,10 @@ from fastslots.ops.reference import (
     output_head,
 )
 from fastslots.ops.tiled import DecoderLossTerms, LossInputs, decoder_loss
+
+
+QUERY_ROWS = 1024
+"""Pixels whose query MLP runs at once on a CPU, in training: its hidden layers are the last thing that grew with R²."""
 
 
 class DecoderLayer(nn.Module):
@@ -63,6 +69,17 @@ class Decoder(nn.Module):
     def queries(self) -> Tensor:
         """The pixels' queries, the same for every image: [1, L, query_width]."""
         return self.query_mlp(self.position_code)[None]
+
+    def _training_queries(self) -> Tensor:
+        """``queries``, part by part on a CPU: only they are kept, a part's hidden layer is computed again in backward.
+
+        A part fits a core's cache, so that this is no slower; a GPU has the memory, and better launches one product.
+        """
+        code = cast(Tensor, self.position_code)
+        if code.device.type != "cpu" or len(code) <= QUERY_ROWS or is_traced():
+            return self.queries()
+        again = {"use_reentrant": False, "preserve_rng_state": False}
+        return torch.cat([checkpoint(self.query_mlp, part, **again) for part in code.split(QUERY_ROWS)])[None]
 
     def layers(self, slots: Tensor) -> list[tuple[FoldedProjections, FeedForward]]:
         """What each layer needs to know of the slots and of its weights; K rows an image, in fp32."""
@@ -118,7 +135,7 @@ class Decoder(nn.Module):
         expected = (slots.shape[0], self.channels, self.resolution, self.resolution)
         if tuple(images.shape) != expected:
             raise ValueError(f"images has shape {list(images.shape)}, expected {list(expected)} (B of slots, C, R, R)")
-        queries, target = self.queries(), images.flatten(2).transpose(1, 2)
+        queries, target = self._training_queries(), images.flatten(2).transpose(1, 2)
         expansion = 1.0  # the error is a sum over all pixels, of which P are seen; the penalty is a mean
         if pixels is not None:
             expansion = self.resolution**2 / pixels.shape[1]

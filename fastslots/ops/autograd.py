@@ -19,6 +19,11 @@ def under_transform() -> bool:
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def is_traced() -> bool:
+    """True inside a transform or ``torch.compile``: what is computed becomes part of somebody's graph."""
+    return torch.compiler.is_compiling() or under_transform()
+
+
 def _map_like(x: Tensor, batch: int, pixels: int, slots: int) -> Tensor:
     return x.new_empty(batch, pixels, slots, dtype=torch.promote_types(x.dtype, torch.float32))
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastslots.ops import backends, reference
-from fastslots.ops.autograd import under_transform
+from fastslots.ops.autograd import is_traced
 from fastslots.ops.reference import FeedForward, FoldedProjections, OutputHead
 
 TILE_ROWS = 4096
@@ -143,7 +143,7 @@ class _TiledLoss(torch.autograd.Function):
                 "decoder.loss was already differentiated: its gradients are handed out once. Call it again."
             )
         factor = dtotal / ctx.grad_scale
-        grads = [None if g is None else g * factor.to(g.dtype) for g in ctx.grads]
+        grads = [None if g is None else g.mul_(factor.to(g.dtype)) for g in ctx.grads]  # nobody else holds them
         ctx.grads = None
         return None, None, None, *grads
 
@@ -156,7 +156,7 @@ def decoder_loss(inputs: LossInputs, grad_scale: float | Tensor = 1.0, backend: 
     right in every mode.
     """
     flat = inputs.differentiable()
-    if torch.compiler.is_compiling() or under_transform():
+    if is_traced():
         recon, interaction = _loss(inputs)
         total = inputs.recon_weight * recon + inputs.interaction_weight * interaction
         return DecoderLossTerms(total, recon.detach(), interaction.detach())
