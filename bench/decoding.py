@@ -7,7 +7,7 @@ part. Inputs and random numbers are made outside of what is timed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import cast
 
@@ -47,9 +47,12 @@ def need(backend: str, op: str, *tensors: Tensor) -> None:
         raise peers.CannotServeError(reason)
 
 
-def named_gradients(loss: Tensor, inputs: Tensors) -> Tensors:
-    """Gradients by name; zeros for what the loss does not reach (a bias that cancels)."""
-    grads = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
+def named_gradients(outputs: Sequence[Tensor], inputs: Tensors, given: Sequence[Tensor] | None = None) -> Tensors:
+    """Gradients by name, ``given`` those of the outputs (None: 1 for a scalar); zeros for what no output reaches.
+
+    They are given rather than made by a loss: (out · dout).sum() alone takes as long as the op does.
+    """
+    grads = torch.autograd.grad(outputs, list(inputs.values()), given, allow_unused=True)
     return {
         f"d{name}": torch.zeros_like(t) if g is None else g for (name, t), g in zip(inputs.items(), grads, strict=True)
     }
@@ -71,7 +74,7 @@ def op_case(options: Options) -> Case:
 
     def finish(out: Tensor, penalty: Tensor) -> Tensors:
         # The penalty is a mean over pixels, the output's term a sum: at this weight both shape the gradients.
-        grads = named_gradients((out * dout).sum() + L * penalty, inputs)
+        grads = named_gradients([out, penalty], inputs, [dout, penalty.new_tensor(L)])
         return {"out": out, "penalty": penalty, **grads}
 
     def through(attend: published.Attend) -> Callable[[], Tensors]:
@@ -101,7 +104,7 @@ def op_case(options: Options) -> Case:
         wide = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
         out, slot_map = reference.cross_attention(wide["q"], wide["k"], wide["v"], scale)
         penalty = reference.interaction_penalty(slot_map)
-        grads = named_gradients((out * dout.double()).sum() + L * penalty, wide)
+        grads = named_gradients([out, penalty], wide, [dout.double(), penalty.new_tensor(L)])
         return {"out": out.detach(), "penalty": penalty.detach(), **grads}
 
     providers = {"published": Provider(lambda: through(published.stored_weights))}
@@ -131,7 +134,8 @@ def block_case(options: Options) -> Case:
     inputs = {"x": x.requires_grad_(), "slots": slots.requires_grad_(), **dict(layer.named_parameters())}
 
     def finish(y: Tensor, penalty: Tensor) -> Tensors:
-        return {"y": y, "penalty": penalty, **named_gradients((y * dy).sum() + L * penalty, inputs)}
+        grads = named_gradients([y, penalty], inputs, [dy, penalty.new_tensor(L)])
+        return {"y": y, "penalty": penalty, **grads}
 
     def eager(x: Tensor, slots: Tensor, attend: published.Attend = published.stored_weights) -> tuple[Tensor, Tensor]:
         y, weights = published.decoder_layer(layer, x, slots, attend)
@@ -155,7 +159,7 @@ def block_case(options: Options) -> Case:
         y, slot_map = reference.decoder_layer(x64, wide.fold(slots64), wide.ff.weights())
         penalty = reference.interaction_penalty(slot_map)
         named = {"x": x64, "slots": slots64, **dict(wide.named_parameters())}
-        grads = named_gradients((y * dy.double()).sum() + L * penalty, named)
+        grads = named_gradients([y, penalty], named, [dy.double(), penalty.new_tensor(L)])
         return {"y": y.detach(), "penalty": penalty.detach(), **grads}
 
     providers = {"published": Provider(lambda: lambda: finish(*eager(x, slots)))}
@@ -187,7 +191,7 @@ def layer_case(options: Options) -> Case:
     inputs: Tensors = {"slots": slots, **dict(decoder.named_parameters())}
 
     def finish(total: Tensor, recon: Tensor, interaction: Tensor) -> Tensors:
-        return {"recon": recon, "interaction": interaction, **named_gradients(total, inputs)}
+        return {"recon": recon, "interaction": interaction, **named_gradients([total], inputs)}
 
     def eager(slots: Tensor, images: Tensor, attend: published.Attend = published.stored_weights):
         return published.decoder_loss(decoder, slots, images, sigma, alpha, attend)
@@ -210,7 +214,7 @@ def layer_case(options: Options) -> Case:
         wide = copy.deepcopy(decoder).double()
         named: Tensors = {"slots": slots.detach().double().requires_grad_(), **dict(wide.named_parameters())}
         terms = wide.loss(named["slots"], images.double(), sigma, alpha, backend="reference")
-        return {"recon": terms.recon, "interaction": terms.interaction, **named_gradients(terms.total, named)}
+        return {"recon": terms.recon, "interaction": terms.interaction, **named_gradients([terms.total], named)}
 
     providers = {"published": Provider(lambda: lambda: finish(*eager(slots, images)))}
     providers |= compiled(eager, lambda form: lambda: finish(*form(slots, images)), options.device)
