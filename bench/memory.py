@@ -1,7 +1,7 @@
 """Peak memory that one call adds, in a process of its own.
 
 On a GPU torch's allocator tells. On a CPU: the kernel's high-water mark of resident memory, reset before the call
-(Linux), less what was resident. Code and libraries are brought in by a tiny call first; a compiled peer is called once
+(Linux), less what was resident. Code and libraries are brought in by a small call first; a compiled peer is called once
 in full, so that its compiler is not counted, and what it freed is given back before the mark is reset.
 """
 
@@ -22,6 +22,8 @@ import torch
 
 from fastslots.bench.case import Options
 
+WARM_SIDE = {"jacobian": 16}
+"""Pixels a side of the call that brings code in; 48 elsewhere, enough for every path that the whole size takes."""
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -51,10 +53,11 @@ def child(spec: str) -> None:
     wanted = json.loads(spec)
     options = Options(**wanted["options"])
     torch.set_num_threads(options.threads)
-    tiny = dataclasses.replace(options, tiny=True)
-    warm = options if "compiled" in wanted["provider"] or "autotune" in wanted["provider"] else tiny
+    side = min(WARM_SIDE.get(wanted["case"], 48), options.config().resolution)
+    small = dataclasses.replace(options, overrides={**options.overrides, "resolution": side})
+    warm = options if "compiled" in wanted["provider"] or "autotune" in wanted["provider"] else small
     with options.math():
-        if warm is tiny:
+        if warm is small:
             CASES[wanted["case"]](warm).providers[wanted["provider"]].make()()
         run = CASES[wanted["case"]](options).providers[wanted["provider"]].make()
         if warm is options:

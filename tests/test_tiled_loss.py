@@ -61,7 +61,7 @@ def test_gradients_through_the_model(setup):
 
 
 def test_queries_in_parts_are_the_same_queries(setup, monkeypatch):
-    """One part of the pixels' queries at a time, ragged at the end, gives the same loss and gradients as all at once."""
+    """One part of the pixels' queries at a time, ragged at the end: the same loss and gradients as all at once."""
     model, slots, images = setup
     parameters = list(model.decoder.parameters())
     whole = torch.autograd.grad(model.decoder.loss(slots, images, 0.7, 1.3).total, parameters)
@@ -72,6 +72,10 @@ def test_queries_in_parts_are_the_same_queries(setup, monkeypatch):
     assert sorted(seen) == [44, 44, 50, 50, 50, 50]  # 144 pixels, forward and again in backward
     for a, b in zip(parts, whole, strict=True):
         assert_close(a, b, 1e-12)
+    with torch.autocast("cpu", torch.bfloat16):  # parts are made again as they were made
+        model.float()
+        narrow = torch.autograd.grad(model.decoder.loss(slots.float(), images.float(), 0.7, 1.3).total, parameters)
+    assert_close(narrow[-1].double(), whole[-1], 0.02)
 
 
 def test_what_needs_no_gradient_costs_none(setup):

@@ -9,10 +9,9 @@ from typing import cast
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from fastslots.models.config import SlotVAEConfig
-from fastslots.models.layers import FeedForwardLayer, grid, mlp, xavier_
+from fastslots.models.layers import FeedForwardLayer, grid, mlp, row_by_row, xavier_
 from fastslots.nn import AttentionProjections
 from fastslots.ops import decoder_layer
 from fastslots.ops.autograd import is_traced
@@ -24,7 +23,6 @@ from fastslots.ops.reference import (
     output_head,
 )
 from fastslots.ops.tiled import DecoderLossTerms, LossInputs, decoder_loss
-
 
 QUERY_ROWS = 1024
 """Pixels whose query MLP runs at once on a CPU, in training: its hidden layers are the last thing that grew with R²."""
@@ -78,8 +76,7 @@ class Decoder(nn.Module):
         code = cast(Tensor, self.position_code)
         if code.device.type != "cpu" or len(code) <= QUERY_ROWS or is_traced():
             return self.queries()
-        again = {"use_reentrant": False, "preserve_rng_state": False}
-        return torch.cat([checkpoint(self.query_mlp, part, **again) for part in code.split(QUERY_ROWS)])[None]
+        return row_by_row(self.query_mlp, code, QUERY_ROWS)[None]
 
     def layers(self, slots: Tensor) -> list[tuple[FoldedProjections, FeedForward]]:
         """What each layer needs to know of the slots and of its weights; K rows an image, in fp32."""
