@@ -7,6 +7,7 @@ Everything here is O(D · columns) an image at most, thousands of times below th
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -50,12 +51,22 @@ def pad_rows(t: Tensor, rows: int, width: int, dtype: torch.dtype) -> Tensor:
     return padded
 
 
+def padded_slots(K: int) -> int:
+    return max(8, next_power(K))  # 4 breaks the layout pass for TF32 on sm_90 (Triton 3.9)
+
+
+def fit_slots(config: LaunchConfig, K: int) -> LaunchConfig:
+    """A group of columns holds at least one head: where that is over twice the table's columns, rows give way."""
+    over = padded_slots(K) // (2 * config.block_c)
+    return config if over < 2 else replace(config, block_l=max(16, config.block_l // over))
+
+
 def pack_attention(
     G: Tensor, g: Tensor, U: Tensor, slot_mask: Tensor | None, dtype: torch.dtype, config: LaunchConfig
 ) -> Packed:
     """G [B,D,H,K], g [B,H,K], U [B,H,K,D] -> heads padded to whole groups, slots to a power of two."""
     B, D, H, K = G.shape
-    slots = max(8, next_power(K))  # 4 breaks the layout pass for TF32 on sm_90 (Triton 3.9)
+    slots = padded_slots(K)
     block = max(16, slots, min(config.block_c, next_power(H * slots)))
     heads, width = round_up(H * slots, block) // slots, round_up(D, config.block_d)
     w_in = G.new_zeros(B, width, heads, slots, dtype=dtype)
@@ -83,9 +94,12 @@ class FoldedNorm(NamedTuple):
     b: Tensor  # [F] fp32
 
 
+# Products with a vector are written as sums below: autocast and TF32 would run ``mv`` and ``addr`` with fewer bits.
+
+
 def fold_norm(norm_weight: Tensor, norm_bias: Tensor, w1: Tensor, b1: Tensor) -> FoldedNorm:
     w1 = w1.float()
-    return FoldedNorm(w1 * norm_weight.float(), torch.addmv(b1.float(), w1, norm_bias.float()))
+    return FoldedNorm(w1 * norm_weight.float(), b1.float() + (w1 * norm_bias.float()).sum(1))
 
 
 def unfold_norm_grads(
@@ -93,7 +107,8 @@ def unfold_norm_grads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dw [F,D], db [F] of ``fold_norm`` -> gradients of norm_weight, norm_bias and w1 (that of b1 is db)."""
     w1 = w1.float()
-    return (dw * w1).sum(0), w1.t() @ db, torch.addr(dw * norm_weight.float(), db, norm_bias.float())
+    db = db[:, None]
+    return (dw * w1).sum(0), (w1 * db).sum(0), dw * norm_weight.float() + db * norm_bias.float()
 
 
 def pack_feed_forward(folded: FoldedNorm, w2: Tensor, dtype: torch.dtype, config: LaunchConfig) -> Packed:

@@ -52,6 +52,13 @@ def store_rows(ptr, stride, rows, mask_l, D: tl.constexpr, BLOCK_L: tl.constexpr
 
 
 @triton.jit
+def store_column_sums(ptr, rows, BLOCK_D: tl.constexpr):
+    """The sum of each column over the tile, fp32, padded columns included."""
+    for c in tl.static_range(len(rows)):
+        tl.store(ptr + c * BLOCK_D + tl.arange(0, BLOCK_D), tl.sum(rows[c].to(tl.float32), 0))
+
+
+@triton.jit
 def load_tile(ptr, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """[ROWS, COLUMNS] of a packed matrix: padded by its launcher, so nothing is masked and loads are 16 bytes wide."""
     return tl.load(ptr + tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, COLUMNS)[None, :])

@@ -21,25 +21,43 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .launch import Launch
+from .launch import Launch, options
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TARGETS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
 _POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 _TENSOR_CORE = re.compile(r"^(HMMA|HGMMA|UTCHMMA|UTCQMMA|v_mfma)")
 _GLOBAL_LOAD = re.compile(r"^(LDG|LDGSTS|UTMALDG|global_load|buffer_load)")
 _ATOMIC = re.compile(r"^(ATOMG?\b|RED\b|global_atomic|buffer_atomic)")
+_AMD_USAGE = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
 _WIDTHS = {
     "64": 8, "128": 16, "U8": 1, "S8": 1, "U16": 2, "S16": 2, "ubyte": 1, "ushort": 2, "short": 2,
     "dwordx2": 8, "dwordx4": 16,
 }  # fmt: skip
 
-# Per multiprocessor: registers, shared memory (bytes, and what the driver keeps a block), warps, blocks, TMEM columns.
-_LIMITS = {
-    "sm_80": (65536, 164 * 1024, 1024, 64, 32, None),
-    "sm_90": (65536, 228 * 1024, 1024, 64, 32, None),
-    "sm_100": (65536, 228 * 1024, 1024, 64, 32, 512),
+RESERVED = 1024
+"""Bytes of shared memory that the driver keeps for itself in every block."""
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What one multiprocessor has (CUDA's table of compute capabilities). A block may use all shared memory but the
+    reserved part."""
+
+    shared_bytes: int
+    warps: int
+    blocks: int
+    tmem_columns: int | None = None
+    registers: int = 65536
+
+
+MULTIPROCESSORS = {
+    "sm_80": Multiprocessor(164 * 1024, 64, 32),  # A100
+    "sm_86": Multiprocessor(100 * 1024, 48, 16),  # RTX 30; RTX 40 and L40 (sm_89) have as much shared memory
+    "sm_90": Multiprocessor(228 * 1024, 64, 32),  # H100
+    "sm_100": Multiprocessor(228 * 1024, 64, 32, 512),  # B200
+    "sm_120": Multiprocessor(100 * 1024, 48, 24),  # RTX 50
 }
 
 
@@ -57,11 +75,7 @@ class Compiled:
     global_stores: dict[str, int]
     tma_loads: int
     atomics: int  # none: every reduction has a fixed order
-    warps_per_multiprocessor: int | None  # resident, of 64
-
-    @property
-    def occupancy(self) -> float | None:
-        return None if self.warps_per_multiprocessor is None else self.warps_per_multiprocessor / 64
+    occupancy: float | None  # resident warps of those a multiprocessor has room for; 0: does not fit
 
 
 def target(arch: str) -> GPUTarget:
@@ -97,25 +111,22 @@ def source(launch: Launch) -> ASTSource:
 
 def compile_launch(launch: Launch, arch: str) -> Compiled:
     """Compile one recorded launch for ``arch`` and read its machine code."""
-    options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
-    kernel = triton.compile(source(launch), target=target(arch), options=options)
+    kernel = triton.compile(source(launch), target=target(arch), options=options(launch.config))
     shared = kernel.metadata.shared
     if arch.startswith("sm_"):
-        sass, registers, stack = _disassemble(kernel.asm["cubin"])
+        sass, used, stack = _disassemble(kernel.asm["cubin"])
         opcodes = _opcodes(sass)
         spills = sum(n for op, n in opcodes.items() if op.split(".")[0] in ("LDL", "STL"))
         tmem = getattr(kernel.metadata, "tmem_size", 0) or 0
-        warps = _resident_warps(arch, registers, shared, launch.config.num_warps, tmem)
-        return _compiled(kernel.asm, opcodes, registers, spills, stack, shared, warps)
+        occupancy = _occupancy(arch, used, shared, launch.config.num_warps, tmem)
+        return _compiled(kernel.asm, opcodes, used, spills, stack, shared, occupancy)
     text = kernel.asm["amdgcn"]
     opcodes = Counter(re.findall(r"^\s+([a-z]\w+)", text, re.M))
-    registers = _number(r"\.vgpr_count:\s+(\d+)", text)
-    spills = _number(r"\.vgpr_spill_count:\s+(\d+)", text)
-    return _compiled(kernel.asm, opcodes, registers, spills, _number(r"\.private_segment_fixed_size:\s+(\d+)", text),
-                     shared, None)  # fmt: skip
+    vgprs, spilled, private = (_number(rf"\.{name}:\s+(\d+)", text) for name in _AMD_USAGE)
+    return _compiled(kernel.asm, opcodes, vgprs, spilled, private, shared, None)
 
 
-def _compiled(asm, opcodes, registers, spills, stack, shared, warps) -> Compiled:
+def _compiled(asm, opcodes, registers, spills, stack, shared, occupancy) -> Compiled:
     return Compiled(
         asm=dict(asm),
         registers=registers,
@@ -127,7 +138,7 @@ def _compiled(asm, opcodes, registers, spills, stack, shared, warps) -> Compiled
         global_stores=_by_width(opcodes, re.compile(r"^(STG|global_store|buffer_store)")),
         tma_loads=sum(n for op, n in opcodes.items() if op.startswith("UTMALDG")),
         atomics=sum(n for op, n in opcodes.items() if _ATOMIC.match(op)),
-        warps_per_multiprocessor=warps,
+        occupancy=occupancy,
     )
 
 
@@ -176,14 +187,13 @@ def _by_width(opcodes: Counter[str], pattern: re.Pattern[str]) -> dict[str, int]
     return {f"{width} B": widths[width] for width in sorted(widths)}
 
 
-def _resident_warps(arch: str, registers: int, shared: int, warps: int, tmem: int) -> int | None:
-    """Warps of this kernel that fit a multiprocessor at once, by registers (in units of 8 a thread), shared memory,
-    warps, blocks and tensor memory."""
-    if arch not in _LIMITS:
+def _occupancy(arch: str, registers: int, shared: int, warps: int, tmem: int) -> float | None:
+    """By registers (in units of 8 a thread), shared memory, warps, blocks and tensor memory."""
+    has = MULTIPROCESSORS.get(arch)
+    if has is None:
         return None
-    file, memory, reserved, max_warps, max_blocks, columns = _LIMITS[arch]
-    blocks = min(max_blocks, max_warps // warps, file // (math.ceil(registers / 8) * 8 * 32 * warps))
-    blocks = min(blocks, memory // (shared + reserved))
-    if columns and tmem:
-        blocks = min(blocks, columns // tmem)
-    return blocks * warps
+    blocks = min(has.blocks, has.warps // warps, has.registers // (math.ceil(registers / 8) * 8 * 32 * warps))
+    blocks = min(blocks, has.shared_bytes // (shared + RESERVED))
+    if has.tmem_columns and tmem:
+        blocks = min(blocks, has.tmem_columns // tmem)
+    return blocks * warps / has.warps

@@ -113,7 +113,7 @@ def _folded_attention_fwd(t: _Terms) -> tuple[int, int, int]:
 def _folded_attention_dx(t: _Terms) -> tuple[int, int, int]:
     B, L, real, columns, weights = _attention_columns(t)
     tiles = t.grid[0] * B
-    requested = t.size("x_ptr", "dy_ptr", "dmap_ptr", "dx_ptr") + tiles * weights
+    requested = t.size("x_ptr", "dy_ptr", "dmap_ptr", "dx_ptr", "db_ptr") + tiles * weights
     requested += t.size("residual_ptr") if t.consts["NORM"] else 0
     return requested, 6 * B * L * real * t.D, 6 * tiles * t.BL * columns * t.W
 
@@ -136,7 +136,7 @@ def _decoder_layer_fwd(t: _Terms) -> tuple[int, int, int]:
 
 def _feed_forward_dx(t: _Terms) -> tuple[int, int, int]:
     rows, units = t.of("rows"), t.consts["UNITS"]
-    requested = t.size("z_ptr", "dy_ptr", "dz_ptr") + t.programs * t.size("w1_ptr", "w2_ptr", "b1_ptr")
+    requested = t.size("z_ptr", "dy_ptr", "dz_ptr", "db2_ptr") + t.programs * t.size("w1_ptr", "w2_ptr", "b1_ptr")
     return requested, 6 * rows * units * t.D, 6 * t.programs * t.BL * units * t.W
 
 

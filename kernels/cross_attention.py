@@ -36,6 +36,9 @@ from ._tiles import (
     zero_rows,
 )
 
+MAX_TILE_ROWS = 1024
+"""Above every BLOCK_L of the launch table."""
+
 
 @triton.jit
 def _scores(q, k_ptr, bias_ptr, scale, WIDTH: tl.constexpr, KP: tl.constexpr, PRECISION: tl.constexpr,
@@ -139,8 +142,9 @@ def _slot_bias(k: Tensor, slot_mask: Tensor | None, slots: int) -> Tensor:
 
 
 def _unit_rows(t: Tensor) -> Tensor:
-    """The tensor itself where rows are contiguous, whatever the other strides; else a copy."""
-    return t if t.stride(-1) == 1 else t.contiguous()
+    """The tensor itself where rows are contiguous and a tile's offsets fit 32 bits, whatever the other strides; else a
+    copy."""
+    return t if t.stride(-1) == 1 and t.stride(-2) < 2**31 // MAX_TILE_ROWS else t.contiguous()
 
 
 def _operands(q: Tensor, k: Tensor, v: Tensor, scale: float, slot_mask: Tensor | None, config: launch.LaunchConfig):

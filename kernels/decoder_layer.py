@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from ._pack import Packed, fold_norm, pack_attention, pack_feed_forward, unfold_norm_grads
+from ._pack import FoldedNorm, Packed, fit_slots, fold_norm, pack_attention, pack_feed_forward, unfold_norm_grads
 from ._tiles import (
     bias_rows,
     dot,
@@ -33,6 +33,7 @@ from ._tiles import (
     load_tile,
     norm_rows,
     norm_rows_grad,
+    store_column_sums,
     store_map,
     store_rows,
     zero_rows,
@@ -77,7 +78,7 @@ def _decoder_layer_fwd_kernel(
 
 @triton.jit
 def _feed_forward_dx_kernel(
-    z_ptr, dy_ptr, w1_ptr, b1_ptr, w2_ptr, dz_ptr, rows, eps,
+    z_ptr, dy_ptr, w1_ptr, b1_ptr, w2_ptr, dz_ptr, db2_ptr, rows, eps,
     D: tl.constexpr, UNITS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -85,6 +86,7 @@ def _feed_forward_dx_kernel(
     start = tl.program_id(0).to(tl.int64) * BLOCK_L
     mask_l = start + tl.arange(0, BLOCK_L) < rows
     dy = load_rows(dy_ptr + start * D, D, mask_l, D, BLOCK_L, BLOCK_D)
+    store_column_sums(db2_ptr + tl.program_id(0).to(tl.int64) * WIDTH, dy, BLOCK_D)
     normed, rstd = norm_rows(
         load_rows(z_ptr + start * D, D, mask_l, D, BLOCK_L, BLOCK_D), eps, D, BLOCK_D, z_ptr.dtype.element_ty
     )
@@ -183,7 +185,7 @@ def decoder_layer_fwd(
     x = x.contiguous()
     B, D, _, K = G.shape
     L = x.shape[1]
-    config = launch.select(_decoder_layer_fwd_kernel, x, D)
+    config = fit_slots(launch.select(_decoder_layer_fwd_kernel, x, D), K)
     attention = pack_attention(G, g, U, slot_mask, x.dtype, config)
     units = pack_feed_forward(fold_norm(norm_weight, norm_bias, w1, b1), w2, x.dtype, config)
     y, slot_map = x.new_empty(B, L, D), x.new_empty(B, L, K, dtype=torch.float32)
@@ -219,10 +221,9 @@ def decoder_layer_bwd(
     dy = dy.to(x.dtype).contiguous()
     z, _ = folded_attention_fwd(x, G, g, U, b, slot_mask, True, eps)
     folded = fold_norm(norm_weight, norm_bias, w1, b1)
-    dz = _input_grad(dy, z, folded, w2, eps)
+    dz, db2 = _input_grad(dy, z, folded, w2, eps)
     dw, db1, dw2 = _weight_grads(dy, z, folded, w2, eps)
     dnorm_weight, dnorm_bias, dw1 = unfold_norm_grads(dw, db1, norm_weight, norm_bias, w1)
-    db2 = dy.sum((0, 1), dtype=torch.float32)
     dx, dG, dg, dU, db = folded_attention_bwd(dz, dslot_map, x, G, g, U, slot_mask, True, eps)
     grads = (dnorm_weight, dnorm_bias, dw1, db1, dw2, db2)
     likes = (norm_weight, norm_bias, w1, b1, w2, b2)
@@ -236,21 +237,22 @@ def _values(units: Packed, config: launch.LaunchConfig, dtype: torch.dtype, D: i
     }  # fmt: skip
 
 
-def _input_grad(dy: Tensor, z: Tensor, folded, w2: Tensor, eps: float) -> Tensor:
+def _input_grad(dy: Tensor, z: Tensor, folded: FoldedNorm, w2: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """-> dz, and db2 [D] in fp32, whose sum over rows passes by here anyway."""
     D, rows = z.shape[2], z.shape[0] * z.shape[1]
     config = launch.select(_feed_forward_dx_kernel, z, D)
     units = pack_feed_forward(folded, w2, z.dtype, config)
-    dz = torch.empty_like(z)
+    dz, tiles = torch.empty_like(z), triton.cdiv(rows, config.block_l)
+    db2 = z.new_empty(tiles, units.w_in.shape[1], dtype=torch.float32)
     args = {
         "z_ptr": z, "dy_ptr": dy, "w1_ptr": units.w_in, "b1_ptr": units.b_in, "w2_ptr": units.w_out, "dz_ptr": dz,
-        "rows": rows, "eps": eps,
+        "db2_ptr": db2, "rows": rows, "eps": eps,
     }  # fmt: skip
-    grid = (triton.cdiv(rows, config.block_l),)
-    launch.run(_feed_forward_dx_kernel, grid, args, _values(units, config, z.dtype, D), config)
-    return dz
+    launch.run(_feed_forward_dx_kernel, (tiles,), args, _values(units, config, z.dtype, D), config)
+    return dz, db2.sum(0)[:D]
 
 
-def _weight_grads(dy: Tensor, z: Tensor, folded, w2: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _weight_grads(dy: Tensor, z: Tensor, folded: FoldedNorm, w2: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """-> dW of the folded first layer [F,D], db1 [F], dw2 [D,F], fp32."""
     D, rows, F = z.shape[2], z.shape[0] * z.shape[1], w2.shape[1]
     config = launch.select(_feed_forward_dw_kernel, z, D)

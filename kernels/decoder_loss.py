@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .decoder_layer import decoder_layer_bwd, decoder_layer_fwd
 from .graphs import GRAPHS, Graphs, wanted
+from .launch import allows_tf32
 
 TILE_ROWS = 65536
 """Rows (images x pixels) of a tile where the size of L2 is not known."""
@@ -54,10 +55,15 @@ def _tiles(batch: int, pixels: int, rows: int) -> Iterator[tuple[slice, slice]]:
             yield slice(image, min(image + images, batch)), slice(start, min(start + step, pixels))
 
 
-def _head_forward(x: Tensor, norm: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor], eps: float):
+Norm = tuple[Tensor, Tensor]
+"""Weight and bias of the last norm."""
+
+
+def _head_forward(x: Tensor, norm: Norm, weights: Sequence[Tensor], biases: Sequence[Tensor], eps: float):
     """x [N, D] -> pixels [N, C] and what the backward needs."""
-    normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], *norm, eps)
-    inputs, sums = [normed], []
+    normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], norm[0], norm[1], eps)
+    inputs: list[Tensor] = [normed]
+    sums: list[Tensor] = []
     for weight, bias in zip(weights, biases, strict=True):
         if sums:
             inputs.append(torch.nn.functional.gelu(sums[-1]))
@@ -65,10 +71,12 @@ def _head_forward(x: Tensor, norm: Sequence[Tensor], weights: Sequence[Tensor], 
     return sums[-1], (mean, rstd, inputs, sums)
 
 
-def _head_backward(dpixels: Tensor, x: Tensor, norm: Sequence[Tensor], weights: Sequence[Tensor], saved):
+def _head_backward(dpixels: Tensor, x: Tensor, norm: Norm, weights: Sequence[Tensor], saved: tuple[Any, ...]):
     """-> dx and the gradients of norm weight, norm bias, weights, biases, in fp32."""
     mean, rstd, inputs, sums = saved
-    dweights, dbiases, d = [], [], dpixels
+    dweights: list[Tensor] = []
+    dbiases: list[Tensor] = []
+    d = dpixels
     for i in reversed(range(len(weights))):
         dweights.insert(0, (d.t() @ inputs[i]).float())
         dbiases.insert(0, d.sum(0, dtype=torch.float32))
@@ -144,7 +152,7 @@ def _replay(
         )  # fmt: skip
         return _run(same, any_grad, scale, rows, dtype)
 
-    key = (any_grad, rows, dtype, len(inputs.layers), tuple(given), inputs.eps, torch.get_float32_matmul_precision())
+    key = (any_grad, rows, dtype, len(inputs.layers), tuple(given), inputs.eps, allows_tf32())
     return graphs(key, function, [*flat, inputs.target, *given.values(), *scalars])
 
 
@@ -173,7 +181,7 @@ def _run(inputs: Any, any_grad: bool, grad_scale: float | Tensor, rows: int, dty
         folded = [(f.G[images], f.g[images], f.U[images], f.b) for f, _ in layers]
         xs, slot_map = [x], torch.zeros((), device=queries.device)
         for projections, (_, ff) in zip(folded, layers, strict=True):
-            y, layer_map = decoder_layer_fwd(xs[-1], *projections, *ff, mask, inputs.eps)
+            y, layer_map = decoder_layer_fwd(xs[-1], *projections, **ff._asdict(), slot_mask=mask, eps=inputs.eps)
             slot_map = slot_map + layer_map / len(layers)
             xs.append(y)
         last = xs.pop().flatten(0, 1)
@@ -198,7 +206,7 @@ def _run(inputs: Any, any_grad: bool, grad_scale: float | Tensor, rows: int, dty
         _add(grads[len(flat) - len(head_grads) :], head_grads)
         for i in reversed(range(len(layers))):
             dx, dG, dg, dU, *shared_grads = decoder_layer_bwd(
-                dx, dmap, xs[i], *folded[i], *layers[i][1], mask, inputs.eps
+                dx, dmap, xs[i], *folded[i], **layers[i][1]._asdict(), slot_mask=mask, eps=inputs.eps
             )
             at = 1 + i * (4 + len(layers[i][1]))
             _add([g[images] for g in grads[at : at + 3]], (dG, dg, dU))

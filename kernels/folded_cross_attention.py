@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from ._pack import Packed, pack_attention, unpack_attention
+from ._pack import Packed, fit_slots, pack_attention, unpack_attention
 from ._tiles import (
     bias_rows,
     dot,
@@ -38,6 +38,7 @@ from ._tiles import (
     norm_rows_grad,
     slot_softmax,
     slot_softmax_grad,
+    store_column_sums,
     store_map,
     store_rows,
     zero_rows,
@@ -119,7 +120,7 @@ def _attn_and_grad(
 
 @triton.jit
 def _folded_attention_dx_kernel(
-    x_ptr, dy_ptr, dmap_ptr, residual_ptr, w_in_ptr, b_in_ptr, w_out_ptr, dx_ptr, L, images, eps,
+    x_ptr, dy_ptr, dmap_ptr, residual_ptr, w_in_ptr, b_in_ptr, w_out_ptr, dx_ptr, db_ptr, L, images, eps,
     D: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, COLUMNS: tl.constexpr,
     NORM: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -138,6 +139,7 @@ def _folded_attention_dx_kernel(
         image = x_image * images + i
         row = image * L + start
         dy = load_rows(dy_ptr + row * D, D, mask_l, D, BLOCK_L, BLOCK_D)
+        store_column_sums(db_ptr + (image * tl.num_programs(0) + tl.program_id(0)) * WIDTH, dy, BLOCK_D)
         dslot_map = load_map(dmap_ptr + row * K, mask_l, K, KP, BLOCK_L)
         for column in range(0, COLUMNS, BLOCK_C):
             b_in = tl.load(b_in_ptr + image * COLUMNS + column + tl.arange(0, BLOCK_C))
@@ -236,7 +238,7 @@ def folded_attention_fwd(
     x = x.contiguous()
     B, D, _, K = G.shape
     L = x.shape[1]
-    config = launch.select(_folded_attention_fwd_kernel, x, D)
+    config = fit_slots(launch.select(_folded_attention_fwd_kernel, x, D), K)
     packed = pack_attention(G, g, U, slot_mask, x.dtype, config)
     y, slot_map = x.new_empty(B, L, D), x.new_empty(B, L, K, dtype=torch.float32)
     args = {
@@ -262,34 +264,34 @@ def folded_attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> dx like x, dG, dg, dU like G, g, U, db [D] in the dtype of G."""
     x, dy, dslot_map = x.contiguous(), dy.to(x.dtype).contiguous(), dslot_map.float().contiguous()
-    dx = _input_grad(dy, dslot_map, x, G, g, U, slot_mask, norm, eps)
+    dx, db = _input_grad(dy, dslot_map, x, G, g, U, slot_mask, norm, eps)
     dG, dg, dU = _weight_grads(dy, dslot_map, x, G, g, U, slot_mask, norm, eps)
-    return dx, dG, dg, dU, dy.sum((0, 1), dtype=torch.float32).to(G.dtype)
+    return dx, dG, dg, dU, db.to(G.dtype)
 
 
-def _input_grad(dy, dslot_map, x, G, g, U, slot_mask, norm, eps) -> Tensor:
+def _input_grad(dy, dslot_map, x, G, g, U, slot_mask, norm, eps) -> tuple[Tensor, Tensor]:
+    """-> dx, and db [D] in fp32, whose sum over rows passes by here anyway."""
     B, D, _, K = G.shape
     L = x.shape[1]
-    config = launch.select(_folded_attention_dx_kernel, x, D)
+    config = fit_slots(launch.select(_folded_attention_dx_kernel, x, D), K)
     packed = pack_attention(G, g, U, slot_mask, x.dtype, config)
-    dx = torch.empty_like(x)
-    shared = x.shape[0] != B
+    dx, tiles, shared = torch.empty_like(x), triton.cdiv(L, config.block_l), x.shape[0] != B
+    db = x.new_empty(B, tiles, packed.w_in.shape[1], dtype=torch.float32)
     residual = dy.sum(0, keepdim=True, dtype=torch.float32) if shared and norm else dy
     args = {
         "x_ptr": x, "dy_ptr": dy, "dmap_ptr": dslot_map, "residual_ptr": residual, "w_in_ptr": packed.w_in,
-        "b_in_ptr": packed.b_in, "w_out_ptr": packed.w_out, "dx_ptr": dx, "L": L, "images": B if shared else 1,
-        "eps": eps,
+        "b_in_ptr": packed.b_in, "w_out_ptr": packed.w_out, "dx_ptr": dx, "db_ptr": db, "L": L,
+        "images": B if shared else 1, "eps": eps,
     }  # fmt: skip
-    grid = (triton.cdiv(L, config.block_l), x.shape[0])
     values = constexprs(packed, K, config, x.dtype, D) | {"NORM": norm}
-    launch.run(_folded_attention_dx_kernel, grid, args, values, config)
-    return dx
+    launch.run(_folded_attention_dx_kernel, (tiles, x.shape[0]), args, values, config)
+    return dx, db.sum((0, 1))[:D]
 
 
 def _weight_grads(dy, dslot_map, x, G, g, U, slot_mask, norm, eps) -> tuple[Tensor, ...]:
     B, D, _, K = G.shape
     L = x.shape[1]
-    config = launch.select(_folded_attention_dw_kernel, x, D)
+    config = fit_slots(launch.select(_folded_attention_dw_kernel, x, D), K)
     packed = pack_attention(G, g, U, slot_mask, x.dtype, config)
     parts, blocks = launch.split(L, config.block_l, B * packed.groups)
     width = packed.w_in.shape[1]

@@ -38,8 +38,15 @@ def capture_cuda(function: Function, inputs: list[Tensor]) -> tuple[Callable[[],
             function(inputs)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = function(inputs)
+        # The stream by name: torch's own default is made once, on whichever device captures first. "thread_local":
+        # other threads (the loader, which pins memory; the watchdog of NCCL) may go on calling CUDA meanwhile.
+        try:
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                outputs = function(inputs)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the decoder's loss could not be captured in a CUDA graph ({error}): set FASTSLOTS_CUDA_GRAPHS=0"
+            ) from error
     return graph.replay, outputs
 
 

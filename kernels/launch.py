@@ -12,13 +12,14 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 TABLE = Path(__file__).with_name("launches.json")
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -146,13 +147,22 @@ def table_key(dtype: torch.dtype, width: int) -> str:
 def table_arch(arch: str) -> str:
     """The table's architecture that serves ``arch``: itself, or the newest NVIDIA one that is not newer.
 
-    The entries of sm_80, the smallest, serve whatever is older or not NVIDIA's.
+    sm_86 has 99 KiB of shared memory a block, like sm_89 and sm_12x, whose products are of its kind too. The entries of
+    sm_80 serve whatever is older or not NVIDIA's.
     """
     if arch in _table():
         return arch
     known = sorted(int(name[3:]) for name in _table() if name.startswith("sm_"))
     number = int(arch[3:]) if arch.startswith("sm_") else known[0]
+    number = 89 if number >= 120 else number
     return f"sm_{max([value for value in known if value <= number], default=known[0])}"
+
+
+def has_entries(like: Tensor, width: int, kernels: tuple[str, ...]) -> bool:
+    """Whether the table has block sizes for all kernels whose names start so; a tile that fits no memory has none."""
+    key = table_key(like.dtype, width)
+    entries = _table()[table_arch(arch_of(like))]
+    return all(key in found for name, found in entries.items() if name.startswith(kernels))
 
 
 def select(kernel: Any, like: Tensor, width: int) -> LaunchConfig:
@@ -164,15 +174,40 @@ def select(kernel: Any, like: Tensor, width: int) -> LaunchConfig:
     return LaunchConfig(**entries[kernel_name(kernel)][table_key(like.dtype, width)])
 
 
+def allows_tf32() -> bool:
+    """Whether torch's own fp32 products on a GPU may use TF32.
+
+    Asked of the setting behind both of torch's interfaces: ``get_float32_matmul_precision`` raises in a program that
+    has used the newer one.
+    """
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)  # since PyTorch 2.9
+    return torch.get_float32_matmul_precision() != "highest" if setting is None else setting == "tf32"
+
+
 def precision(dtype: torch.dtype) -> str:
     """``input_precision`` of fp32 products: TF32 exactly where the user lets torch's own products use it."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" or dtype != torch.float32 else "tf32"
+    return "tf32" if dtype == torch.float32 and allows_tf32() else "ieee"
+
+
+def options(config: LaunchConfig) -> dict[str, Any]:
+    """What the compiler is told beside the block sizes. FP fusion (a·b + c in one instruction) by name, since its
+    default changes in Triton 3.10: the code that runs is the code that was compiled and read here."""
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
 
 
 def run(
-    kernel: Any, grid: tuple[int, ...], args: Mapping[str, Any], constexprs: Mapping[str, Any], config: LaunchConfig
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: Mapping[str, Any],
+    constexprs: Mapping[str, Any],
+    config: LaunchConfig,
+    as_given: bool = False,
 ) -> None:
-    """Launch, or record. An empty grid launches nothing."""
+    """Launch, or record. An empty grid launches nothing.
+
+    Where the shared memory of a device is too small, the kernel's loops run with fewer tiles in flight (the same sums
+    in the same order); ``as_given`` raises instead.
+    """
     recorder = _recorder.get()
     if recorder is not None:
         recorder.launches.append(Launch(kernel, grid, dict(args), dict(constexprs), config))
@@ -181,8 +216,26 @@ def run(
         return
     device = next(a.device for a in args.values() if isinstance(a, Tensor))
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    key = (kernel_name(kernel), tuple(constexprs.items()), config, device)
     with guard:
-        kernel[grid](**args, **constexprs, num_warps=config.num_warps, num_stages=config.num_stages)
+        for stages in range(_stages_that_fit.get(key, config.num_stages), 0, -1):
+            try:
+                kernel[grid](**args, **constexprs, **options(replace(config, num_stages=stages)))
+            except OutOfResources as error:
+                if as_given:
+                    raise
+                if stages == 1:
+                    raise RuntimeError(
+                        f"{kernel_name(kernel)} does not fit this GPU ({error}): run `fastslots kernels tune` on it, "
+                        "or ask for backend='reference'"
+                    ) from error
+                _stages_that_fit[key] = stages - 1
+            else:
+                return
+
+
+_stages_that_fit: dict[tuple[Any, ...], int] = {}
+"""Launches that had to give up stages, so that each asks once."""
 
 
 def split(rows: int, block_l: int, programs: int, target: int = 512) -> tuple[int, int]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from . import cost
 from .compile import compile_launch
@@ -30,6 +31,7 @@ def compile_row(name: str, launch: Launch, arch: str, shape: Shape, precision: s
         "global_loads": compiled.global_loads, "global_stores": compiled.global_stores,
         "tma_loads": compiled.tma_loads,
         "model": {
+            "what": "not measured: each tensor moved once, every product once, at the published peaks of the device",
             "bytes": model.bytes, "bytes_requested": model.requested, "flops": model.flops,
             "flops_issued": model.issued,
             "floor_us": {
@@ -144,52 +146,26 @@ def encoder_costs(shape: Shape, layers: int) -> list[Method]:
     return out
 
 
+class _Traffic(TorchDispatchMode):
+    """Bytes that torch's own operations inside read and write: packing of weights, sums of partials, bias gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if not is_view and "empty" not in func.name():
+            tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+            self.bytes += sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+        return out
+
+
 def _recorded_cost(op: str, shape: Shape, precision: str, shared: bool = False) -> tuple[int, int]:
-    """Bytes and FLOPs of the launches of one op, forward and backward."""
-    with matmul_precision(precision), record("sm_90") as launches:
-        run_op(op, inputs(shape, PRECISIONS[precision], shared=shared))
+    """Bytes and FLOPs of one op, forward and backward: its launches, and the bytes of what torch does around them."""
+    tensors = inputs(shape, PRECISIONS[precision], shared=shared)
+    with matmul_precision(precision), record("sm_90") as launches, _Traffic() as around:
+        run_op(op, tensors)
     costs = [cost.launch_cost(item) for item in launches]
-    return sum(c.bytes for c in costs), sum(c.flops for c in costs)
-
-
-def roofline_svg(rows: list[Row], arch: str, width: int = 720, height: int = 440) -> str | None:
-    """FLOP per byte against the attainable rate of each bf16 launch of one architecture (model), as SVG."""
-    device = next((d for d in cost.DEVICES if d.arch == arch), None)
-    shown = (arch, "bf16", "clevr6")
-    points = [row for row in rows if (row["target"], row["precision"], row["preset"]) == shown]
-    if device is None or not points:
-        return None
-    left, bottom, right, top = 70, height - 50, width - 20, 40
-    low, high, floor, roof = 1.0, 10000.0, 1e12, 4e15
-
-    def x(intensity: float) -> float:
-        return left + (right - left) * math.log(intensity / low) / math.log(high / low)
-
-    def y(rate: float) -> float:
-        return bottom - (bottom - top) * math.log(rate / floor) / math.log(roof / floor)
-
-    peak = device.peak["bf16"]
-    corner = peak / device.bandwidth
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
-        'font-size="12">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-        f'<text x="{left}" y="22">{device.name}, bf16: attainable TFLOP/s by FLOP per byte (a model)</text>',
-        f'<polyline fill="none" stroke="black" points="{x(max(low, floor / device.bandwidth)):.1f},'
-        f'{y(max(floor, low * device.bandwidth)):.1f} {x(corner):.1f},{y(peak):.1f} {right},{y(peak):.1f}"/>',
-        f'<text x="{right - 150}" y="{y(peak) - 6:.1f}">{peak / 1e12:.0f} TFLOP/s</text>',
-    ]
-    for tick in (1, 10, 100, 1000, 10000):
-        parts.append(f'<text x="{x(tick) - 8:.1f}" y="{bottom + 18}">{tick}</text>')
-    for tick in (1e12, 1e13, 1e14, 1e15):
-        parts.append(f'<text x="{left - 45}" y="{y(tick) + 4:.1f}">{tick / 1e12:.0f}</text>')
-    parts.append(f'<text x="{(left + right) // 2 - 60}" y="{height - 12}">FLOP per byte moved</text>')
-    for i, row in enumerate(points):
-        intensity = row["model"]["flops"] / row["model"]["bytes"]
-        rate = min(peak, intensity * device.bandwidth)
-        parts.append(f'<circle cx="{x(intensity):.1f}" cy="{y(rate):.1f}" r="4" fill="#c33"/>')
-        parts.append(
-            f'<text x="{right - 250}" y="{top + 150 + 15 * i}">{row["kernel"]}: {intensity:.0f} FLOP/B, '
-            f"{rate / 1e12:.0f}</text>"
-        )
-    return "\n".join([*parts, "</svg>", ""])
+    return sum(c.bytes for c in costs) + around.bytes, sum(c.flops for c in costs)

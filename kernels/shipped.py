@@ -12,7 +12,7 @@ from torch import Tensor
 from .cross_attention import cross_attention_bwd, cross_attention_fwd
 from .decoder_layer import decoder_layer_bwd, decoder_layer_fwd
 from .folded_cross_attention import folded_attention_bwd, folded_attention_fwd
-from .launch import Launch, record
+from .launch import Launch, allows_tf32, record
 from .token_attention import table_width, token_attention_bwd, token_attention_fwd
 
 
@@ -56,7 +56,7 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float
 @contextlib.contextmanager
 def matmul_precision(name: str) -> Iterator[None]:
     """torch's own switch between TF32 and IEEE products, which the kernels follow."""
-    before = torch.get_float32_matmul_precision()
+    before = "high" if allows_tf32() else "highest"
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     try:
         yield

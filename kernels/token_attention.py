@@ -17,6 +17,8 @@ product (64 or 128), the few rows the narrow one. All rows of an image are in on
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -180,7 +182,7 @@ def table_width(M: int, D: int) -> int:
     return max(D, min(D * padded_rows(M) // 32, launch.WIDTH_CLASSES[-1]))
 
 
-def _values(tokens: Tensor, M: int, config: launch.LaunchConfig, tf32_rows: int = 16) -> dict[str, object]:
+def _values(tokens: Tensor, M: int, config: launch.LaunchConfig, tf32_rows: int = 16) -> dict[str, Any]:
     """More rows take shorter tiles of tokens, so that the table's entries hold their registers for any of them."""
     precision = launch.precision(tokens.dtype)
     block_m = max(padded_rows(M), tf32_rows if precision == "tf32" else 16)

@@ -19,6 +19,12 @@ from .decoder_loss import decoder_loss
 from .folded_cross_attention import folded_attention_bwd, folded_attention_fwd
 from .token_attention import MAX_CELLS, MAX_ROWS, padded_rows, token_attention_bwd, token_attention_fwd
 
+MAX_IMAGES = 65535
+"""Programs along the second and third axis of a CUDA grid."""
+_LAYER = ("decoder_layer_", "folded_attention_", "feed_forward_")
+_KERNELS = {"cross_attention": ("cross_attention_",), "folded_cross_attention": _LAYER[1:2], "decoder_layer": _LAYER,
+            "decoder_loss": _LAYER}  # fmt: skip
+
 __all__ = [
     "cross_attention_bwd", "cross_attention_fwd", "decoder_layer_bwd", "decoder_layer_fwd", "decoder_loss",
     "folded_cross_attention_bwd", "folded_cross_attention_fwd", "token_attention_bwd", "token_attention_fwd", "why_not",
@@ -38,8 +44,11 @@ def why_not(op: str, tensors: Sequence[Tensor]) -> str | None:
 
 
 def _too_large(op: str, tensors: Sequence[Tensor]) -> str | None:
-    """Limits of the shapes: a tile holds whole rows and all slots of a head."""
+    """Limits of the shapes: a tile holds whole rows and all slots of a head, and images are an axis of the grid."""
     width = tensors[0].shape[-1]
+    images = max(t.shape[0] for t in tensors[:2])  # x may be shared by all images
+    if images > MAX_IMAGES:
+        return f"{images} images are more than {MAX_IMAGES}, the most of one launch"
     if width > launch.WIDTH_CLASSES[-1]:
         return f"rows of {width} elements are wider than {launch.WIDTH_CLASSES[-1]}"
     if op == "token_attention":
@@ -50,6 +59,8 @@ def _too_large(op: str, tensors: Sequence[Tensor]) -> str | None:
         heads, slots = 1, tensors[1].shape[2] if len(tensors) > 1 else 1
     else:
         heads, slots = tensors[1].shape[2:] if len(tensors) > 1 else (1, 1)
+    if not launch.has_entries(tensors[0], width, _KERNELS[op]):
+        return f"rows of {width} elements in TF32 do not fit the shared memory of this GPU (bf16 or IEEE fp32 do)"
     if slots > MAX_SLOTS:
         return f"{slots} slots are more than {MAX_SLOTS}, the most that one tile holds"
     if heads * slots > MAX_COLUMNS:

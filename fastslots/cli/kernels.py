@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastslots.errors import UserError
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TARGETS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -27,6 +27,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     report.set_defaults(run=_report)
 
     tune = commands.add_parser("tune", help="time the candidates on this GPU and rewrite the launch table")
+    tune.add_argument("--preset", action="append", help="only the entries of this preset (may be repeated)")
+    tune.add_argument("--precision", action="append", choices=("bf16", "tf32", "fp32"), help="only these products")
+    tune.add_argument("--dry", action="store_true", help="say what would be timed; needs no GPU, writes nothing")
+    tune.add_argument("--target", choices=TARGETS, default="sm_90", help="architecture of --dry (default: %(default)s)")
     tune.set_defaults(run=_tune)
 
 
@@ -65,7 +69,7 @@ def _compile(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     _need_triton()
-    from fastslots.kernels import report
+    from fastslots.kernels import report, roofline
 
     files = sorted(args.dir.rglob("*.json")) if args.dir.is_dir() else []
     rows = [row for row in (json.loads(file.read_text()) for file in files) if "tensor_cores" in row]
@@ -75,7 +79,7 @@ def _report(args: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.md").write_text(report.markdown(rows))
     for arch in sorted({row["target"] for row in rows}):
-        svg = report.roofline_svg(rows, arch)
+        svg = roofline.roofline_svg(rows, arch)
         if svg is not None:
             (out / f"roofline-{arch}.svg").write_text(svg)
     print(f"wrote {out / 'report.md'} ({len(rows)} launches)")
@@ -85,12 +89,26 @@ def _report(args: argparse.Namespace) -> int:
 def _tune(args: argparse.Namespace) -> int:
     import torch
 
-    if not torch.cuda.is_available():
-        raise UserError("`fastslots kernels tune` times kernels on a GPU, and torch sees none here: run it on a GPU")
+    if not args.dry and not torch.cuda.is_available():
+        raise UserError(
+            "`fastslots kernels tune` times kernels on a GPU, and torch sees none here: run it on a GPU, or add --dry"
+        )
     _need_triton()
-    from fastslots.kernels import launch, tune
+    from fastslots.kernels import launch, shipped, tune
 
-    arch = tune.tune(lambda line: print(line, flush=True))
+    presets = args.preset or list(shipped.PRESETS)
+    unknown = [name for name in presets if name not in shipped.PRESETS]
+    if unknown:
+        raise UserError(f"--preset {unknown[0]}: there is {', '.join(shipped.PRESETS)}")
+    precisions = args.precision or ["bf16", "tf32", "fp32"]
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    if args.dry:
+        tune.plan(say, presets, precisions, args.target)
+        return 0
+    arch = tune.tune(say, presets, precisions)
     print(f"rewrote the {arch} entries of {launch.TABLE}")
     return 0
 
