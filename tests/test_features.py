@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from fastslots.cli import main
+from fastslots.data import open_dataset, to_float
 from fastslots.data.features import FeatureDataset, Features, write_features
 from fastslots.data.packed import DatasetInfo
 from fastslots.errors import UserError
@@ -159,8 +161,6 @@ def features_command(data: Path, checkpoint: Path, out: Path) -> list[str]:
 
 
 def test_features_of_a_data_set(made, checkpoint, tmp_path, capsys):
-    from fastslots.data import open_dataset, to_float
-
     packed, features = open_dataset(tmp_path / "data"), FeatureDataset(made)
     assert len(features) == 24 and features.info.has_masks and features.info.size == 28
     images, masks = packed.batch(np.array([3, 20]))
@@ -289,6 +289,34 @@ def test_damage_is_named(made, capsys):
     (made / "meta.json").write_text(json.dumps(meta | {"side": 0}))
     with pytest.raises(UserError, match="side or channels is out of range"):
         FeatureDataset(made)
+
+
+def test_clevrtex_as_it_is_published(tmp_path):
+    """Pictures and palettes of labels side by side, in numbered folders."""
+    rng = np.random.default_rng(0)
+    for i, folder in enumerate(("0", "0", "1")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        stem = tmp_path / folder / f"CLEVRTEX_full_{i:06d}"
+        labels = np.zeros((20, 30), np.uint8)
+        labels[2:10, 8:15], labels[0, 0] = i + 1, 9  # the second lies outside the crop
+        mask = Image.fromarray(labels)
+        mask.putpalette(rng.integers(0, 256, 768, np.uint8).tobytes())
+        mask.save(f"{stem}_flat.png")
+        Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(f"{stem}.png")
+        if i:
+            Path(f"{stem}.json").write_text(json.dumps({"objects": [{}] * 4}))
+    dataset = open_dataset(tmp_path)
+    assert (dataset.info.kind, len(dataset), dataset.info.size) == ("ClevrTex", 3, 16)  # 0.8 of 20
+    assert dataset.objects.tolist() == [2, 4, 4]
+    for i, item in enumerate(dataset):
+        expected = np.zeros((16, 16), np.uint8)
+        expected[:8, 1:8] = i + 1
+        assert (item["mask"] == expected).all()
+        picture = np.asarray(Image.open(next(tmp_path.glob(f"*/*{i:06d}.png"))))
+        assert (item["image"] == picture[2:18, 7:23]).all()
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "1" / "CLEVRTEX_full_000002_flat.png")
+    with pytest.raises(UserError, match=r"000002_flat\.png is a picture of mode RGB, expected a palette"):
+        open_dataset(tmp_path)
 
 
 def test_features_too_large_for_16_bits_are_refused(tmp_path):

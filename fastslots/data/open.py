@@ -22,8 +22,8 @@ from fastslots.data.shards import PackedShards, find_shards
 from fastslots.errors import UserError
 
 KNOWN = (
-    "npz in the authors' layout, TFRecord of multi_object_datasets, CLEVR v1.0 folder, object-centric-library HDF5, "
-    "folder of images, `fastslots data pack` folder"
+    "npz in the authors' layout, TFRecord of multi_object_datasets, CLEVR v1.0 folder, ClevrTex folder, "
+    "object-centric-library HDF5, folder of images, `fastslots data pack` folder"
 )
 
 
@@ -182,10 +182,13 @@ def recognise(path: Path) -> Reader:
 
 
 def _recognise_folder(path: Path) -> Reader:
+    from fastslots.data.clevrtex import ClevrTexReader
     from fastslots.data.pictures import ClevrReader, FolderReader
 
     if ClevrReader.recognises(path):
         return ClevrReader(path)
+    if ClevrTexReader.recognises(path):
+        return ClevrTexReader(path)
     if any(path.glob("*.mdb")):
         raise UserError(f"{path} is an LMDB of pickles, which are never loaded: convert it to npz or HDF5")
     folder = FolderReader(path)
