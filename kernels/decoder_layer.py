@@ -86,7 +86,6 @@ def _feed_forward_dx_kernel(
     start = tl.program_id(0).to(tl.int64) * BLOCK_L
     mask_l = start + tl.arange(0, BLOCK_L) < rows
     dy = load_rows(dy_ptr + start * D, D, mask_l, D, BLOCK_L, BLOCK_D)
-    store_column_sums(db2_ptr + tl.program_id(0).to(tl.int64) * WIDTH, dy, BLOCK_D)
     normed, rstd = norm_rows(
         load_rows(z_ptr + start * D, D, mask_l, D, BLOCK_L, BLOCK_D), eps, D, BLOCK_D, z_ptr.dtype.element_ty
     )
@@ -111,6 +110,7 @@ def _feed_forward_dx_kernel(
     for c in tl.static_range(len(normed)):
         dz = dz + (dnormed[c] + dy[c].to(tl.float32),)
     store_rows(dz_ptr + start * D, D, dz, mask_l, D, BLOCK_L, BLOCK_D)
+    store_column_sums(db2_ptr + tl.program_id(0).to(tl.int64) * WIDTH, dy, BLOCK_D)
 
 
 @triton.jit

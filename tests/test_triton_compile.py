@@ -20,6 +20,7 @@ import torch
 
 from fastslots.cli import kernels
 from fastslots.errors import UserError
+from fastslots.kernels import roofline
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is made for Linux alone")
 
@@ -113,6 +114,30 @@ def test_report_writes_table_and_roofline(tmp_path):
     table = (tmp_path / "report.md").read_text()
     assert "| folded_attention_dx |" in table and "| fused, bf16 |" in table
     ET.fromstring((tmp_path / "roofline-sm_90.svg").read_text())  # well-formed
+
+
+def test_roofline_leaves_out_what_has_no_product():
+    """A launch without FLOPs has no place on logarithmic axes; launches of one intensity share a dot."""
+
+    def row(kernel, flops):
+        model = {"flops": flops, "bytes": 1e6}
+        return {"kernel": kernel, "target": "sm_90", "preset": "clevr6", "precision": "bf16", "model": model}
+
+    rows = [row("combine", 0), row("first", 2e8), row("second", 2e8), row("third", 9e8)]
+    svg = roofline.roofline_svg(rows, "sm_90")
+    ET.fromstring(svg)
+    assert "combine" not in svg and "first, second: 200 FLOP/B" in svg and svg.count("<circle") == 2
+    assert roofline.roofline_svg(rows[:1], "sm_90") is None and roofline.roofline_svg(rows, "gfx942") is None
+
+
+def test_tune_says_what_it_would_time(capsys):
+    args = cli("kernels", "tune", "--dry", "--preset", "clevr6", "--precision", "bf16", "--target", "sm_80")
+    assert args.run(args) == 0
+    out = capsys.readouterr().out
+    assert "sm_80 clevr6 bf16 feed_forward_dx (bf16/192): from {" in out and out.endswith("10 entries\n")
+    args = cli("kernels", "tune", "--dry", "--preset", "clevr7")
+    with pytest.raises(UserError, match="clevr7"):
+        args.run(args)
 
 
 def test_report_without_compiled_kernels_names_the_command(tmp_path):

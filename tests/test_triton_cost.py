@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is first imported
 
@@ -78,6 +79,26 @@ def test_step_table_orders_the_methods():
     # Multiply-adds a pixel and layer, forward: 2·180·516 + 2·516·7 for attention and 2·180·360 for the feed-forward.
     pixels = 32 * 128 * 128
     assert rows["published, fp32"][1] == 2 * 3 * 2 * pixels * (2 * 180 * 516 + 2 * 516 * 7 + 2 * 180 * 360)
+
+
+def test_step_counts_what_torch_does_around_the_launches():
+    """No pass over all pixels but the launches' own, and, where x is shared, the sum of its residual over the batch."""
+    shape = shipped.PRESETS["clevr6"]
+    pixels = shape.B * shape.L * shape.D * 2
+    for shared, passes in ((False, 0), (True, 1)):
+        tensors = shipped.inputs(shape, torch.bfloat16, shared=shared)
+        with launch.record("sm_90"), report._Traffic() as around:
+            shipped.run_op("decoder_layer", tensors)
+        assert passes * pixels <= around.bytes < (passes + 0.95) * pixels
+    with report._Traffic() as seen:  # the counter counts
+        torch.empty(8, device="meta").add_(1).view(2, 4).sum()
+    assert seen.bytes == 32 + 36
+
+
+def test_the_floors_of_the_documentation_are_those_of_the_model():
+    page = Path(__file__).parents[1].joinpath("docs/kernels.md").read_text()
+    table = page.split("<!-- floors:begin -->\n")[1].split("\n<!-- floors:end -->")[0]
+    assert table == "\n".join(report.step_floors()).replace("## ", "### ")
 
 
 def test_encoder_table_orders_the_methods():
