@@ -40,6 +40,11 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--recombination", action="store_true", help="also the error of encoding decoded and recombined slots again"
     )
+    parser.add_argument(
+        "--composition",
+        action="store_true",
+        help="also scores of test images with and without the combination that the run's --holdout kept from it",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
@@ -72,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
         scores |= analysis.attribute_scores(*asked)
     if args.recombination:
         scores |= analysis.recombination_scores(*asked)
+    if args.composition:
+        scores |= analysis.composition_scores(model, config, args.images, args.batch_size)
     scores |= {"score_mode": args.score_mode} if args.score_mode != "pooled" else {}
     scores |= {"split": args.split, "weights": args.weights, "data": config.data}
     if args.json:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fastslots.data.holdout import Holdout
 from fastslots.data.sampling import random_u64
 
 SHAPES = ("circle", "square", "triangle")
@@ -27,14 +28,22 @@ class SpritesDataset:
         seed: of the whole set; validation uses another.
         size: side R in pixels. objects: least and most shapes of a scene.
         count: length of the set; scenes beyond the first few thousand cost nothing until asked for.
+        avoid: scenes with such an object are drawn again.
     """
 
-    def __init__(self, seed: int = 0, size: int = 32, objects: tuple[int, int] = (2, 3), count: int = 1 << 31):
+    def __init__(
+        self,
+        seed: int = 0,
+        size: int = 32,
+        objects: tuple[int, int] = (2, 3),
+        count: int = 1 << 31,
+        avoid: Holdout | None = None,
+    ):
         least, most = objects
         if not 4 <= size <= 4096 or count < 1 or not 1 <= least <= most <= 12:
             expected = "4 <= size <= 4096, count >= 1 and 1 <= objects <= 12"
             raise ValueError(f"{expected} expected, got {size}, {count}, {objects}")
-        self.seed, self.size, self.objects, self.count = seed, size, (least, most), count
+        self.seed, self.size, self.objects, self.count, self.avoid = seed, size, (least, most), count, avoid
         self._window = np.arange(int(np.ceil(2 * RADIUS[1] * 2 * size)) + 1)  # samples that any shape fits into
 
     def __len__(self) -> int:
@@ -64,16 +73,17 @@ class SpritesDataset:
             drawn, present = self._draw(indices[pending], attempt)
             owner, visible = self._paint(drawn, present)
             # The last attempt is taken as it is: reached by fewer than one scene in 10^9 at the default sizes.
-            good = (visible | ~present).all(1) | (attempt == ATTEMPTS - 1)
+            wanted = (visible | ~present).all(1)
+            if self.avoid:
+                wanted &= ~self.avoid.matches(_named(drawn, present))
+            good = wanted | (attempt == ATTEMPTS - 1)
             place = pending[good]
             images[place], masks[place] = self._render(owner[good], drawn[good])
             factors[place] = np.where(present[good, :, None], drawn[good], 0)
             pending = pending[~good]
             if not len(pending):
                 break
-        named = {name: factors[:, :, i] for i, name in enumerate(FACTORS)}
-        named["shape"] = np.where(named["radius"] > 0, named["shape"].astype(np.uint8) + 1, 0).astype(np.uint8)
-        return images, masks, named
+        return images, masks, _named(factors, factors[:, :, FACTORS.index("radius")] > 0)
 
     def _draw(self, indices: np.ndarray, attempt: int) -> tuple[np.ndarray, np.ndarray]:
         """Random factors [n, most, 7] in their ranges, and which shapes exist [n, most]."""
@@ -139,6 +149,12 @@ class SpritesDataset:
         votes = np.stack([(samples == label).sum(0, dtype=np.uint8) for label in range(most + 1)])
         masks[mixed] = votes.argmax(0)
         return images, masks
+
+
+def _named(factors: np.ndarray, present: np.ndarray) -> dict[str, np.ndarray]:
+    """[n, most, 7] -> name -> [n, most]; shapes count from 1, 0 = none."""
+    named = {name: factors[:, :, i] for i, name in enumerate(FACTORS)}
+    return named | {"shape": np.where(present, named["shape"].astype(np.uint8) + 1, 0).astype(np.uint8)}
 
 
 def _to_uint8(colours: np.ndarray) -> np.ndarray:

@@ -14,12 +14,16 @@ from fastslots.errors import UserError
 from fastslots.metrics import interaction_order
 from fastslots.metrics.attributes import DECAY, circular, match_slots, probe
 from fastslots.models import SlotVAE
+from fastslots.train.config import TrainConfig
+from fastslots.train.evaluate import evaluate
+from fastslots.train.sources import open_source, unseen
 
 ORDER_IMAGES = 32
 """Images of the interaction order: its cost is that of many decodings, and one number comes of all of them."""
 PERIODS = {"hue": 1.0, "orientation": 2 * np.pi}  # factors that end where they begin
 NO_ATTRIBUTES = {"visibility", "latents"}  # whether there is an object; a table whose columns nothing names
 SWAP_SHARE = 0.5
+COMPOSITION = ("recon", "j_ari", "jis", "fg_ari", "mbo")
 
 
 @torch.no_grad()
@@ -75,6 +79,19 @@ def attribute_scores(model: SlotVAE, dataset: Any, rows: Any, images: int = 0, b
             if values:
                 out[f"attribute_{score}_{kind}"] = sum(values.values()) / len(values)
             out |= {f"attribute_{score}_{kind}_{name}": value for name, value in values.items()}
+    return out
+
+
+def composition_scores(model: SlotVAE, config: TrainConfig, images: int = 0, batch_size: int = 10) -> dict[str, Any]:
+    """Compositional generalisation: the scores of test images without the combination that ``config.holdout`` kept
+    from the run (seen_...), and of as many with an object that has it (unseen_...). Raises UserError: see ``unseen``.
+    """
+    seen, rows = open_source(config).splits["test"]
+    count = min(images or len(rows), len(rows))
+    out: dict[str, Any] = {"composition_images": count}
+    for name, (dataset, own) in {"unseen": unseen(config, count), "seen": (seen, rows[:count])}.items():
+        scores = evaluate(model, dataset, own, batch_size=batch_size)
+        out |= {f"{name}_{score}": scores[score] for score in COMPOSITION if score in scores}
     return out
 
 

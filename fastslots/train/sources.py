@@ -6,14 +6,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fastslots.data import SpritesDataset, split_indices
 from fastslots.data.features import FeatureDataset, is_features
+from fastslots.data.holdout import Holdout
 from fastslots.data.sampling import step_seed
+from fastslots.data.sprites import FACTORS, SHAPES
 from fastslots.errors import UserError
 from fastslots.train.config import TrainConfig
 
 _TRAIN, _VAL, _TEST = 11, 12, 13  # purposes of the built-in data's seeds
 HELD_OUT = 1_000  # built-in images in val and in test
+SEARCH = 100  # scenes that are looked through for each with a held-out combination
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ def open_source(config: TrainConfig, dataset: Any = None) -> Source:
             if config.input == "features"
             else f"{config.data} holds features of a frozen network: train preset clevrtex, or set --input features"
         )
+    if config.holdout and config.data != "sprites":
+        raise UserError("holdout needs the built-in sprites, whose factors are known: leave --data or --holdout out")
     if config.input == "features":
         features = FeatureDataset(Path(config.data), config.max_objects or None)
         made = f"{features.channels} x {features.side} x {features.side} by {features.made_by.get('checkpoint')}"
@@ -57,10 +64,11 @@ def open_source(config: TrainConfig, dataset: Any = None) -> Source:
 
 def _builtin(config: TrainConfig) -> Source:
     """Scenes made on the fly. Validation and test scenes are the same for every seed of a run."""
-    objects = (2, max(2, min(config.num_slots - 1, 4)))  # a slot is left for the background
+    objects = _objects(config)
+    avoid = Holdout.parse(config.holdout, FACTORS, SHAPES) if config.holdout else None
 
     def sprites(seed: int, count: int) -> tuple[SpritesDataset, range]:
-        return SpritesDataset(seed, config.resolution, objects, count), range(count)
+        return SpritesDataset(seed, config.resolution, objects, count, avoid), range(count)
 
     splits = {
         "train": sprites(step_seed(config.seed, 0, _TRAIN) >> 1, 1 << 31),
@@ -69,7 +77,31 @@ def _builtin(config: TrainConfig) -> Source:
     }
     least, most = objects
     shapes = f"{least} to {most} coloured shapes at {config.resolution} x {config.resolution}"
-    return Source(f"built-in sprites, made on the fly: {shapes}; val and test {HELD_OUT} images each", splits)
+    without = f", none with {config.holdout}" if config.holdout else ""
+    return Source(f"built-in sprites, made on the fly: {shapes}{without}; val and test {HELD_OUT} images each", splits)
+
+
+def unseen(config: TrainConfig, count: int) -> tuple[SpritesDataset, np.ndarray]:
+    """The first ``count`` scenes of the test seed with an object that ``config.holdout`` kept from the run, as (data
+    set, rows): as they come, so their other objects are as everywhere.
+
+    Raises UserError where the run held nothing out, or such scenes are rarer than one in ``SEARCH``.
+    """
+    if not config.holdout or config.data != "sprites":
+        raise UserError("the run held no combination out: train with --holdout shape=square,hue=0.5:0.75, say")
+    holdout = Holdout.parse(config.holdout, FACTORS, SHAPES)
+    dataset = SpritesDataset(step_seed(0, 0, _TEST) >> 1, config.resolution, _objects(config), SEARCH * count)
+    found: list[np.ndarray] = []
+    for first in range(0, len(dataset), HELD_OUT):
+        rows = np.arange(first, min(first + HELD_OUT, len(dataset)))
+        found.append(rows[holdout.matches(dataset.scenes(rows)[2])])
+        if sum(map(len, found)) >= count:
+            return dataset, np.concatenate(found)[:count]
+    raise UserError(f"holdout {config.holdout!r}: fewer than one scene in {SEARCH} has such an object: widen it")
+
+
+def _objects(config: TrainConfig) -> tuple[int, int]:
+    return 2, max(2, min(config.num_slots - 1, 4))  # a slot is left for the background
 
 
 def _split(dataset: Any, description: str, published: bool) -> Source:

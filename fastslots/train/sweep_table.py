@@ -24,6 +24,7 @@ NO_METRIC = {
     "foreground_pixels",
     "seconds",
     "attribute_objects",
+    "composition_images",
     "interaction_order_images",
 }
 SHOWN = 10  # metrics in the printed table; the files have all
