@@ -75,7 +75,7 @@ def evaluate(
             progress(min(first + batch_size, own.stop) - own.start, len(own))
     model.train(training)
     found: dict[str, float] = {}
-    pixels = 0
+    pixels = 0.0
     if by_map.images:
         found["j_ari"], found["jis"], _, pixels = by_jacobian.result()
         found |= by_map.result()
