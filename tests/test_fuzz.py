@@ -354,6 +354,39 @@ def test_mutated_files_are_read_or_refused(name, tmp_path):
         case()
 
 
+FOUND = (  # by the long form: an encrypted member, a type without a NumPy equivalent, fields of another type
+    ("npz", [(2, 0.6467700978386741, 59501)]),
+    ("npz", [(1, 0.3246098319071088, 57377), (1, 0.6498868060352899, 2971)]),
+    ("HDF5", [(2, 0.9232173762227837, 9348)]),
+    ("config.json", [(8, 0.6058386400683866, 14530)]),
+    ("config.json", [(8, 0.6053099672937724, 40152)]),
+    ("config.json", [(8, 0.3625770079689645, 31956)]),
+    ("config.json", [(8, 0.3728637587607473, 16615)]),
+)
+
+
+@pytest.mark.parametrize("name, mutations", FOUND)
+def test_what_was_found_is_refused(name, mutations, tmp_path):
+    assert run_case(TARGETS[name], mutate(TARGETS[name].seed(), mutations), tmp_path) in ("read", "refused")
+
+
+@pytest.mark.parametrize(
+    "field, value, words",
+    [
+        ("optimizer", None, "optimizer must be text, got None"),
+        ("compile", 3, "compile must be true or false, got 3"),
+        ("output_hidden", ["x"], "output_hidden must be a list of whole numbers"),
+        ("output_hidden", 5, "output_hidden must be a list of whole numbers"),
+        ("output_hidden", [2.5], "output_hidden must be a list of whole numbers"),
+        ("lr", 10**400, "lr must be a number"),
+        ("steps", 1 << 63, "steps must be a whole number"),
+    ],
+)
+def test_fields_of_another_type_are_named(field, value, words):
+    with pytest.raises(UserError, match=words):
+        TrainConfig(**{field: value})
+
+
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_a_hundred_thousand_mutated_files(tmp_path):

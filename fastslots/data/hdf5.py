@@ -34,7 +34,8 @@ class Hdf5Reader:
             own = [name for name in file if isinstance(file.get(name, getlink=True), h5py.HardLink)]
             self._sets: dict[str, Any] = {name: file[name] for name in own if isinstance(file[name], h5py.Dataset)}
             self._sets = {name: s for name, s in self._sets.items() if not s.external and not s.is_virtual}
-        except (OSError, RuntimeError, KeyError, ValueError) as error:
+            self._numeric = [name for name, s in self._sets.items() if s.dtype.kind in "iufb"]  # some types have none
+        except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
             raise UserError(f"{path} cannot be read as HDF5 ({error}): download it again") from None
         images = self._sets.get("image")
         if images is None or images.ndim != 4 or images.shape[3] not in (1, 3) or not len(images):
@@ -52,7 +53,7 @@ class Hdf5Reader:
         return done / self._count
 
     def scenes(self, start: int = 0) -> Iterator[Scene | BadRecordError]:
-        names = [n for n, s in self._sets.items() if s.shape[:1] == (self._count,) and s.dtype.kind in "iufb"]
+        names = [name for name in self._numeric if self._sets[name].shape[:1] == (self._count,)]
         row_bytes = sum(self._sets[name].dtype.itemsize * math.prod(self._sets[name].shape[1:]) for name in names)
         if row_bytes > MOST_BYTES:
             raise UserError(f"{self._path}: a scene of {row_bytes:,} bytes is too large: make the images smaller")

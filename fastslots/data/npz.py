@@ -22,8 +22,8 @@ from fastslots.errors import UserError
 ROWS = 64  # read at once
 MEND = "save plain arrays with numpy.savez"
 # What zipfile, zlib and NumPy's parser of headers (which falls back to Python's tokenizer) raise on damaged bytes
-_DAMAGE = (ValueError, TypeError, SyntaxError, tokenize.TokenError, RecursionError, OverflowError)
-_DAMAGE += (OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+_DAMAGE = (ValueError, TypeError, SyntaxError, tokenize.TokenError, OverflowError)
+_DAMAGE += (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)  # RuntimeError: encrypted, unimplemented
 
 
 class Member:
@@ -87,7 +87,7 @@ def member_names(path: Path) -> list[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} cannot be read as npz ({error}): download or save the file again") from None
 
 

@@ -89,11 +89,15 @@ class SlotVAEConfig:
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name == "output_hidden":
-                object.__setattr__(self, f.name, tuple(int(width) for width in value))
-            elif f.type == "int" and (isinstance(value, bool) or not isinstance(value, int)):
+                object.__setattr__(self, f.name, _widths(value))
+            elif f.type == "int" and not _whole(value):
                 raise UserError(f"{f.name} must be a whole number, got {value!r}")
+            elif f.type == "bool" and not isinstance(value, bool):
+                raise UserError(f"{f.name} must be true or false, got {value!r}")
+            elif f.type == "str" and not isinstance(value, str):
+                raise UserError(f"{f.name} must be text, got {value!r}")
             elif f.type == "float":
-                if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+                if not (_whole(value) or isinstance(value, float)) or value != value:
                     raise UserError(f"{f.name} must be a number, got {value!r}")
                 object.__setattr__(self, f.name, float(value))
         self._check()
@@ -142,3 +146,14 @@ class SlotVAEConfig:
     def _divides(self, heads: str, width: str) -> None:
         if getattr(self, width) % getattr(self, heads):
             raise UserError(f"{width} {getattr(self, width)} must be a multiple of {heads} {getattr(self, heads)}")
+
+
+def _whole(value: object) -> bool:
+    """An int of 64 bits, which every library takes; JSON has longer ones."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(1 << 63) <= value < 1 << 63
+
+
+def _widths(value: object) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple) or not all(_whole(width) and width >= 1 for width in value):
+        raise UserError(f"output_hidden must be a list of whole numbers from 1 on, got {value!r}")
+    return tuple(value)
