@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import math
 import statistics
@@ -180,3 +181,44 @@ def test_mistakes_are_found_before_the_first_trial(tmp_path, capsys, argv, words
 def test_a_sweep_needs_a_folder(capsys):
     assert main(["sweep"]) == 2
     assert "--out" in capsys.readouterr().err
+
+
+@pytest.fixture
+def ray_cluster():
+    ray = pytest.importorskip("ray", reason="needs ray (the extra 'ray')")
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+@pytest.mark.long  # starting Ray and its worker takes most of a minute
+def test_trials_on_a_ray_cluster(tmp_path, capsys, ray_cluster, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # nodes work elsewhere
+    sweep = ["sweep", *TINY, "--lr", "1e-3,1e30", "--schedule", "constant", "--warmup", "0", "--out", "sweep"]
+    sweep += ["--engine", "ray", "--threads", "1"]
+    sweep[sweep.index("--steps") + 1] = "6"
+    assert main(sweep) == 1  # one trial fails, its neighbour does not
+    failed = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]
+    assert len(failed) == 1 and failed[0].startswith("failed: lr_1e+30-seed_0: exit code 1: ")
+    table = {row["lr"]: row for row in csv.DictReader((tmp_path / "sweep" / "sweep.csv").open())}
+    assert table["0.001"]["trials"] == "1" and table["1e+30"]["failed"] == "1"
+
+    # The same trials, here: what is finished is kept, and the table is the same.
+    good = tmp_path / "sweep" / "lr_0.001-seed_0"
+    written = {path: path.stat().st_mtime_ns for path in good.rglob("*")}
+    again = [part if part != "1e-3,1e30" else "1e-3" for part in sweep]
+    again[again.index("ray")] = "local"
+    assert main(again) == 0
+    assert {path: path.stat().st_mtime_ns for path in good.rglob("*")} == written
+    row = next(csv.DictReader((tmp_path / "sweep" / "sweep.csv").open()))
+    assert row["recon_mean"] == table["0.001"]["recon_mean"]
+
+
+def test_a_ray_sweep_without_a_cluster(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("ray", reason="needs ray (the extra 'ray')")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    # whatever else runs on this machine
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", functools.cache(set))
+    monkeypatch.setattr("ray._private.utils.read_ray_address", lambda *_: None)
+    assert main(["sweep", *TINY, "--engine", "ray", "--out", str(tmp_path / "out")]) == 2
+    assert "no Ray cluster is found" in capsys.readouterr().err

@@ -27,6 +27,9 @@ def add_parser(commands) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the sweep: a folder a trial, the tables")
     parser.add_argument("--seeds", type=int, help="seeds 0 .. N-1 (default 1); or name them with --seed 3,5,8")
     parser.add_argument("--jobs", type=int, default=1, help="trials at once, each with its share of the cores")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="here, or on a Ray cluster's nodes")
+    parser.add_argument("--trial_cpus", "--trial-cpus", type=float, default=1, help="of a trial, with --engine ray")
+    parser.add_argument("--trial_gpus", "--trial-gpus", type=float, default=0, help="of a trial, with --engine ray")
     parser.add_argument(
         "--also",
         metavar="FIELD=VALUE,...",
@@ -87,21 +90,30 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("give --seeds or --seed, not both")
     if (args.seeds is not None and args.seeds < 1) or args.jobs < 1:
         raise UserError("--seeds and --jobs must be at least 1")
+    if args.trial_cpus <= 0 or args.trial_gpus < 0:
+        raise UserError("--trial_cpus must be above 0, --trial_gpus at least 0")
     from fastslots.train.sweep import make_trials, run_trials
+    from fastslots.train.sweep_ray import run_on_ray
     from fastslots.train.sweep_table import write_sweep
 
     varied = {name: values for name, values in given.items() if len(values) > 1}
     fixed = {name: values[0] for name, values in given.items() if len(values) == 1}
     also = [cell_of(text) for text in args.also]
-    trials = make_trials(args.preset or DEFAULT_PRESET, varied, fixed, seeds or range(args.seeds or 1), args.out, also)
+    out = args.out.absolute()  # a Ray node has another working directory
+    trials = make_trials(args.preset or DEFAULT_PRESET, varied, fixed, seeds or range(args.seeds or 1), out, also)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {args.out}: {error.strerror}: name a folder that can be written") from None
-    say(f"{len(trials)} trials in {args.out}, {args.jobs} at once")
+    eval_arguments = shlex.split(args.eval_arguments)
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
-        results = run_trials(trials, args.jobs, shlex.split(args.eval_arguments), say)
+        if args.engine == "ray":
+            say(f"{len(trials)} trials in {args.out}, on Ray")
+            results = run_on_ray(trials, args.trial_cpus, args.trial_gpus, eval_arguments, say)
+        else:
+            say(f"{len(trials)} trials in {args.out}, {args.jobs} at once")
+            results = run_trials(trials, args.jobs, eval_arguments, say)
     finally:
         signal.signal(signal.SIGTERM, before)
     print(write_sweep(results, args.out))

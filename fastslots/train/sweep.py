@@ -97,16 +97,15 @@ def run_trials(
     eval_arguments: of ``fastslots eval``, run on each finished trial; none: the scores are those of the run's own
     last evaluation. An exception here (Ctrl-C) asks the running trials to stop at a checkpoint, and waits for them.
     """
-    processes = _Processes(max(1, _cores() // jobs))
+    processes = Processes(max(1, _cores() // jobs))
     results: dict[str, TrialResult] = {}
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(_run_trial, trial, tuple(eval_arguments), processes) for trial in trials]
+        futures = [pool.submit(run_trial, trial, tuple(eval_arguments), processes) for trial in trials]
         try:
             for done in as_completed(futures):
                 result = done.result()
                 results[result.trial.name] = result
-                state = f"failed: {result.error}" if result.error else _summary(result.scores)
-                say(f"[{len(results)}/{len(trials)}] {result.trial.name}: {state}")
+                say(progress_line(result, len(results), len(trials)))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             processes.stop()
@@ -134,7 +133,7 @@ def command(trial: Trial) -> list[str]:
     return ["train", config.preset_name, *flags, "--out", str(trial.folder), "--resume"]
 
 
-class _Processes:
+class Processes:
     """The running ``fastslots`` processes, so that all can be asked to stop."""
 
     def __init__(self, threads: int):
@@ -172,7 +171,8 @@ class _Processes:
                 process.kill()
 
 
-def _run_trial(trial: Trial, eval_arguments: tuple[str, ...], processes: _Processes) -> TrialResult:
+def run_trial(trial: Trial, eval_arguments: tuple[str, ...], processes: Processes) -> TrialResult:
+    """Train it unless it is finished, and score it; what goes wrong with it is in the result."""
     try:
         trial.folder.mkdir(parents=True, exist_ok=True)
         if not finished(trial):
@@ -186,7 +186,7 @@ def _run_trial(trial: Trial, eval_arguments: tuple[str, ...], processes: _Proces
     return TrialResult(trial, scores)
 
 
-def _evaluated(trial: Trial, arguments: tuple[str, ...], processes: _Processes) -> dict[str, Any]:
+def _evaluated(trial: Trial, arguments: tuple[str, ...], processes: Processes) -> dict[str, Any]:
     """The scores of ``fastslots eval``, kept in the trial's folder. The last weights, unless the arguments say so."""
     path, asked = trial.folder / SCORES, {"arguments": list(arguments), "step": trial.config.steps}
     with contextlib.suppress(OSError, ValueError, KeyError):
@@ -232,9 +232,11 @@ def _reason(trial: Trial, code: int) -> str:
     return f"exit code {code}: {lines[-1].strip() if lines else 'nothing was printed'} ({path})"
 
 
-def _summary(scores: dict[str, Any]) -> str:
+def progress_line(result: TrialResult, done: int, total: int) -> str:
+    scores = result.scores
     shown = (name for name in ("j_ari", "jis", "fg_ari", "recon") if isinstance(scores.get(name), int | float))
-    return "  ".join(f"{name} {scores[name]:.4g}" for name in shown)
+    state = "  ".join(f"{name} {scores[name]:.4g}" for name in shown)
+    return f"[{done}/{total}] {result.trial.name}: " + (f"failed: {result.error}" if result.error else state)
 
 
 def _cores() -> int:
