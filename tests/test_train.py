@@ -202,9 +202,35 @@ def test_an_unwritable_folder_is_named(tmp_path):
         fit(tiny(), out=tmp_path / "run")
 
 
-def test_tensorboard_events(tmp_path):
-    fit(tiny(tensorboard=True), out=tmp_path)
-    assert list(tmp_path.glob("events.out.tfevents.*"))
+def test_tensorboard_has_the_numbers_and_the_slots(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = fit(tiny(tensorboard=True, log_to="tensorboard"), out=tmp_path)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert events.Scalars("val/j_ari")[-1].value == pytest.approx(result.scores["j_ari"])
+    assert [event.step for event in events.Images("val/slots")] == [3, 6]
+
+
+@pytest.mark.parametrize("package", ["wandb", "trackio"])
+def test_hosted_trackers_get_the_same_and_go_on(package, tmp_path, monkeypatch):
+    pytest.importorskip(package, reason=f"needs {package}: pip install 'fastslots[{package}]'")
+    for name in ("WANDB_MODE", "TRACKIO_DIR", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}.get(name, str(tmp_path / "trackio")))
+    code = "import sys; from fastslots.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "train", *FLAGS, f"--log_to={package}", f"--out={tmp_path / 'run'}"]
+    for more in ("--steps=6", "--steps=8"):
+        done = subprocess.run([*command, more, "--resume"], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    stored = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.suffix in (".wandb", ".db", ".parquet"))
+    assert b"train/loss" in stored and b"val/j_ari" in stored
+    own = tmp_path / "run" / "images"
+    assert [path for path in tmp_path.rglob("*.png") if path.parent != own]
+
+
+def test_unknown_trackers_are_named():
+    with pytest.raises(UserError, match="log_to must name tensorboard, wandb, trackio, got 'mlflow'"):
+        tiny(log_to="wandb,mlflow")
 
 
 def test_the_explorer_of_a_finished_run_shows_its_best_weights(tmp_path, monkeypatch):

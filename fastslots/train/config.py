@@ -12,6 +12,7 @@ import torch
 
 from fastslots.errors import UserError
 from fastslots.models.config import SlotVAEConfig, option
+from fastslots.train.trackers import TRACKERS
 
 SCHEDULES = ("constant", "cosine", "paper", "paper-clevrtex")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -61,7 +62,8 @@ class TrainConfig(SlotVAEConfig):
     keep_checkpoints: int = option("checkpoints that are kept besides the best weights", 2)
     log_every: int = option("steps between progress lines where the output is no terminal (at least one in 10 s)", 100)
     init_from: str = option("a run directory or weights file to start from", "")
-    tensorboard: bool = option("also write TensorBoard events (needs the extra 'tensorboard')", False)
+    tensorboard: bool = option("also write TensorBoard events: the same as --log_to tensorboard", False)
+    log_to: str = option(f"also log to, with commas between: {', '.join(TRACKERS)} (an extra each)", "")
 
     def _check(self) -> None:
         super()._check()
@@ -69,6 +71,9 @@ class TrainConfig(SlotVAEConfig):
         self._choice("precision", PRECISIONS)
         self._choice("on_bad_record", ("stop", "skip"))
         self._choice("pixel_sampling", ("uniform", "foreground"))
+        for name in self.trackers():
+            if name not in TRACKERS:
+                raise UserError(f"log_to must name {', '.join(TRACKERS)}, got {name!r}")
         self._at_least(1, "steps", "batch_size", "accumulate", "eval_batch", "keep_checkpoints", "log_every")
         self._at_least(0, "max_objects", "warmup", "alpha_start", "alpha_warmup", "alpha_floor", "beta_start")
         self._at_least(0, "beta_warmup", "grad_clip", "pixels_per_step", "threads", "eval_every", "eval_images")
@@ -99,6 +104,11 @@ class TrainConfig(SlotVAEConfig):
         device = torch.device(self.device)
         torch.empty(0, device=device)
         return device
+
+    def trackers(self) -> list[str]:
+        """Names of ``log_to``, each once."""
+        names = [name.strip() for name in self.log_to.split(",") if name.strip()]
+        return list(dict.fromkeys((["tensorboard"] if self.tensorboard else []) + names))
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from PIL import Image
@@ -48,9 +46,6 @@ class SlotPictures:
         """One picture of all rows."""
         rows = [_join([_enlarge(tile) for tile in row], axis=1) for row in self.tiles]
         return Image.fromarray(_join(rows, axis=0))
-
-    def save(self, path: Path) -> None:
-        self.grid().save(path, optimize=True)
 
 
 def _enlarge(tile: np.ndarray) -> np.ndarray:

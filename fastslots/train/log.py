@@ -7,10 +7,12 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-from fastslots.errors import UserError
+import numpy as np
+from PIL.Image import Image
 
 SILENCE = 10.0  # seconds without a line, after which one is printed whatever the step
 
@@ -18,8 +20,8 @@ SILENCE = 10.0  # seconds without a line, after which one is printed whatever th
 class MetricsLog:
     """metrics.jsonl: one flushed JSON object a line. A resume first cuts what lies after its checkpoint."""
 
-    def __init__(self, path: Path, last_step: int = 0, tensorboard: bool = False):
-        self._events = _summary_writer(path.parent, last_step) if tensorboard else None
+    def __init__(self, path: Path, last_step: int = 0, trackers: Sequence[Any] = ()):
+        self._trackers = trackers
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= last_step]
             path.write_text("".join(f"{line}\n" for line in kept))
@@ -33,11 +35,15 @@ class MetricsLog:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._pending += json.dumps(clean).encode() + b"\n"
         self._flush()
-        if self._events:
-            split = f"{values['eval']}/" if "eval" in values else "train/"
-            for name, value in values.items():
-                if name != "step" and isinstance(value, int | float):
-                    self._events.add_scalar(split + name, value, values["step"])
+        split, step = f"{values.get('eval', 'train')}/", values["step"]
+        numbers = {split + name: v for name, v in values.items() if name != "step" and isinstance(v, int | float)}
+        for tracker in self._trackers:
+            tracker.numbers(numbers, step)
+
+    def picture(self, name: str, picture: Image, step: int) -> None:
+        """To those who take pictures; a run's own lie in its folder."""
+        for tracker in self._trackers:
+            tracker.picture(name, np.asarray(picture), step)
 
     def _flush(self) -> None:
         while self._pending:
@@ -47,8 +53,8 @@ class MetricsLog:
         with contextlib.suppress(OSError):  # a disk still full, of which the run has said so
             self._flush()
         self._file.close()
-        if self._events:
-            self._events.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 class Silent:
@@ -60,6 +66,9 @@ class Silent:
     def update(self, step: int, values: dict[str, float]) -> None:
         pass
 
+    def picture(self, name: str, picture: Image, step: int) -> None:
+        pass
+
     def say(self, text: str) -> None:
         pass
 
@@ -68,14 +77,6 @@ class Silent:
 
     def close(self) -> None:
         pass
-
-
-def _summary_writer(folder: Path, last_step: int):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs the package tensorboard: pip install 'fastslots[tensorboard]'") from None
-    return SummaryWriter(str(folder), purge_step=last_step + 1)
 
 
 def _step_of(line: str) -> float:

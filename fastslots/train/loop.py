@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
@@ -31,6 +32,7 @@ from fastslots.train.report import write_explorer, write_report
 from fastslots.train.run import RunFolder, claim, next_run
 from fastslots.train.sources import check_shape, open_source
 from fastslots.train.step import Precision, training_step
+from fastslots.train.trackers import open_trackers
 
 GRID_IMAGES = 8
 
@@ -107,7 +109,7 @@ class Trainer:
         self.progress = Progress(config.steps, config.log_every, self.step, stream) if first else Silent()
         for reason in damaged:
             self.progress.say(f"{reason}: going back to the one before")
-        self.log = MetricsLog(folder.metrics, self.step, config.tensorboard) if first else Silent()
+        self.log = MetricsLog(folder.metrics, self.step, self._trackers()) if first else Silent()
         self.writer = Writer(self.progress.say)
         if config.compile:
             self.model.encoder.compile()
@@ -161,6 +163,9 @@ class Trainer:
         damaged.extend(reasons)
         return found.to_bytes() if found else b""
 
+    def _trackers(self) -> list[Any]:
+        return open_trackers(self.config.trackers(), self.folder.path, self.step, dataclasses.asdict(self.config))
+
     def _announce(self) -> None:
         """What is about to happen, in a few lines."""
         config, say = self.config, self.progress.say
@@ -199,7 +204,9 @@ class Trainer:
             self.best, data = score, weights_bytes(self.model)
             self.writer.submit(lambda: write_atomic(self.folder.path / WEIGHTS["best"], data))
         if pictures.tiles:
-            self._or_warn(lambda: pictures.save(self.folder.images / f"step_{self.step:08d}.png"))
+            grid = pictures.grid()
+            self._or_warn(lambda: grid.save(self.folder.images / f"step_{self.step:08d}.png", optimize=True))
+            self._or_warn(lambda: self.log.picture("val/slots", grid, self.step))
         if of_images:
             short = {name: [round(score, 4) for score in scores] for name, scores in of_images.items()}
             self._store(OF_IMAGES, json.dumps({"step": self.step, **short}).encode())
