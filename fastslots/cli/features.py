@@ -15,7 +15,7 @@ def add_parser(actions) -> None:
         description="Encode every image of a data set by a frozen ViT and keep the features, for `fastslots train "
         "clevrtex --data DIR`. A stop is no loss: the same command goes on.",
     )
-    parser.add_argument("source", metavar="DATA", type=Path, help="data set of any known format")
+    parser.add_argument("source", metavar="DATA", help="data set of any known format")
     parser.add_argument(
         "--checkpoint",
         type=Path,

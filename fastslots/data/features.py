@@ -44,7 +44,8 @@ class Features(NamedTuple):
 class FeatureDataset:
     """Map-style: ``ds[i]`` is {"image": float [C, side, side], "mask" where there are masks, "factors"}."""
 
-    def __init__(self, folder: Path, max_objects: int | None = None):
+    def __init__(self, folder: str | Path, max_objects: int | None = None):
+        folder = Path(folder)
         meta = read_meta(folder)
         n, self.side, self.channels = (meta[name] for name in _SHAPE)
         self.made_by: dict[str, object] = meta["made_by"]
@@ -293,7 +294,7 @@ class FeatureReport:
         return "\n".join(f"{name:<12} {value}" for name, value in lines.items())
 
 
-def check_features(path: Path, max_objects: int | None = None, sample: int = 100) -> FeatureReport:
+def check_features(path: str | Path, max_objects: int | None = None, sample: int = 100) -> FeatureReport:
     """Verify a folder of features and look at some. UserError where training would refuse it."""
     dataset = FeatureDataset(path, max_objects)
     if not len(dataset):

@@ -42,7 +42,7 @@ class Holdout:
 
     def matches(self, factors: Mapping[str, np.ndarray]) -> np.ndarray:
         """factors: name -> [n, objects], shape 0 where there is no object -> bool [n]: any object meets all."""
-        met = factors["shape"] > 0
+        met: np.ndarray = factors["shape"] > 0
         for name, low, high in self.ranges:
             met = met & (factors[name] >= low) & (factors[name] < high)
-        return met.any(1)
+        return np.any(met, 1)

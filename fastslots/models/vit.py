@@ -39,6 +39,9 @@ _NOT_READ = re.compile(r"(head\.|head_dist\.|fc_norm\.|mask_token)")  # classifi
 class VisionTransformer(nn.Module):
     """images [B, 3, S, S] in [0, 1] -> features [B, (S / patch)², width]: the last block's patch tokens, normed."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, patch: int, width: int, hidden: int, depth: int, heads: int, positions: int, scale: str):
         super().__init__()
         self.patch, self.width = patch, width
