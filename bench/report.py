@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -58,7 +59,7 @@ class Run(NamedTuple):
 
 
 def runs(rows: Iterable[Row]) -> dict[Key, Run]:
-    """By setting, in the order of ``TITLES``; tiny runs left out."""
+    """By setting, in the order of ``TITLES``; tiny runs left out. Memory is that of the last run that measured it."""
     found: dict[Key, dict[str, list[Row]]] = {}
     for row in rows:
         if not row.run["tiny"] and row.case in TITLES:
@@ -66,8 +67,10 @@ def runs(rows: Iterable[Row]) -> dict[Key, Run]:
     order = list(TITLES)
     result = {}
     for key in sorted(found, key=lambda key: (order.index(str(key[0])), str(key[4]), str(key))):
-        times_ = sorted(found[key])
-        result[key] = Run(found[key][times_[-1]], found[key][times_[-2]] if len(times_) > 1 else [])
+        in_order = [found[key][when] for when in sorted(found[key])]
+        peaks = {row.provider: row.peak_bytes for rows in in_order for row in rows if row.peak_bytes is not None}
+        last = [dataclasses.replace(row, peak_bytes=peaks.get(row.provider)) for row in in_order[-1]]
+        result[key] = Run(last, in_order[-2] if len(in_order) > 1 else [])
     return result
 
 

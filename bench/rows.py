@@ -81,10 +81,21 @@ def environment(device: str, threads: int, roofs: dict[str, float]) -> dict[str,
         "system": f"{platform.system()} {platform.machine()}",
         "isa": _isa() if device == "cpu" else "",
         "commit": commit(),
-        "command": "fastslots " + shlex.join(sys.argv[1:]) if Path(sys.argv[0]).stem == "fastslots" else "",
+        "command": _command(),
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **roofs,
     }
+
+
+def _command() -> str:
+    """What the user typed, but for where the rows go: that is a path of one machine."""
+    if Path(sys.argv[0]).stem != "fastslots":
+        return ""
+    words = sys.argv[1:]
+    if "--out" in words:
+        at = words.index("--out")
+        del words[at : at + 2]
+    return "fastslots " + shlex.join(words)
 
 
 def device_name(device: str) -> str:
