@@ -120,7 +120,9 @@ def test_a_week_in_miniature(commands, tmp_path):
         samples.append((last_step(tmp_path / "whole"), memory(process.pid)))
         time.sleep(0.2)
     assert process.wait() == 0, process.said()
-    first = [size for step, size in samples if 1_100 <= step < 3_000]  # once the first evaluation has loaded what it needs
+    first = [
+        size for step, size in samples if 1_100 <= step < 3_000
+    ]  # once the first evaluation has loaded what it needs
     last = [size for step, size in samples if step >= 18_000]
     growth = np.mean(last) - np.mean(first)
     print(f"resident: {np.mean(first) / 2**20:.1f} MiB, then {np.mean(last) / 2**20:.1f} MiB")

@@ -16,7 +16,7 @@ def add_parser(commands) -> None:
     actions = parser.add_subparsers(metavar="ACTION", required=True, parser_class=type(parser))
 
     check = actions.add_parser("check", help="say what a data set is and what looks wrong")
-    check.add_argument("path", metavar="PATH", type=Path)
+    check.add_argument("path", metavar="PATH", help="file, folder, pattern, or URL of packed folders (s3://...)")
     _add_shape(check)
     _add_policy(check)
     check.add_argument("--quick", action="store_true", help="read the first scenes alone (default: all, kept decoded)")
@@ -24,15 +24,15 @@ def add_parser(commands) -> None:
     check.set_defaults(run=_check)
 
     pack = actions.add_parser("pack", help="decode any known format once, for training at memory speed")
-    pack.add_argument("source", metavar="IN", type=Path)
-    pack.add_argument("out", metavar="OUT", type=Path, help="folder to make; a partial one is continued")
+    pack.add_argument("source", metavar="IN")
+    pack.add_argument("out", metavar="OUT", type=local_folder, help="folder to make; a partial one is continued")
     _add_shape(pack)
     _add_policy(pack)
     pack.set_defaults(run=_pack)
 
     generate = actions.add_parser("generate", help="make a data set")
     generate.add_argument("what", choices=("sprites",), help="sprites: coloured shapes on black, with occlusion")
-    generate.add_argument("out", metavar="OUT", type=Path, help="packed folder to make")
+    generate.add_argument("out", metavar="OUT", type=local_folder, help="packed folder to make")
     generate.add_argument("--count", type=int, required=True, help="images")
     generate.add_argument("--size", type=int, default=64, help="side in pixels (default 64)")
     generate.add_argument("--seed", type=int, default=0)
@@ -113,6 +113,13 @@ def _generate(args: argparse.Namespace) -> int:
         write_packed(args.out, scenes, "generated sprites", f"seed {args.seed}", settings, progress=progress)
     print(PackedDataset(args.out).info)
     return 0
+
+
+def local_folder(text: str) -> Path:
+    """A URL would make a folder named "s3:"."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is a URL: make a local folder and upload it")
+    return Path(text)
 
 
 def _free(out: Path) -> None:

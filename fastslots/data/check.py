@@ -10,6 +10,7 @@ import numpy as np
 
 from fastslots.data.open import open_dataset, pack
 from fastslots.data.packed import UNKNOWN, DatasetInfo, PackedDataset, is_packed
+from fastslots.data.remote import is_remote
 from fastslots.data.shards import PackedShards, find_shards
 from fastslots.data.splits import split_indices
 from fastslots.errors import UserError
@@ -66,11 +67,17 @@ def check(
     Args:
         max_objects, size, on_bad_record: as in ``open_dataset``.
         quick: read the first ``QUICK`` scenes (of the first shard) alone and keep nothing; without it the whole set is
-            read, and what training will map is kept.
+            read, and what training will map is kept. Of a set in object storage: look at some of its images, without
+            comparing the checksum of those that are not in the cache.
 
     Raises:
         UserError: where training would refuse the data.
     """
+    if is_remote(path):
+        far = open_dataset(path, max_objects, size, on_bad_record)
+        if not quick:
+            far.verify()
+        return _look(far, far.info, max_objects, False)
     shards = find_shards(path)
     if not quick or is_packed(shards[0]):
         opened = open_dataset(path, max_objects, size, on_bad_record)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastslots.data.ranges import AHEAD
 from fastslots.data.sampling import batch_indices
 
 RESIDENT_SHARE = 0.4
@@ -67,14 +68,21 @@ def hold_images(dataset, rows, device: torch.device, limit: float) -> Tensor | N
     """
     if getattr(dataset, "info", None) is None or not len(rows):
         return None
-    first = read_batch(dataset, np.asarray(rows[:1]))[0]
-    if len(rows) * first.nbytes > limit:
+    one = read_batch(dataset, np.asarray(rows[:1]))[0]
+    if len(rows) * one.nbytes > limit:
         return None
-    held = torch.empty(len(rows), *first.shape[1:], dtype=first.dtype, device=device)
+    held = torch.empty(len(rows), *one.shape[1:], dtype=one.dtype, device=device)
     for first in range(0, len(rows), 1024):
         part = np.asarray(rows[first : first + 1024])
-        held[first : first + len(part)] = read_batch(dataset, part)[0].to(device)
+        held[first : first + len(part)] = _read_images(dataset, part)[0].to(device)
     return held
+
+
+def _read_images(dataset, rows: np.ndarray) -> tuple[Tensor, Tensor | None]:
+    """``read_batch``, but no masks of sets that are read by byte range: training needs none, and each is a request."""
+    if getattr(dataset, "ranged", None):
+        return torch.from_numpy(dataset.batch(rows, masks=False)[0]), None
+    return read_batch(dataset, rows)
 
 
 class Loader:
@@ -84,7 +92,8 @@ class Loader:
         dataset: one of ours, or any torch map-style data set (see ``read_batch``).
         indices: the rows to draw from (a split); None for all.
         batch_size: images a step on this process; ``start``: where its slice of the global batch begins.
-        prefetch: batches prepared ahead by a thread; 0 prepares in the caller.
+        prefetch: batches prepared ahead by a thread (``AHEAD`` by as many, and without masks, where a set in object
+            storage is read by byte range); 0 prepares in the caller.
         device: where the batches go. For a GPU images are held there if ``RESIDENT_SHARE`` of its free memory is
             enough (and batches have no masks); else they wait in pinned memory, from which copies overlap with work.
 
@@ -100,11 +109,12 @@ class Loader:
         self._pin, self._held = device is not None and device.type == "cuda", None
         if self._pin:
             self._held = hold_images(dataset, self._rows, device, RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0])
-        self._closed = threading.Event()
-        self._queue: queue.Queue = queue.Queue(max(prefetch, 1))
-        self._thread = threading.Thread(target=self._work, name="fastslots-loader", daemon=True) if prefetch else None
-        if self._thread:
-            self._thread.start()
+        self._closed = False
+        far = bool(prefetch and getattr(dataset, "ranged", None))
+        self._ahead = max(prefetch, AHEAD) if far else prefetch
+        self._threads = ThreadPoolExecutor(AHEAD if far else 1, "fastslots-loader") if prefetch else None
+        self._coming: deque[Future[Batch]] = deque()
+        self._ask()
 
     def read(self, step: int) -> Batch:
         """The batch of any step, now."""
@@ -112,44 +122,34 @@ class Loader:
         if self._held is not None:
             return Batch(step, self._held[torch.from_numpy(drawn).to(self._held.device)], None)
         rows = drawn + self._rows.start if isinstance(self._rows, range) else np.asarray(self._rows)[drawn]
-        images, masks = read_batch(self._dataset, rows)
+        images, masks = _read_images(self._dataset, rows)
         return Batch(step, images.pin_memory() if self._pin else images, masks)
 
-    def _work(self) -> None:
-        step = self._step
-        while not self._closed.is_set():
-            try:
-                item: Batch | BaseException = self.read(step)
-            except BaseException as error:  # handed to the caller, who raises it
-                item = error
-            while not self._closed.is_set():
-                try:
-                    self._queue.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if isinstance(item, BaseException):
-                return
-            step += 1
+    def _ask(self) -> None:
+        while self._threads and len(self._coming) < self._ahead:
+            self._coming.append(self._threads.submit(self.read, self._step))
+            self._step += 1
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
-            if self._closed.is_set():
+            if self._closed:
                 raise RuntimeError("this loader is closed: make another")
-            if self._thread is None:
+            if self._threads is None:
                 yield self.read(self._step)
                 self._step += 1
                 continue
-            item = self._queue.get()
-            if isinstance(item, BaseException):
-                self._closed.set()
-                raise item
-            yield item
+            try:
+                batch = self._coming.popleft().result()
+            except BaseException:
+                self._closed = True
+                raise
+            self._ask()
+            yield batch
 
     def close(self) -> None:
-        self._closed.set()
-        if self._thread:
-            self._thread.join()
+        self._closed = True
+        if self._threads:
+            self._threads.shutdown(cancel_futures=True)
 
     def __enter__(self) -> Loader:
         return self

@@ -22,7 +22,7 @@ from fastslots.errors import UserError
 ROWS = 64  # read at once
 MEND = "save plain arrays with numpy.savez"
 # What zipfile, zlib and NumPy's parser of headers (which falls back to Python's tokenizer) raise on damaged bytes
-_DAMAGE = (ValueError, TypeError, SyntaxError, tokenize.TokenError, OverflowError)
+_DAMAGE: tuple[type[Exception], ...] = (ValueError, TypeError, SyntaxError, tokenize.TokenError, OverflowError)
 _DAMAGE += (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)  # RuntimeError: encrypted, unimplemented
 
 

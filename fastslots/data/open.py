@@ -13,10 +13,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from fastslots.data.packed import VERSION, PackedDataset, is_packed
 from fastslots.data.packing import write_packed
+from fastslots.data.remote import is_remote, openers
 from fastslots.data.scene import BadRecordError, Reader, Scene, default_size, preprocess
 from fastslots.data.shards import PackedShards, find_shards
 from fastslots.errors import UserError
@@ -41,7 +43,8 @@ def open_dataset(
 
     Args:
         path: file or folder; or many as one set, in the order of their names: a pattern ("clevr/*.tfrecords"), or a
-            folder that holds data files, or packed folders, of one kind.
+            folder that holds data files, or packed folders, of one kind; or the URL of one of the latter in object
+            storage ("s3://bucket/clevr").
         max_objects: keep scenes with at most so many (CLEVR6: 6).
         size: side in pixels; None: 128 for CLEVR (after its centred crop), else the set's own.
         on_bad_record: "stop" raises at the first damaged record; "skip" leaves it out, says so and counts it
@@ -55,13 +58,16 @@ def open_dataset(
         UserError: naming file (record, member) and mend.
     """
     _check_arguments(path, max_objects, size, on_bad_record)
-    shards = find_shards(path)
-    if len(shards) == 1:
-        return _open_one(shards[0], max_objects, size, on_bad_record)
+    if is_remote(path):
+        ways = [partial(_sized, opener, size) for opener in openers(str(path), max_objects)]
+    else:
+        ways = [partial(_open_one, shard, max_objects, size, on_bad_record) for shard in find_shards(path)]
+    if len(ways) == 1:
+        return ways[0]()
     parts, lost = [], 0
-    for shard in shards:
+    for way in ways:
         try:
-            parts.append(_open_one(shard, max_objects, size, on_bad_record))
+            parts.append(way())
         except UserError as error:
             if on_bad_record == "stop":
                 raise
@@ -72,13 +78,7 @@ def open_dataset(
 
 def _open_one(path: Path, max_objects: int | None, size: int | None, on_bad_record: str) -> PackedDataset:
     if is_packed(path):
-        dataset = PackedDataset(path, max_objects)
-        if size not in (None, dataset.info.size):
-            raise UserError(
-                f"{path} was packed at {dataset.info.size} x {dataset.info.size}, not {size}: "
-                f"set --resolution {dataset.info.size}, or pack it again with --size {size}"
-            )
-        return dataset
+        return _sized(lambda: PackedDataset(path, max_objects), size)
     reader = recognise(path)
     side = size or default_size(reader)
     folder = cache_folder(path, side, on_bad_record)
@@ -86,6 +86,16 @@ def _open_one(path: Path, max_objects: int | None, size: int | None, on_bad_reco
         print(f"decoding {path} once into {folder}", file=sys.stderr)
         _pack(reader, path, folder, side, None, None, on_bad_record)
     return PackedDataset(folder, max_objects, str(path))
+
+
+def _sized(way: Callable[[], PackedDataset], size: int | None) -> PackedDataset:
+    dataset = way()
+    if size not in (None, dataset.info.size):
+        raise UserError(
+            f"{dataset.info.path} was packed at {dataset.info.size} x {dataset.info.size}, not {size}: "
+            f"set --resolution {dataset.info.size}, or pack it again with --size {size}"
+        )
+    return dataset
 
 
 def pack(
@@ -101,17 +111,20 @@ def pack(
     Of many shards each becomes a packed folder of its own in ``folder``, which opens as one set.
     """
     _check_arguments(path, max_objects, size, on_bad_record)
+    for place in (path, folder):
+        if is_remote(place):
+            raise UserError(f"{place}: packing reads and writes local folders: download the data, pack, and upload OUT")
     shards = find_shards(path)
-    partial = folder.with_name(folder.name + ".partial")
+    unfinished = folder.with_name(folder.name + ".partial")
     for number, shard in enumerate(shards):
-        target = folder if len(shards) == 1 else partial / f"shard-{number:05d}"
+        target = folder if len(shards) == 1 else unfinished / f"shard-{number:05d}"
         if is_packed(shard):
             raise UserError(f"{shard} is packed already: train on it, or pack the data set that it was made from")
         if not is_packed(target):  # else it is there from a call that was interrupted
             reader = recognise(shard)
             _pack(reader, shard, target, size or default_size(reader), max_objects, first, on_bad_record)
     if len(shards) > 1:
-        os.replace(partial, folder)
+        os.replace(unfinished, folder)
 
 
 def _check_arguments(path: str | Path, max_objects: int | None, size: int | None, on_bad_record: str) -> None:

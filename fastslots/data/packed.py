@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -23,6 +23,7 @@ from typing import BinaryIO
 import numpy as np
 
 from fastslots.data.npz import Member, member_names
+from fastslots.data.ranges import RangedArray, gather
 from fastslots.errors import UserError
 
 MAGIC, VERSION = "fastslots packed", 1
@@ -59,7 +60,13 @@ class DatasetInfo:
 class PackedDataset:
     """Map-style: ``ds[i]`` is {"image", "mask" where there are masks, "factors"}; ``batch`` is the fast way."""
 
-    def __init__(self, folder: Path, max_objects: int | None = None, path: str | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        max_objects: int | None = None,
+        path: str | None = None,
+        ranged: dict[str, RangedArray] | None = None,  # images.u8 and masks.u8, where they are in object storage
+    ):
         meta = read_meta(folder)
         n, size, packed_with = meta["count"], meta["size"], meta["max_objects"]
         if packed_with and max_objects and max_objects > packed_with:
@@ -67,13 +74,17 @@ class PackedDataset:
                 f"{path or folder} was packed with at most {packed_with} objects, not {max_objects}: "
                 f"set --max_objects {packed_with}, or pack it again with --max_objects {max_objects}"
             )
-        self._folder = folder
-        self._images = map_array(folder / "images.u8", (n, size, size, 3))
-        self._masks = map_array(folder / "masks.u8", (n, size, size)) if meta["has_masks"] else None
+        self._folder, self.ranged = folder, ranged
+
+        def array(name: str, shape: tuple[int, ...]) -> np.ndarray | RangedArray:
+            return ranged[name] if ranged else map_array(folder / name, shape)
+
+        self._images = array("images.u8", (n, size, size, 3))
+        self._masks = array("masks.u8", (n, size, size)) if meta["has_masks"] else None
         self._open = {
             name: (open(folder / name, "rb"), values.size)
             for name, values in (("images.u8", self._images), ("masks.u8", self._masks))
-            if values is not None
+            if isinstance(values, np.ndarray)
         }
         self.objects = np.array(map_array(folder / "objects.u8", (n,)))
         keep = np.ones(n, bool) if not max_objects else self.objects <= max_objects
@@ -88,7 +99,7 @@ class PackedDataset:
 
     def __reduce__(self):
         """Workers of a torch DataLoader map the files again rather than receive a copy of the arrays."""
-        return PackedDataset, (self._folder, self.info.max_objects, self.info.path)
+        return PackedDataset, (self._folder, self.info.max_objects, self.info.path, self.ranged)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -104,11 +115,16 @@ class PackedDataset:
         item["factors"] = {name: values[row] for name, values in self.factors().items()}
         return item
 
-    def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """images uint8 [n, R, R, 3], masks uint8 [n, R, R] or None"""
+    def batch(self, indices: np.ndarray, masks: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
+        """images uint8 [n, R, R, 3], masks uint8 [n, R, R] or None (where there are none, or ``masks`` is False)"""
+        images, *others = gather(self.asks(indices, masks))
+        return images, others[0] if others else None
+
+    def asks(self, indices: np.ndarray, masks: bool = True) -> list[tuple[np.ndarray | RangedArray, np.ndarray]]:
+        """What ``batch`` gathers: (array, its rows) of the images, and of the masks where they are wanted."""
         check_lengths(self._folder, self._open)
         rows = self._rows[np.asarray(indices)]
-        return self._images[rows], None if self._masks is None else self._masks[rows]
+        return [(array, rows) for array in (self._images, self._masks if masks else None) if array is not None]
 
     def factors(self) -> dict[str, np.ndarray]:
         """Generating factors by name, a row a scene (before the object filter)."""
@@ -124,8 +140,9 @@ class PackedDataset:
 
     def verify(self) -> None:
         """UserError unless the arrays are those that were packed, and the factors fit them."""
-        if digest(self._folder) != self.info.digest:
-            raise UserError(f"{self._folder}: its images are not those that were packed (checksum): {MEND}")
+        if digest(self._folder, ranged=self.ranged) != self.info.digest:
+            where = self.info.path if self.ranged else self._folder
+            raise UserError(f"{where}: its images are not those that were packed (checksum): {MEND}")
         self.factors()
 
 
@@ -133,11 +150,20 @@ def read_meta(folder: Path) -> dict:
     """The description of a packed folder. UserError where it is none, or of another version."""
     path = folder / "meta.json"
     try:
-        meta = json.loads(path.read_text())
+        text = path.read_text()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} describes no packed data set ({error}): {MEND}") from None
+    return parse_meta(text, str(path))
+
+
+def parse_meta(text: str, path: str, mend: str = MEND) -> dict:
+    """As ``read_meta``, of the text of the meta.json at ``path``."""
+    try:
+        meta = json.loads(text)
         if meta["magic"] != MAGIC:
             raise ValueError("another magic")
         if meta["version"] != VERSION:
-            raise UserError(f"{folder}: packed by another version ({meta['version']}): {MEND}")
+            raise UserError(f"{path}: packed by another version ({meta['version']}): {mend}")
         for key, kind in _META_TYPES.items():
             if type(meta[key]) is not kind:
                 raise ValueError(f"{key} is {meta[key]!r}")
@@ -145,10 +171,10 @@ def read_meta(folder: Path) -> dict:
             raise ValueError(f"skipped is {meta['skipped']!r}")
         if not (meta["count"] >= 1 and 1 <= meta["size"] < 1 << 14):
             raise ValueError("count or size is out of range")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} describes no packed data set ({error}): {MEND}") from None
+        raise UserError(f"{path} describes no packed data set ({error}): {mend}") from None
     return meta
 
 
@@ -169,7 +195,7 @@ def map_array(path: Path, shape: tuple[int, ...], dtype: str = "u1") -> np.ndarr
     return np.memmap(path, dtype, "r", shape=shape)
 
 
-def check_lengths(folder: Path, files: dict[str, tuple[BinaryIO, int]]) -> None:
+def check_lengths(folder: Path, files: Mapping[str, tuple[BinaryIO, int]]) -> None:
     """UserError where a file was cut since it was mapped: reading beyond its end would kill the process (SIGBUS).
 
     files: name -> (open file, bytes that are mapped). Costs a microsecond a batch. A file that was removed stays
@@ -188,11 +214,14 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is damaged ({error}): {MEND}") from None
 
 
-def digest(folder: Path, names: Iterable[str] = ARRAYS) -> str:
-    """Of the arrays, in the order images, masks, objects."""
+def digest(folder: Path, names: Iterable[str] = ARRAYS, ranged: dict[str, RangedArray] | None = None) -> str:
+    """Of the arrays, in the order images, masks, objects; ``ranged``: those that are not in the folder."""
     hasher = hashlib.blake2b(digest_size=16)
     for name in names:
-        if (folder / name).exists():
+        if ranged and name in ranged:
+            for block in ranged[name].blocks():
+                hasher.update(block)
+        elif (folder / name).exists():
             with open(folder / name, "rb") as file:
                 while block := file.read(1 << 20):
                     hasher.update(block)

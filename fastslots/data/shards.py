@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fastslots.data.packed import DatasetInfo, PackedDataset, is_packed
+from fastslots.data.ranges import gather
 from fastslots.errors import UserError
 
 SUFFIXES = (".tfrecord", ".tfrecords", ".npz", ".hdf5", ".h5")
@@ -55,7 +56,7 @@ class PackedShards:
                     f"{part.info.path} holds {_what(part.info)}, but {first.path} holds {_what(first)}: "
                     f"name sets of one kind"
                 )
-        self._parts = parts
+        self._parts, self.ranged = parts, any(part.ranged for part in parts)
         self._starts = np.cumsum([0, *map(len, parts)])
         self.objects = np.concatenate([part.objects for part in parts])
         fingerprint = hashlib.blake2b(" ".join(part.info.digest for part in parts).encode(), digest_size=16)
@@ -74,18 +75,19 @@ class PackedShards:
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._parts[part][index - int(self._starts[part])]
 
-    def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """images uint8 [n, R, R, 3], masks uint8 [n, R, R] or None, in the order asked for"""
+    def batch(self, indices: np.ndarray, masks: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
+        """images uint8 [n, R, R, 3], masks uint8 [n, R, R] or None (as of ``PackedDataset``), in the order asked for"""
         indices, size = np.asarray(indices), self.info.size
-        images = np.empty((len(indices), size, size, 3), np.uint8)
-        masks = np.empty((len(indices), size, size), np.uint8) if self.info.has_masks else None
         owner = np.searchsorted(self._starts, indices, side="right") - 1
-        for part in np.unique(owner):
-            rows = owner == part
-            images[rows], some = self._parts[part].batch(indices[rows] - self._starts[part])
-            if masks is not None:
-                masks[rows] = some
-        return images, masks
+        places = [(part, owner == part) for part in np.unique(owner)]
+        asks = [self._parts[part].asks(indices[rows] - self._starts[part], masks) for part, rows in places]
+        read = iter(gather([ask for some in asks for ask in some]))  # of all parts together, where they are far away
+        shapes = [(len(indices), size, size, 3), (len(indices), size, size)][: 1 + (masks and self.info.has_masks)]
+        arrays = [np.empty(shape, np.uint8) for shape in shapes]
+        for _, rows in places:
+            for array in arrays:
+                array[rows] = next(read)
+        return arrays[0], arrays[1] if len(arrays) > 1 else None
 
     def verify(self) -> None:
         """UserError unless the arrays are those that were packed."""

@@ -54,9 +54,12 @@ def open_source(config: TrainConfig, dataset: Any = None) -> Source:
         return _builtin(config)
     from fastslots.data import open_dataset
     from fastslots.data.check import check
+    from fastslots.data.remote import is_remote
 
     max_objects = config.max_objects or None
-    report = check(config.data, max_objects, config.resolution, on_bad_record=config.on_bad_record)
+    # What is read by byte range is not read whole first; what is fetched was compared with its checksum then.
+    far = is_remote(config.data)
+    report = check(config.data, max_objects, config.resolution, quick=far, on_bad_record=config.on_bad_record)
     opened = open_dataset(config.data, max_objects, config.resolution, config.on_bad_record)
     source = _split(opened, str(opened.info), opened.info.published_split)
     return replace(source, warnings=report.warnings)
