@@ -93,6 +93,7 @@ class Case:
     view: Callable[[Any], Mapping[str, Tensor]] = lambda result: result  # what the check sees of a call's result
     clock: str = "cpu"  # the clock that counts on a CPU
     items: int = 0  # images a call
+    bounds: Mapping[str, float] = field(default_factory=dict)  # in place of ``BOUNDS``, by precision
 
 
 def check(actual: Mapping[str, Tensor], expected: Tensors) -> tuple[float, str]:

@@ -90,7 +90,7 @@ def _first(row: Row, provider: Provider, case: Case, expected: Tensors, options:
         row.status, row.reason = "cannot", f"{type(error).__name__}: {text[0][:200]}"
         return None
     row.error, row.error_at = check(actual, expected)
-    row.error_bound = BOUNDS[options.precision]
+    row.error_bound = {**BOUNDS, **case.bounds}[options.precision]
     if not row.error <= row.error_bound:
         row.status, row.reason = "wrong", f"{row.error_at} is off by {row.error:.1e} (bound {row.error_bound:.0e})"
         return None

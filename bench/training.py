@@ -81,7 +81,9 @@ def step_case(options: Options) -> Case:
     providers["sdpa, identity in V"] = Provider(lambda: trained(lambda own: eager(own, sdpa)))
     providers["folded"] = Provider(lambda: trained(folded))
     providers |= {"fastslots, cpu": ours("cpu"), "fastslots, triton": ours("triton")}
-    return Case("step", model_axes(config, B), providers, expected, items=B)
+    # In 16 bits the first layers' biases, whose gradients all but cancel, are off by a quarter in every provider, the
+    # published one included (0.27 seen); what is wrong is off by about 1.
+    return Case("step", model_axes(config, B), providers, expected, items=B, bounds={"bf16": 0.5})
 
 
 def _terms_and_gradients(model: SlotVAE, terms: list[Tensor]) -> Tensors:
