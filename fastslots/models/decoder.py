@@ -25,7 +25,7 @@ from fastslots.ops.reference import (
 from fastslots.ops.tiled import DecoderLossTerms, LossInputs, decoder_loss
 
 QUERY_ROWS = 1024
-"""Pixels whose query MLP runs at once on a CPU, in training: its hidden layers are the last thing that grew with R²."""
+"""Pixels whose query MLP runs at once on a CPU, in training: its hidden layers then do not grow with R²."""
 
 
 class DecoderLayer(nn.Module):
