@@ -258,3 +258,26 @@ def decoder_loss(
     )
     narrowed = [None if grad is None else grad.to(t.dtype) for grad, t in zip(grads, tensors, strict=True)]
     return target.new_tensor(recon), target.new_tensor(interaction), narrowed
+
+
+def slot_jacobian(
+    tensors: Sequence[Tensor], tangents: Sequence[Sequence[Tensor]], slot_mask: Tensor | None, eps: float
+) -> Tensor:
+    """Σ over channels and a slot's numbers of |∂x̂/∂z|: [B, K, L]; see ``kernels/cpu/slot_jacobian.h``.
+
+    tensors: a decoder (``fastslots.ops.tiled.decoder_tensors``). tangents: of each layer, query weight [H·d, D] and
+    bias, weight and bias of the norm before it, output weight [D, H·d], scale · ∂k/∂z and ∂v/∂z [B, K, Z, H·d].
+    """
+    dtype = _wide(tensors[0].dtype)
+    B, K = tangents[0][5].shape[:2]
+    jacobian = tensors[0].new_empty(B, K, tensors[0].shape[1], dtype=dtype)
+    _kernel("slot_jacobian", dtype)(
+        _isa,
+        [_plain(t, dtype) for t in tensors],
+        [_plain(t, dtype) for layer in tangents for t in layer],
+        jacobian,
+        _mask(slot_mask),
+        eps,
+        torch.get_num_threads(),
+    )
+    return jacobian

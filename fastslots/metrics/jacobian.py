@@ -34,6 +34,7 @@ def slot_jacobian(
     pixels: Tensor | None = None,
     reduction: str | None = "sum",
     differentiable: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
     """Σ over channels and slot width of |∂recon/∂slots|, not normalised over slots; or every number of ∂recon/∂slots.
 
@@ -41,13 +42,14 @@ def slot_jacobian(
         decoder: a decoder of ``fastslots.models``; or any callable slots -> recon (or (recon, ...)), recon
             [B, C, R, R], in which images do not mix: then K·D forward-mode derivatives are taken, exact but slower.
         slots: [B, K, D] float. Their graph is left alone unless ``differentiable``.
-        chunk: rows (images x pixels) handled at once; for other decoders than ``Decoder``, directions. None: chosen
-            for the device and the sizes.
+        chunk: rows (images x pixels) handled at once in plain PyTorch; for other decoders than ``Decoder``,
+            directions. None: chosen for the device and the sizes. Kernels hold one tile and need none.
         slot_mask: [B, K] bool, True = a real slot; the others get 0. For our own decoders alone.
         pixels: [B, P] int64, these pixels (rows of R·R) of each image alone; None: all.
         reduction: "sum", or None for the derivatives themselves: C·L·K·D numbers an image.
         differentiable: the result carries a gradient to the slots and the decoder's weights, for an interaction
             penalty of the Jacobian; memory then grows with the pixels asked for.
+        backend: "auto", "reference" (plain PyTorch) or "cpu" (C++); only ``Decoder``'s sum has a kernel.
 
     Returns:
         "sum": [B, K, R, R], or [B, K, P] with ``pixels``. None: [B, C, R, R, K, D], or [B, C, P, K, D]. In the
@@ -56,7 +58,8 @@ def slot_jacobian(
 
     Raises:
         ValueError: slots that are not [B, K, D] of the decoder, a bad chunk, pixels that are not [B, P], an unknown
-            reduction, a slot_mask with a foreign decoder, or a differentiable Jacobian of 16-bit weights.
+            reduction, a slot_mask or a named backend with a decoder that cannot have it, or a differentiable Jacobian
+            of 16-bit weights.
     """
     if slots.ndim != 3 or not slots.is_floating_point():
         raise ValueError(f"slots must be float [B, K, D], got {slots.dtype} {list(slots.shape)}")
@@ -68,7 +71,9 @@ def slot_jacobian(
         raise ValueError(f"pixels must be integers [{len(slots)}, P], got {pixels.dtype} {list(pixels.shape)}")
     decoder = getattr(decoder, "_orig_mod", decoder)  # what torch.compile wrapped
     differentiable = differentiable and torch.is_grad_enabled()
-    request = Request(chunk, slot_mask, pixels, reduction == "sum", differentiable)
+    request = Request(chunk, slot_mask, pixels, reduction == "sum", differentiable, backend)
+    if backend not in ("auto", "reference") and type(decoder) is not Decoder:
+        raise ValueError(f"backend={backend!r} takes a fastslots.models Decoder, got {type(decoder).__name__}")
     # inference_mode off: autograd refuses its tensors; the clone is an ordinary one.
     inference = nullcontext() if differentiable else torch.inference_mode(False)
     with inference, torch.autocast(slots.device.type, enabled=False):

@@ -10,7 +10,7 @@ S[l,h,k] = scale · q_lh · k_hk and y_l = Σ_hk A[l,h,k] Wo_h v_hk:
 The small Jacobians ∂(k,v)/∂z, H·d x D a slot and layer, are shared by all pixels. Heads stay apart (d wide) rather than
 folded into the slots (Dq wide): 180 multiply-adds become 43 for each of H·K·D numbers a pixel, for one more product
 with Wq and Wo. |·| is summed on the fly, tile by tile: nothing of size C·K·D·L exists, and of what grows with R² only
-the pixels' queries and the result are held.
+the pixels' queries and the result are held. On a CPU a kernel does the same (``kernels/cpu/slot_jacobian.h``).
 
 **Spatial broadcast**, in D forward derivatives instead of K·D: slots are decoded alone, into images r_k and mask logits
 a_k, so one direction serves all slots at once, and x̂ = Σ_k m_k r_k with m = softmax(a) gives
@@ -23,6 +23,7 @@ With ``differentiable`` the result carries a gradient, to slots and weights.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import NamedTuple, cast
 
@@ -33,6 +34,7 @@ from torch import Tensor
 from fastslots.models.broadcast import BroadcastDecoder
 from fastslots.models.decoder import Decoder, DecoderLayer
 from fastslots.models.second_order import second_order
+from fastslots.ops import backends
 from fastslots.ops.reference import (
     FeedForward,
     FoldedProjections,
@@ -41,10 +43,13 @@ from fastslots.ops.reference import (
     output_head,
     slot_softmax,
 )
+from fastslots.ops.tiled import decoder_tensors
 
 CPU_ROWS = 512
 """Rows (images x pixels) of a tile on a CPU: what one head adds to a channel, K·D numbers a row, stays in L2."""
 GPU_ROWS = 16_384
+KERNEL_IMAGES = 16
+"""Images handed to a kernel at once: each has Jacobians of its keys and values, 4·K·D·H·d numbers at two layers."""
 CHANNEL_BLOCK = 8
 """Channels whose gradients are held at once: all of an image, few enough of a feature map's 768."""
 TANGENT_NUMBERS = 1 << 25
@@ -59,6 +64,7 @@ class Request(NamedTuple):
     pixels: Tensor | None = None  # [B, P]
     reduce: bool = True
     differentiable: bool = False
+    backend: str = "auto"
 
 
 def jacobian_penalty(
@@ -118,21 +124,20 @@ class _Tap(NamedTuple):
 
 
 def _transformer(decoder: Decoder, slots: Tensor, request: Request) -> Tensor:
-    (B, K, D), differentiable = slots.shape, request.differentiable
-    rows = request.chunk or (CPU_ROWS if slots.device.type == "cpu" else GPU_ROWS)
-    with torch.set_grad_enabled(differentiable):
+    with torch.set_grad_enabled(request.differentiable):
         queries = decoder.queries()
         if request.pixels is not None:
             queries = queries[0][request.pixels]
-    pixels = queries.shape[1]
+    name = _backend(decoder, slots, queries, request)
+    if name != "reference":
+        return _by_kernel(decoder, slots, queries, request.slot_mask, name)
+    (B, K, D), pixels = slots.shape, queries.shape[1]
+    rows = request.chunk or (CPU_ROWS if slots.device.type == "cpu" else GPU_ROWS)
     shape = (0, K, pixels) if request.reduce else (0, decoder.channels, pixels, K, D)
     parts = [slots.new_empty(shape)]
     group = max(1, rows // max(pixels, 1))
-    for image in range(0, B, group):
-        images = slice(image, image + group)
-        layers = _layers(decoder, slots[images], differentiable)
-        mask = None if request.slot_mask is None else request.slot_mask[images]
-        own = queries if len(queries) == 1 else queries[images]
+    for own, z, mask in _groups(group, slots, queries, request.slot_mask):
+        layers = _layers(decoder, z, request.differentiable)
         tiles = [
             _tile(decoder, layers, own[:, start : start + rows], mask, K, request) for start in range(0, pixels, rows)
         ]
@@ -140,24 +145,69 @@ def _transformer(decoder: Decoder, slots: Tensor, request: Request) -> Tensor:
     return torch.cat(parts)
 
 
-def _layers(decoder: Decoder, slots: Tensor, differentiable: bool) -> list[_Layer]:
-    """Folded projections and the Jacobians of keys and values for slots [B, K, D]."""
-    modules = cast("list[DecoderLayer]", list(decoder.transformer))
+def _backend(decoder: Decoder, slots: Tensor, queries: Tensor, request: Request) -> str:
+    """Name of the backend that serves: kernels give the sum alone, without a gradient."""
+    if not request.reduce or request.differentiable:
+        if request.backend not in ("auto", "reference"):
+            raise ValueError(f"backend={request.backend!r} has no differentiable or unreduced Jacobian: use 'auto'")
+        return "reference"
+    K, heads = slots.shape[1], decoder.transformer[0].projections.heads
+    G = slots.new_empty(0, queries.shape[2], heads, K)  # what the folded slots will be: only its shape is asked for
+    return backends.select("slot_jacobian", (queries, G), request.backend)
+
+
+def _groups(
+    size: int, slots: Tensor, queries: Tensor, slot_mask: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """(queries, slots, mask) of ``size`` images at a time."""
+    for first in range(0, len(slots), size):
+        images = slice(first, first + size)
+        own = queries if len(queries) == 1 else queries[images]
+        yield own, slots[images], None if slot_mask is None else slot_mask[images]
+
+
+def _by_kernel(decoder: Decoder, slots: Tensor, queries: Tensor, slot_mask: Tensor | None, name: str) -> Tensor:
+    kernel = backends.load(name).slot_jacobian
+    parts = [slots.new_empty(0, slots.shape[1], queries.shape[1])]
+    with torch.no_grad():
+        for own, z, mask in _groups(KERNEL_IMAGES, slots, queries, slot_mask):
+            tangents = []
+            for module, jacobians in zip(_modules(decoder), _key_value_jacobians(decoder, z), strict=True):
+                p, norm = module.projections, module.norm_q
+                keys, values = (j.permute(1, 3, 0, 2, 4).flatten(3) for j in jacobians)  # [B, K, D, H·d]
+                tangents.append(
+                    (p.to_q.weight, p.to_q.bias, norm.weight, norm.bias, p.to_out.weight, keys * p.scale, values)
+                )
+            tensors = decoder_tensors(own, decoder.layers(z), decoder.head())
+            parts.append(kernel(tensors, tangents, mask, decoder.norm.eps))
+    return torch.cat(parts)
+
+
+def _modules(decoder: Decoder) -> list[DecoderLayer]:
+    return cast("list[DecoderLayer]", list(decoder.transformer))
+
+
+def _key_value_jacobians(decoder: Decoder, slots: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """∂k/∂z and ∂v/∂z of every layer, [D, B, H, K, d] each, for slots [B, K, D]."""
 
     def keys_values(z: Tensor) -> list[tuple[Tensor, Tensor]]:
         hidden = decoder.slot_mlp(z)
-        return [layer.keys_values(hidden) for layer in modules]
+        return [layer.keys_values(hidden) for layer in _modules(decoder)]
 
     def derivative(direction: Tensor) -> list[tuple[Tensor, Tensor]]:
         # A slot's key depends on that slot alone, so one direction serves all slots of all images at once.
         return torch.func.jvp(keys_values, (slots,), (direction.expand_as(slots),))[1]
 
+    return torch.func.vmap(derivative)(torch.eye(slots.shape[2], dtype=slots.dtype, device=slots.device))
+
+
+def _layers(decoder: Decoder, slots: Tensor, differentiable: bool) -> list[_Layer]:
+    """Folded projections and the Jacobians of keys and values for slots [B, K, D]."""
     with torch.set_grad_enabled(differentiable):
-        directions = torch.eye(slots.shape[2], dtype=slots.dtype, device=slots.device)
         with second_order() if differentiable else nullcontext():
-            jacobians = torch.func.vmap(derivative)(directions)  # per layer ([D, B, H, K, d], same)
+            jacobians = _key_value_jacobians(decoder, slots)
         layers = []
-        for module, (folded, ff), kv in zip(modules, decoder.layers(slots), jacobians, strict=True):
+        for module, (folded, ff), kv in zip(_modules(decoder), decoder.layers(slots), jacobians, strict=True):
             keys, values = (j.permute(1, 2, 3, 0, 4).flatten(2, 3).contiguous() for j in kv)
             if not differentiable:
                 ff = FeedForward(*(t.detach() for t in ff))

@@ -12,6 +12,9 @@ A backend is a module of raw functions (no autograd) in ``fastslots.kernels``, i
     token_attention_fwd(rows, tokens) -> gathered, lse
     token_attention_bwd(dgathered, rows, tokens, gathered, lse) -> drows, dtokens
     decoder_loss(inputs, need_grads, grad_scale) -> recon, interaction, gradients (see tiled.py)
+    slot_jacobian(tensors, tangents, slot_mask, eps) -> jacobian (see fastslots/models/jacobian.py)
+
+A module may leave ops out, and then serves none of them.
 
 ``auto`` takes the first that serves: ``triton`` for CUDA tensors, ``cpu`` for CPU tensors, else ``reference``.
 """
@@ -26,7 +29,7 @@ from types import ModuleType
 from torch import Tensor
 
 NAMES = ("reference", "cpu", "triton")
-OPS = ("cross_attention", "folded_cross_attention", "decoder_layer", "decoder_loss", "token_attention")
+OPS = ("cross_attention", "folded_cross_attention", "decoder_layer", "decoder_loss", "token_attention", "slot_jacobian")
 _MODULES = {"cpu": "fastslots.kernels.cpu_backend", "triton": "fastslots.kernels.triton_backend"}
 
 
@@ -43,6 +46,8 @@ def why_not(name: str, op: str, tensors: Sequence[Tensor]) -> str | None:
         module = load(name)
     except ImportError as error:
         return f"not installed ({error})"
+    if not (hasattr(module, op) or hasattr(module, f"{op}_fwd")):
+        return f"it has no kernel for {op}"
     return module.why_not(op, tensors)
 
 

@@ -34,6 +34,16 @@ class DecoderLossTerms(NamedTuple):
     interaction: Tensor
 
 
+def decoder_tensors(
+    queries: Tensor, layers: list[tuple[FoldedProjections, FeedForward]], head: OutputHead
+) -> list[Tensor]:
+    """A decoder as one list, the order in which kernels take it and give gradients."""
+    flat = [queries]
+    for folded, ff in layers:
+        flat += [*folded, *ff]
+    return [*flat, head.norm_weight, head.norm_bias, *head.weights, *head.biases]
+
+
 @dataclass(frozen=True)
 class LossInputs:
     """What a tile needs. Targets, pixel weights and masks carry no gradient."""
@@ -49,11 +59,7 @@ class LossInputs:
     eps: float = 1e-5
 
     def differentiable(self) -> list[Tensor]:
-        flat = [self.queries]
-        for folded, ff in self.layers:
-            flat += [*folded, *ff]
-        head = self.head
-        return [*flat, head.norm_weight, head.norm_bias, *head.weights, *head.biases]
+        return decoder_tensors(self.queries, self.layers, self.head)
 
     def with_tensors(self, flat: list[Tensor]) -> LossInputs:
         """The same inputs with ``flat`` in the places of ``differentiable()``."""

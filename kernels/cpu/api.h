@@ -1,7 +1,7 @@
 // The kernels' arguments, and the table of entry points that each instruction set fills.
 //
 // Axes: B images, H heads, L pixels, K slots, d head width, D query width, F feed-forward width, C channels,
-// M rows, T tokens, S their width.
+// M rows, T tokens, S their width, Z numbers of a slot.
 // Arrays are row-major and contiguous. A null gradient pointer means "not asked for"; every gradient that is asked for
 // is written, not added to. Nothing here knows Python or torch.
 #pragma once
@@ -13,7 +13,7 @@ namespace fastslots {
 constexpr int64_t kMostMaps = 16;  // layers of a decoder, and linear maps of its head
 
 // Arrays of one decoder layer: P is `const T*` for the inputs and `T*` for their gradients.
-// The order of the members is the order of `differentiable()` in fastslots/ops/tiled.py.
+// The order of the members is that of `decoder_tensors` in fastslots/ops/tiled.py.
 template <typename P>
 struct LayerArrays {
   P G;            // [B, D, H, K] score weights, the query norm's affine part folded in
@@ -35,8 +35,9 @@ struct LinearArrays {
   P bias;    // [rows]
 };
 
+// A decoder's weights, its queries and, through the folded projections, the slots of B images.
 template <typename T>
-struct DecoderLossArgs {
+struct DecoderArgs {
   int64_t batch, query_batch, pixels;  // query_batch: B, or 1 where all images share the queries
   int64_t width, heads, slots;
   int64_t layer_count, head_count;
@@ -48,9 +49,16 @@ struct DecoderLossArgs {
   const T* head_norm_weight;              // [D]
   const T* head_norm_bias;                // [D]
   const LinearArrays<const T*>* head;     // [head_count]
+  const uint8_t* slot_mask;               // [B, K], 0 = no such slot; or null
+
+  double eps;
+  int threads;
+};
+
+template <typename T>
+struct DecoderLossArgs : DecoderArgs<T> {
   const T* target;                        // [B, L, C]
   const T* pixel_weight;                  // [B, L] or null
-  const uint8_t* slot_mask;               // [B, K], 0 = no such slot; or null
 
   T* queries_grad;
   const LayerArrays<T*>* layer_grads;     // null: forward only
@@ -58,10 +66,29 @@ struct DecoderLossArgs {
   T* head_norm_bias_grad;
   const LinearArrays<T*>* head_grads;
 
-  double recon_weight, interaction_weight, eps;
-  int threads;
+  double recon_weight, interaction_weight;
 
   double recon, interaction;              // results, unweighted
+};
+
+// What the slot Jacobian needs of a layer besides LayerArrays, I = H·d. Queries are q = to_q(norm_q(x)).
+template <typename T>
+struct TangentArrays {
+  const T* query_weight;       // [I, D]
+  const T* query_bias;         // [I]
+  const T* query_norm_weight;  // [D]
+  const T* query_norm_bias;    // [D]
+  const T* out_weight;         // [D, I]
+  const T* keys;               // [B, K, Z, I]: scale · ∂k/∂z of each number of a slot
+  const T* values;             // [B, K, Z, I]: ∂v/∂z
+};
+
+// jacobian[b,k,l] = Σ_c Σ_j |∂x̂[b,c,l]/∂z[b,k,j]|
+template <typename T>
+struct SlotJacobianArgs : DecoderArgs<T> {
+  int64_t slot_width, inner_width;        // Z, I
+  const TangentArrays<T>* tangents;       // [layer_count]
+  T* jacobian;                            // [B, K, L]
 };
 
 // One decoder layer: x [x_batch, L, D] -> y [B, L, D], slot_map [B, L, K]; x_batch is B, or 1 where images share x.
@@ -118,6 +145,7 @@ struct TokenAttentionArgs {
 template <typename T>
 struct Kernels {
   void (*decoder_loss)(DecoderLossArgs<T>&);
+  void (*slot_jacobian)(const SlotJacobianArgs<T>&);
   void (*layer)(const LayerArgs<T>&);
   void (*cross_attention)(const CrossAttentionArgs<T>&);
   void (*token_attention)(const TokenAttentionArgs<T>&);

@@ -1,103 +1,16 @@
-// The Python module fastslots._cpu: the only file that knows Python. Arrays come through DLPack, never converted or
-// copied (an output of the wrong dtype would be written to a temporary and lost): they must be C-contiguous, on the
-// CPU, and of the dtype and shape that the call implies. The GIL is released while kernels run.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
+// The Python module fastslots._cpu: with arrays.h all that knows Python. The GIL is released while kernels run.
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <stdexcept>
-#include <string>
 #include <tuple>
-#include <type_traits>
-#include <vector>
 
 #include "api.h"
+#include "arrays.h"
 
-namespace nb = nanobind;
 using namespace fastslots;
 
 namespace {
-
-constexpr int64_t kAny = -1;
-using Shape = std::vector<int64_t>;
-
-// Takes arrays out of Python objects and keeps them alive for the call.
-template <typename T>
-class Arrays {
- public:
-  const T* input(nb::handle object, const char* name, const Shape& shape) { return take<const T>(object, name, shape); }
-
-  T* output(nb::handle object, const char* name, const Shape& shape) {
-    return object.is_none() ? nullptr : take<T>(object, name, shape);
-  }
-
-  const uint8_t* mask(nb::handle object, const Shape& shape) {
-    return object.is_none() ? nullptr : take<const uint8_t>(object, "slot_mask", shape);
-  }
-
-  // [.., .., .., n] with any strides but a contiguous last axis.
-  const T* strided(nb::handle object, const char* name, const Shape& shape, int64_t strides[3]) {
-    nb::ndarray<const T, nb::ndim<4>, nb::device::cpu> array;
-    if (!nb::try_cast(object, array, false)) throw_type<T>(name, "4-d");
-    last_shape_.assign(array.shape_ptr(), array.shape_ptr() + 4);
-    check_shape(name, shape);
-    if (array.stride(3) != 1 && array.shape(3) > 1) throw_type<T>(name, "last-axis contiguous");
-    for (int i = 0; i < 3; ++i) strides[i] = array.stride(i);
-    owners_.push_back(nb::borrow(object));
-    return present(array.data());
-  }
-
-  const Shape& last_shape() const { return last_shape_; }
-
-  // The shape of an input whose sizes are not known yet.
-  Shape shape_of(nb::handle object, const char* name, size_t axes) {
-    take<const T>(object, name, Shape(axes, kAny));
-    return last_shape_;
-  }
-
- private:
-  template <typename E>
-  E* take(nb::handle object, const char* name, const Shape& shape) {
-    nb::ndarray<E, nb::c_contig, nb::device::cpu> array;
-    if (!nb::try_cast(object, array, false)) throw_type<E>(name, "C-contiguous");
-    last_shape_.assign(array.shape_ptr(), array.shape_ptr() + array.ndim());
-    check_shape(name, shape);
-    owners_.push_back(nb::borrow(object));
-    return present(array.data());
-  }
-
-  // An empty array has no address, but is there: null means "not asked for".
-  template <typename E>
-  static E* present(E* data) {
-    static std::remove_const_t<E> nothing;
-    return data ? data : &nothing;
-  }
-
-  template <typename E>
-  [[noreturn]] static void throw_type(const char* name, const char* layout) {
-    const char* type = sizeof(E) == 1 ? "uint8" : sizeof(E) == 4 ? "float32" : "float64";
-    throw nb::type_error((std::string(name) + " must be a " + layout + " " + type + " array on the CPU").c_str());
-  }
-
-  void check_shape(const char* name, const Shape& shape) const {
-    bool fits = last_shape_.size() == shape.size();
-    for (size_t i = 0; fits && i < shape.size(); ++i) fits = shape[i] == kAny || shape[i] == last_shape_[i];
-    if (fits) return;
-    const std::string found = text(last_shape_), expected = text(shape);
-    throw nb::value_error((std::string(name) + " has shape " + found + ", expected " + expected).c_str());
-  }
-
-  static std::string text(const Shape& shape) {
-    std::string out = "[";
-    for (size_t i = 0; i < shape.size(); ++i) out += (i ? ", " : "") + (shape[i] == kAny ? "any" : std::to_string(shape[i]));
-    return out + "]";
-  }
-
-  std::vector<nb::object> owners_;
-  Shape last_shape_;
-};
 
 template <typename T>
 const Kernels<T>& kernels_for(const std::string& isa) {
@@ -132,8 +45,56 @@ LayerArrays<P> layer_arrays(Get get, int64_t B, int64_t D, int64_t H, int64_t K,
 
 constexpr int64_t kLayerArrays = 10;
 
-// inputs and grads: queries, ten arrays a layer, head norm weight and bias, head weights, head biases. grads is None for
-// the forward alone, or holds an array or None for each input. Returns recon and interaction, unweighted.
+// A decoder out of a list: queries, ten arrays a layer, head norm weight and bias, head weights, head biases.
+template <typename T>
+struct DecoderArrays {
+  std::vector<LayerArrays<const T*>> layers;
+  std::vector<LinearArrays<const T*>> head;
+  std::vector<int64_t> ff_widths, head_rows;
+
+  void take(Arrays<T>& arrays, nb::list inputs, int64_t layer_count, nb::handle slot_mask, DecoderArgs<T>& args) {
+    const int64_t head_first = head_at(layer_count), total = int64_t(inputs.size());
+    args.layer_count = layer_count;
+    args.head_count = (total - head_first - 2) / 2;
+    if (layer_count < 1 || args.head_count < 1 || total != head_first + 2 + 2 * args.head_count) {
+      throw nb::value_error("inputs: expected queries, ten arrays a layer, and a norm and linear maps of the head");
+    }
+    if (layer_count > kMostMaps || args.head_count > kMostMaps) throw nb::value_error("more than 16 layers");
+    const Shape G = arrays.shape_of(inputs[1], "G", 4), queries = arrays.shape_of(inputs[0], "queries", 3);
+    args.batch = G[0], args.width = G[1], args.heads = G[2], args.slots = G[3];
+    args.query_batch = queries[0], args.pixels = queries[1];
+    if (args.query_batch != args.batch && args.query_batch != 1) {
+      throw nb::value_error("queries: batch must be 1 or that of G");
+    }
+    args.queries = arrays.input(inputs[0], "queries", {kAny, kAny, args.width});
+    for (int64_t i = 0; i < layer_count; ++i) {
+      int64_t at = 1 + i * kLayerArrays;
+      ff_widths.push_back(arrays.shape_of(inputs[at + 6], "w1", 2)[0]);
+      layers.push_back(layer_arrays<const T*>(
+          [&](const char* name, const Shape& shape) { return arrays.input(inputs[at++], name, shape); }, args.batch,
+          args.width, args.heads, args.slots, ff_widths.back()));
+    }
+    args.head_norm_weight = arrays.input(inputs[head_first], "head.norm_weight", {args.width});
+    args.head_norm_bias = arrays.input(inputs[head_first + 1], "head.norm_bias", {args.width});
+    int64_t columns = args.width;
+    for (int64_t i = 0; i < args.head_count; ++i) {
+      const int64_t at = head_first + 2 + i;
+      const int64_t rows = arrays.shape_of(inputs[at], "head.weights", 2)[0];
+      head.push_back({arrays.input(inputs[at], "head.weights", {rows, columns}),
+                      arrays.input(inputs[at + args.head_count], "head.biases", {rows})});
+      head_rows.push_back(rows);
+      columns = rows;
+    }
+    args.slot_mask = arrays.mask(slot_mask, {args.batch, args.slots});
+    args.ff_widths = ff_widths.data(), args.head_rows = head_rows.data();
+    args.layers = layers.data(), args.head = head.data();
+  }
+
+  static int64_t head_at(int64_t layer_count) { return 1 + layer_count * kLayerArrays; }
+};
+
+// inputs: see DecoderArrays. grads is None for the forward alone, or holds an array or None for each input. Returns recon
+// and interaction, unweighted.
 template <typename T>
 std::tuple<double, double> decoder_loss(const std::string& isa, nb::list inputs, nb::object grads, int64_t layer_count,
                                         nb::handle target, nb::handle pixel_weight, nb::handle slot_mask,
@@ -141,71 +102,30 @@ std::tuple<double, double> decoder_loss(const std::string& isa, nb::list inputs,
   const Kernels<T>& kernels = kernels_for<T>(isa);
   Arrays<T> arrays;
   DecoderLossArgs<T> args = {};
-  const int64_t head_first = 1 + layer_count * kLayerArrays, total = int64_t(inputs.size());
-  args.layer_count = layer_count;
-  args.head_count = (total - head_first - 2) / 2;
-  if (layer_count < 1 || args.head_count < 1 || total != head_first + 2 + 2 * args.head_count) {
-    throw nb::value_error("inputs: expected queries, ten arrays a layer, and a norm and linear maps of the head");
-  }
-  if (layer_count > kMostMaps || args.head_count > kMostMaps) throw nb::value_error("more than 16 layers");
-  const Shape G = arrays.shape_of(inputs[1], "G", 4), queries = arrays.shape_of(inputs[0], "queries", 3);
-  const int64_t B = args.batch = G[0], D = args.width = G[1];
-  const int64_t H = args.heads = G[2], K = args.slots = G[3];
-  const int64_t L = args.pixels = queries[1];
-  args.query_batch = queries[0];
-  if (args.query_batch != B && args.query_batch != 1) throw nb::value_error("queries: batch must be 1 or that of G");
-  args.queries = arrays.input(inputs[0], "queries", {kAny, kAny, D});
-
-  const bool backward = !grads.is_none();
-  nb::list outputs = backward ? nb::cast<nb::list>(grads) : nb::list();
-  if (backward && outputs.size() != inputs.size()) throw nb::value_error("grads: one entry for each input");
-  if (backward) args.queries_grad = arrays.output(outputs[0], "queries", queries);
-
-  std::vector<LayerArrays<const T*>> layers;
+  DecoderArrays<T> decoder;
+  decoder.take(arrays, inputs, layer_count, slot_mask, args);
+  const int64_t B = args.batch, L = args.pixels, D = args.width;
   std::vector<LayerArrays<T*>> layer_grads;
-  std::vector<int64_t> ff_widths, head_rows;
-  for (int64_t i = 0; i < layer_count; ++i) {
-    int64_t at = 1 + i * kLayerArrays;
-    const int64_t F = arrays.shape_of(inputs[at + 6], "w1", 2)[0];
-    ff_widths.push_back(F);
-    layers.push_back(layer_arrays<const T*>(
-        [&](const char* name, const Shape& shape) { return arrays.input(inputs[at++], name, shape); }, B, D, H, K, F));
-    if (!backward) continue;
-    at = 1 + i * kLayerArrays;
-    layer_grads.push_back(layer_arrays<T*>(
-        [&](const char* name, const Shape& shape) { return arrays.output(outputs[at++], name, shape); }, B, D, H, K, F));
-  }
-
-  std::vector<LinearArrays<const T*>> head;
   std::vector<LinearArrays<T*>> head_grads;
-  args.head_norm_weight = arrays.input(inputs[head_first], "head.norm_weight", {D});
-  args.head_norm_bias = arrays.input(inputs[head_first + 1], "head.norm_bias", {D});
-  if (backward) {
-    args.head_norm_weight_grad = arrays.output(outputs[head_first], "head.norm_weight", {D});
-    args.head_norm_bias_grad = arrays.output(outputs[head_first + 1], "head.norm_bias", {D});
-  }
-  int64_t columns = D;
-  for (int64_t i = 0; i < args.head_count; ++i) {
-    const int64_t at = head_first + 2 + i, bias_at = at + args.head_count;
-    const int64_t rows = arrays.shape_of(inputs[at], "head.weights", 2)[0];
-    const Shape shape = {rows, columns};
-    head.push_back({arrays.input(inputs[at], "head.weights", shape), arrays.input(inputs[bias_at], "head.biases", {rows})});
-    if (backward) {
-      head_grads.push_back({arrays.output(outputs[at], "head.weights", shape),
-                            arrays.output(outputs[bias_at], "head.biases", {rows})});
+  if (!grads.is_none()) {
+    nb::list outputs = nb::cast<nb::list>(grads);
+    if (outputs.size() != inputs.size()) throw nb::value_error("grads: one entry for each input");
+    int64_t at = 0;
+    const auto next = [&](const char* name, const Shape& shape) { return arrays.output(outputs[at++], name, shape); };
+    args.queries_grad = next("queries", {args.query_batch, L, D});
+    for (int64_t F : decoder.ff_widths) layer_grads.push_back(layer_arrays<T*>(next, B, D, args.heads, args.slots, F));
+    args.head_norm_weight_grad = next("head.norm_weight", {D});
+    args.head_norm_bias_grad = next("head.norm_bias", {D});
+    int64_t columns = D;
+    for (int64_t rows : decoder.head_rows) {
+      head_grads.push_back({next("head.weights", {rows, columns}), nullptr});
+      columns = rows;
     }
-    head_rows.push_back(rows);
-    columns = rows;
+    for (int64_t i = 0; i < args.head_count; ++i) head_grads[i].bias = next("head.biases", {decoder.head_rows[i]});
+    args.layer_grads = layer_grads.data(), args.head_grads = head_grads.data();
   }
-  args.ff_widths = ff_widths.data();
-  args.head_rows = head_rows.data();
-  args.layers = layers.data();
-  args.head = head.data();
-  args.layer_grads = backward ? layer_grads.data() : nullptr;
-  args.head_grads = backward ? head_grads.data() : nullptr;
-  args.target = arrays.input(target, "target", {B, L, columns});
+  args.target = arrays.input(target, "target", {B, L, decoder.head_rows.back()});
   args.pixel_weight = pixel_weight.is_none() ? nullptr : arrays.input(pixel_weight, "pixel_weight", {B, L});
-  args.slot_mask = arrays.mask(slot_mask, {B, K});
   args.recon_weight = recon_weight;
   args.interaction_weight = interaction_weight;
   args.eps = eps;
@@ -215,6 +135,45 @@ std::tuple<double, double> decoder_loss(const std::string& isa, nb::list inputs,
     kernels.decoder_loss(args);
   }
   return {args.recon, args.interaction};
+}
+
+// inputs: see DecoderArrays. tangents: the seven arrays of TangentArrays a layer. jacobian [B, K, L] is written.
+template <typename T>
+void slot_jacobian(const std::string& isa, nb::list inputs, nb::list tangents, nb::handle jacobian, nb::handle slot_mask,
+                   double eps, int threads) {
+  constexpr int64_t kTangentArrays = 7;
+  const Kernels<T>& kernels = kernels_for<T>(isa);
+  Arrays<T> arrays;
+  SlotJacobianArgs<T> args = {};
+  DecoderArrays<T> decoder;
+  const int64_t layer_count = int64_t(tangents.size()) / kTangentArrays;
+  if (int64_t(tangents.size()) != layer_count * kTangentArrays) throw nb::value_error("tangents: seven arrays a layer");
+  decoder.take(arrays, inputs, layer_count, slot_mask, args);
+  const int64_t B = args.batch, K = args.slots, D = args.width;
+  const Shape keys = arrays.shape_of(tangents[5], "keys", 4);
+  const int64_t Z = args.slot_width = keys[2], I = args.inner_width = keys[3];
+  if (I % args.heads) throw nb::value_error("keys: the last axis must be a multiple of the heads");
+  std::vector<TangentArrays<T>> layers;
+  int64_t at = 0;
+  const auto next = [&](const char* name, const Shape& shape) { return arrays.input(tangents[at++], name, shape); };
+  for (int64_t i = 0; i < layer_count; ++i) {
+    TangentArrays<T> layer;
+    layer.query_weight = next("query_weight", {I, D});
+    layer.query_bias = next("query_bias", {I});
+    layer.query_norm_weight = next("query_norm_weight", {D});
+    layer.query_norm_bias = next("query_norm_bias", {D});
+    layer.out_weight = next("out_weight", {D, I});
+    layer.keys = next("keys", {B, K, Z, I});
+    layer.values = next("values", {B, K, Z, I});
+    layers.push_back(layer);
+  }
+  args.tangents = layers.data();
+  args.jacobian = arrays.output(jacobian, "jacobian", {B, K, args.pixels});
+  if (!args.jacobian) throw nb::value_error("jacobian: it is written");
+  args.eps = eps;
+  args.threads = threads;
+  nb::gil_scoped_release release;
+  kernels.slot_jacobian(args);
 }
 
 // weights: G, g, U, b and, for a whole layer, the six arrays of its feed-forward. Forward: outputs are y and slot_map.
@@ -347,6 +306,8 @@ void bind(nb::module_& m, const std::string& suffix) {
         nb::arg("grads").none(), nb::arg("layers"), nb::arg("target"), nb::arg("pixel_weight").none(),
         nb::arg("slot_mask").none(), nb::arg("recon_weight"), nb::arg("interaction_weight"), nb::arg("eps"),
         nb::arg("threads"));
+  m.def(("slot_jacobian_" + suffix).c_str(), &slot_jacobian<T>, nb::arg("isa"), nb::arg("inputs"), nb::arg("tangents"),
+        nb::arg("jacobian"), nb::arg("slot_mask").none(), nb::arg("eps"), nb::arg("threads"));
   m.def(("layer_" + suffix).c_str(), &layer<T>, nb::arg("isa"), nb::arg("x"), nb::arg("weights"), nb::arg("outputs"),
         nb::arg("y_grad").none(), nb::arg("slot_map_grad").none(), nb::arg("slot_mask").none(), nb::arg("eps"),
         nb::arg("threads"));

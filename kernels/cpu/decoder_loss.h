@@ -1,10 +1,8 @@
 // The decoder's loss over all pixels of all images, with its gradients: fastslots.ops.tiled in C++.
 #pragma once
 
-#include <initializer_list>
-
+#include "decoder.h"
 #include "plan.h"
-#include "weights.h"
 
 namespace fastslots::FASTSLOTS_ISA {
 
@@ -12,17 +10,11 @@ template <typename T>
 class DecoderLoss {
  public:
   explicit DecoderLoss(DecoderLossArgs<T>& args)
-      : a(args), D(args.width), HK(args.heads * args.slots), backward(args.layer_grads != nullptr),
+      : a(args), decoder(args), D(args.width), HK(args.heads * args.slots), backward(args.layer_grads != nullptr),
         plan(args.batch, args.pixels, args.layer_count * 2 * D * HK, args.query_batch == 1 ? D : 0, args.threads),
         query_grad(plan, backward ? args.queries_grad : nullptr, args.query_batch == 1, D) {}
 
   void run() {
-    Carver<T> measure{nullptr};
-    pack(measure);
-    Block<T> packed(measure.used);
-    Carver<T> carver{packed.get()};
-    pack(carver);
-
     shared_size = backward ? shared_sums(nullptr).used : 0;
     image_size = backward ? image_sums(nullptr).used : 0;
     const int64_t workspace_size = Workspace(*this, nullptr).size, tasks = plan.tasks();
@@ -49,36 +41,15 @@ class DecoderLoss {
 
  private:
   DecoderLossArgs<T>& a;
+  const PackedDecoder<T> decoder;
   const int64_t D, HK;
   const bool backward;
   const Plan<T> plan;
   PixelGradient<T> query_grad;
-  int64_t widest = 1, shared_size = 0, image_size = 0;
+  int64_t shared_size = 0, image_size = 0;
   T *shared_base = nullptr, *image_base = nullptr;
-  Layer<T> layers[kMostMaps];
-  Linear<T> head[kMostMaps];
 
   double pixel_count() const { return a.batch * a.pixels > 0 ? double(a.batch * a.pixels) : 1.0; }
-
-  // The weights that all images share; with a carver that only measures, just their sizes.
-  void pack(Carver<T>& carver) {
-    widest = HK;
-    for (int64_t i = 0; i < a.layer_count; ++i) {
-      const auto& w = a.layers[i];
-      const int64_t F = a.ff_widths[i];
-      widest = F > widest ? F : widest;
-      layers[i].widen = pack_normed<T>(w.w1, F, D, w.norm_weight, w.norm_bias, w.b1, carver);
-      layers[i].narrow = pack_linear<T>(w.w2, D, F, F, 1, w.b2, carver);
-    }
-    int64_t columns = D;
-    for (int64_t i = 0; i < a.head_count; columns = a.head_rows[i], ++i) {
-      const auto& w = a.head[i];
-      head[i] = i == 0 ? pack_normed<T>(w.weight, a.head_rows[i], columns, a.head_norm_weight, a.head_norm_bias, w.bias,
-                                        carver)
-                       : pack_linear<T>(w.weight, a.head_rows[i], columns, columns, 1, w.bias, carver);
-      widest = a.head_rows[i] > widest ? a.head_rows[i] : widest;
-    }
-  }
 
   struct Sums {
     LayerSums<T> layers[kMostMaps];
@@ -94,7 +65,9 @@ class DecoderLoss {
       carve_sums<T>(carver, a.ff_widths[i], D, sums.layers[i].widen);
       carve_sums<T>(carver, D, a.ff_widths[i], sums.layers[i].narrow);
     }
-    for (int64_t i = 0; i < a.head_count; ++i) carve_sums<T>(carver, head[i].rows, head[i].columns, sums.head[i]);
+    for (int64_t i = 0; i < a.head_count; ++i) {
+      carve_sums<T>(carver, decoder.head(i).rows, decoder.head(i).columns, sums.head[i]);
+    }
     sums.used = carver.used;
     return sums;
   }
@@ -110,28 +83,17 @@ class DecoderLoss {
     return sums;
   }
 
-  // One thread's tile.
-  struct Workspace {
-    LayerState<T> layers[kMostMaps];
-    Layer<T> packs[kMostMaps];
-    T *x, *dx, *wide, *wide2, *narrow, *scratch, *map, *dmap, *factor, *weight, *pairs, *normed, *rstd;
-    T *hidden[kMostMaps], *slope[kMostMaps];
-    T* projections;
+  // One thread's tile, and the losses' own part of it.
+  struct Workspace : PackedDecoder<T>::Tile {
+    T *dx, *dmap, *factor, *weight, *pairs;
     int64_t size;
     Workspace(const DecoderLoss& o, T* base) {
       Carver<T> carver{base};
       const int64_t pixels = o.plan.tile_pixels();
-      for (int64_t i = 0; i < o.a.layer_count; ++i) layers[i].carve(carver, o.plan.panels, o.D, o.HK, o.a.ff_widths[i]);
-      for (int64_t i = 0; i < o.a.head_count; ++i) {
-        hidden[i] = carver.take(pixels * o.head[i].rows);
-        slope[i] = carver.take(pixels * o.head[i].rows);
-      }
-      for (T** narrow_part : {&x, &dx, &narrow, &normed}) *narrow_part = carver.take(pixels * o.D);
-      for (T** wide_part : {&wide, &wide2}) *wide_part = carver.take(pixels * (o.widest > o.D ? o.widest : o.D));
-      for (T** slot_part : {&map, &dmap}) *slot_part = carver.take(pixels * o.a.slots);
-      for (T** row : {&factor, &weight, &pairs, &rstd}) *row = carver.take(pixels);
-      scratch = carver.take(pixels * kPanel<T>);
-      projections = carver.take(o.a.layer_count * 4 * (o.D * o.HK + 16));
+      o.decoder.carve(carver, o.plan.panels, *this);
+      dx = carver.take(pixels * o.D);
+      dmap = carver.take(pixels * o.a.slots);
+      for (T** row : {&factor, &weight, &pairs}) *row = carver.take(pixels);
       size = carver.used;
     }
   };
@@ -144,27 +106,22 @@ class DecoderLoss {
     plan.walk(
         task,
         [&](int64_t b) {
-          Carver<T> carver{ws.projections};
+          decoder.begin_image(b, ws);
           T* const image = image_base + (plan.pixel_part(task) * a.batch + b) * image_size;
           std::memset(image, 0, size_t(image_size) * sizeof(T));
           const Sums own = image_sums(image);
           for (int64_t i = 0; i < a.layer_count; ++i) {
-            ws.packs[i] = layers[i];
-            pack_projections<T>(a.layers[i], b, D, HK, carver, ws.packs[i]);
             sums.layers[i].scores = own.layers[i].scores;
             sums.layers[i].values = own.layers[i].values;
           }
         },
         [&](int64_t b, int64_t start, int64_t count) {
-          const TileShape<T> s{(count + kPanel<T> - 1) / kPanel<T>, D, a.heads, a.slots, T(a.eps),
-                               T(1) / T(a.layer_count), a.slot_mask ? a.slot_mask + b * a.slots : nullptr};
-          const int64_t query_row = (a.query_batch == 1 ? 0 : b) * a.pixels + start;
-          load_pixels<T>(a.queries + query_row * D, D, count, D, s.panels, ws.x);
+          const TileShape<T> s = decoder.shape(b, count);
           forward_tile(s, b, start, count, ws, losses);
           if (!backward) return;
           backward_tile(s, sums, ws);
           if (query_grad.grad) {
-            T* const to = query_grad.of_task(plan, task) + query_row * D;
+            T* const to = query_grad.of_task(plan, task) + decoder.query_row(b, start) * D;
             store_pixels<T>(ws.dx, D, count, D, query_grad.adds(plan, task, b), to);
           }
         });
@@ -173,9 +130,7 @@ class DecoderLoss {
   // Adds the tile's losses; leaves the gradient of its pixels in ws.wide and that of its map in ws.dmap.
   void forward_tile(const TileShape<T>& s, int64_t b, int64_t start, int64_t count, Workspace& ws, double* losses) {
     constexpr int W = kPanel<T>;
-    std::memset(ws.map, 0, size_t(s.panels * W * a.slots) * sizeof(T));
-    for (int64_t i = 0; i < a.layer_count; ++i) forward_layer(ws.packs[i], s, ws.layers[i], ws.x, ws.map);
-    const T* out = forward_head(s, ws);
+    const T* out = decoder.forward(s, b, start, count, ws);
     const T pair_factor = T(a.interaction_weight / pixel_count());
     for (int64_t i = 0; i < s.panels * W; ++i) {
       ws.weight[i] = i >= count ? T(0) : a.pixel_weight ? a.pixel_weight[b * a.pixels + start + i] : T(1);
@@ -187,22 +142,12 @@ class DecoderLoss {
   }
 
   void backward_tile(const TileShape<T>& s, const Sums& sums, Workspace& ws) const {
-    backward_head(s, sums, ws);
+    decoder.backward_head(s, sums.head, ws, ws.dx);
     for (int64_t i = a.layer_count - 1; i >= 0; --i) {
       const bool input = i > 0 || query_grad.grad;
-      backward_layer(ws.packs[i], sums.layers[i], s, ws.layers[i], ws.dmap, input, ws.dx, ws.wide, ws.narrow,
+      backward_layer(ws.layers[i], sums.layers[i], s, ws.states[i], ws.dmap, input, ws.dx, ws.wide, ws.narrow,
                      ws.scratch);
     }
-  }
-
-  const T* forward_head(const TileShape<T>& s, Workspace& ws) const {
-    normalise<T>(ws.x, D, s.panels, s.eps, ws.normed, ws.rstd);
-    const T* in = ws.normed;
-    for (int64_t i = 0; i < a.head_count; in = ws.hidden[i], ++i) {
-      apply(head[i], in, s.panels, false, ws.hidden[i]);
-      if (i + 1 < a.head_count) gelu<T>(ws.hidden[i], ws.slope[i], s.panels * head[i].rows * kPanel<T>);
-    }
-    return in;
   }
 
   // Σ weight·(out − target)², and its gradient into ws.wide (0 past the last pixel).
@@ -223,19 +168,6 @@ class DecoderLoss {
     return total;
   }
 
-  // From the gradient of the pixels in ws.wide to that of the last layer's output in ws.dx.
-  void backward_head(const TileShape<T>& s, const Sums& sums, Workspace& ws) const {
-    T *dy = ws.wide, *dinput = ws.wide2;
-    for (int64_t i = a.head_count - 1; i >= 0; --i) {
-      accumulate(head[i], dy, i ? ws.hidden[i - 1] : ws.normed, s.panels, ws.scratch, sums.head[i]);
-      apply_transposed(head[i], dy, s.panels, dinput);
-      if (i) scale_by<T>(dinput, ws.slope[i - 1], s.panels * head[i].columns * kPanel<T>);
-      T* const swap = dy;
-      dy = dinput, dinput = swap;
-    }
-    normalise_backward<T>(dy, ws.normed, ws.rstd, D, s.panels, false, ws.dx);
-  }
-
   void reduce(int64_t tasks) {
     const Sums shared = shared_sums(shared_base);
     const Partials all{tasks, shared_size};
@@ -251,10 +183,10 @@ class DecoderLoss {
     for (int64_t i = 0; i < a.head_count; ++i) {
       const auto& to = a.head_grads[i];
       if (i == 0) {
-        reduce_normed<T>(shared.head[0], all, head[0].rows, D, a.head[0].weight, a.head_norm_weight, a.head_norm_bias,
+        reduce_normed<T>(shared.head[0], all, decoder.head(0).rows, D, a.head[0].weight, a.head_norm_weight, a.head_norm_bias,
                          to.weight, to.bias, a.head_norm_weight_grad, a.head_norm_bias_grad);
       } else {
-        reduce_linear<T>(shared.head[i], all, head[i].rows, head[i].columns, to.weight, to.bias);
+        reduce_linear<T>(shared.head[i], all, decoder.head(i).rows, decoder.head(i).columns, to.weight, to.bias);
       }
     }
     const Partials parts{plan.pixel_parts, a.batch * image_size};

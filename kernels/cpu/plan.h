@@ -17,7 +17,8 @@ struct Plan {
 
   // per_image: elements of the gradient sums that an image has of its own, which cutting the pixels multiplies;
   // per_pixel: those of a pixel that all images share (0 where they share none), which cutting the images multiplies.
-  Plan(int64_t batch_size, int64_t pixel_count, int64_t per_image, int64_t per_pixel, int threads)
+  Plan(int64_t batch_size, int64_t pixel_count, int64_t per_image, int64_t per_pixel, int threads,
+       int64_t most_pixels = kTilePixels)
       : batch(batch_size), pixels(pixel_count), workers(threads > 1 ? threads : 1) {
     constexpr int W = kPanel<T>;
     const int64_t parts = (4 + workers - 1) / workers * workers;
@@ -27,7 +28,7 @@ struct Plan {
     } else {
       pixel_parts = most < parts ? (most > 0 ? most : 1) : parts;
     }
-    const int64_t share = (pixels + pixel_parts - 1) / pixel_parts, largest = kTilePixels / W > 0 ? kTilePixels / W : 1;
+    const int64_t share = (pixels + pixel_parts - 1) / pixel_parts, largest = most_pixels / W > 0 ? most_pixels / W : 1;
     panels = (share + W - 1) / W;
     panels = panels > largest ? largest : panels < 1 ? 1 : panels;
   }

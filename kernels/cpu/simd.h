@@ -83,6 +83,11 @@ FASTSLOTS_INLINE T sum_of(Vec<T> v) {
 }
 
 template <typename T>
+FASTSLOTS_INLINE Vec<T> magnitude(Vec<T> v) {
+  return v < Vec<T>{} ? -v : v;
+}
+
+template <typename T>
 FASTSLOTS_INLINE Vec<T> square_root(Vec<T> v) {
   for (int i = 0; i < kLanes<T>; ++i) v[i] = std::sqrt(v[i]);
   return v;

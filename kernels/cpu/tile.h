@@ -125,17 +125,25 @@ void attend_backward(const Layer<T>& layer, const LayerSums<T>& sums, const Tile
   if (dnormed) apply_transposed(layer.scores, dscores, s.panels, dnormed);
 }
 
-// dx: gradient of the layer's output, replaced by that of its input (left half done where `input` is false: nobody
-// asks for it). wide [panels][max(F, H·K)][W] and narrow [panels][D][W] are workspace.
+// The feed-forward half. dx: gradient of the layer's output, replaced by that of the attention's.
+// wide [panels][F][W] and narrow [panels][D][W] are workspace.
 template <typename T>
-void backward_layer(const Layer<T>& layer, const LayerSums<T>& sums, const TileShape<T>& s, const LayerState<T>& state,
-                    const T* dmap, bool input, T* dx, T* wide, T* narrow, T* scratch) {
+void feed_forward_backward(const Layer<T>& layer, const LayerSums<T>& sums, const TileShape<T>& s,
+                           const LayerState<T>& state, T* dx, T* wide, T* narrow, T* scratch) {
   apply_transposed(layer.narrow, dx, s.panels, wide);
   accumulate(layer.narrow, dx, state.hidden, s.panels, scratch, sums.narrow);
   scale_by<T>(wide, state.slope, s.panels * layer.widen.rows * kPanel<T>);
   accumulate(layer.widen, wide, state.normed2, s.panels, scratch, sums.widen);
   apply_transposed(layer.widen, wide, s.panels, narrow);
   normalise_backward<T>(narrow, state.normed2, state.rstd2, s.D, s.panels, true, dx);
+}
+
+// dx: gradient of the layer's output, replaced by that of its input (left half done where `input` is false: nobody
+// asks for it). wide [panels][max(F, H·K)][W] and narrow [panels][D][W] are workspace.
+template <typename T>
+void backward_layer(const Layer<T>& layer, const LayerSums<T>& sums, const TileShape<T>& s, const LayerState<T>& state,
+                    const T* dmap, bool input, T* dx, T* wide, T* narrow, T* scratch) {
+  feed_forward_backward(layer, sums, s, state, dx, wide, narrow, scratch);
   attend_backward(layer, sums, s, state.normed1, state.attention, dx, dmap, wide, scratch, input ? narrow : nullptr);
   if (input) normalise_backward<T>(narrow, state.normed1, state.rstd1, s.D, s.panels, true, dx);
 }

@@ -22,16 +22,22 @@ class Block {
   T* data_;
 };
 
+// For one direction, y = W·x + bias. W[n][k] stands at weight[n·row_stride + k·column_stride].
+template <typename T>
+Linear<T> pack_forward(const T* weight, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride,
+                       const T* bias, Carver<T>& carver) {
+  T* packed = carver.take(rows * columns);
+  if (carver.base) pack_rows<T>(weight, rows, columns, row_stride, column_stride, packed);
+  return {rows, columns, packed, nullptr, bias};
+}
+
+// For both directions.
 template <typename T>
 Linear<T> pack_linear(const T* weight, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride,
                       const T* bias, Carver<T>& carver) {
-  T* packed = carver.take(rows * columns);
-  T* transposed = carver.take(rows * columns);
-  if (carver.base) {
-    pack_rows<T>(weight, rows, columns, row_stride, column_stride, packed);
-    pack_rows<T>(weight, columns, rows, column_stride, row_stride, transposed);
-  }
-  return {rows, columns, packed, transposed, bias};
+  Linear<T> linear = pack_forward<T>(weight, rows, columns, row_stride, column_stride, bias, carver);
+  linear.transposed = pack_forward<T>(weight, columns, rows, column_stride, row_stride, nullptr, carver).packed;
+  return linear;
 }
 
 // weight [rows, columns] behind a norm with `gamma` and `beta`: W·diag(γ), and bias + W·β.
