@@ -56,10 +56,13 @@ def decoder_layer(layer: DecoderLayer, x: Tensor, slots: Tensor, attend: Attend)
     return feed_forward(x + y, layer.ff), weights
 
 
-def decode(decoder: Decoder, slots: Tensor, attend: Attend = stored_weights) -> tuple[Tensor, list[Tensor]]:
-    """slots [B, K, D] -> pixels [B, L, C], the weights of each layer."""
+def decode(
+    decoder: Decoder, slots: Tensor, attend: Attend = stored_weights, pixels: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """slots [B, K, D] -> pixels [B, L, C], the weights of each layer; pixels: [P], these alone."""
     hidden = decoder.slot_mlp(slots)
-    x = decoder.query_mlp(decoder.position_code).repeat(slots.shape[0], 1, 1)
+    code = cast(Tensor, decoder.position_code)
+    x = decoder.query_mlp(code if pixels is None else code[pixels]).repeat(slots.shape[0], 1, 1)
     weights = []
     for layer in cast(Iterable[DecoderLayer], decoder.transformer):
         x, of_layer = decoder_layer(layer, x, hidden, attend)

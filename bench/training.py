@@ -103,11 +103,12 @@ def jacobian_case(options: Options) -> Case:
         "published": lambda: published.slot_jacobian(decoder, slots),
         "published, 16 directions at once": lambda: published.slot_jacobian(decoder, slots, 16),
         "folded, forward mode": lambda: slot_jacobian(lambda z: decoder(z)[0], slots),
+        "backward, plain PyTorch": lambda: slot_jacobian(decoder, slots, backend="reference"),
         "fastslots": lambda: slot_jacobian(decoder, slots),
     }
 
     def expected() -> Tensors:
-        return {"jacobian": slot_jacobian(copy.deepcopy(decoder).double(), slots.double())}
+        return {"jacobian": slot_jacobian(copy.deepcopy(decoder).double(), slots.double(), backend="reference")}
 
     providers = {
         name: Provider(lambda run=run: lambda: {"jacobian": run()})  # type: ignore[misc]

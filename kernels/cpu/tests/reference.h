@@ -91,27 +91,35 @@ inline Row decoder_layer(Row x, const Row* weights, int64_t b, int64_t H, int64_
   return x;
 }
 
+// Pixel l of image b, C channels; adds the mean over layers of the weights to map.
+inline Row decode(const Problem& p, const Tensors& tensors, int64_t b, int64_t l, Row& map) {
+  const int64_t N = int64_t(p.ff_widths.size()), D = p.width, head = p.head_first();
+  const uint8_t* keep = p.slot_mask.empty() ? nullptr : &p.slot_mask[b * p.slots];
+  const auto query = tensors[0].begin() + ((p.query_batch == 1 ? 0 : b) * p.pixels + l) * D;
+  Row x(query, query + D);
+  for (int64_t i = 0; i < N; ++i) {
+    x = decoder_layer(x, &tensors[1 + 10 * i], b, p.heads, p.slots, keep, Real(1) / N, p.eps, map);
+  }
+  x = affine(normalised(x, p.eps), tensors[head], tensors[head + 1]);
+  const int64_t maps = int64_t(p.head_rows.size());
+  for (int64_t i = 0; i < maps; ++i) {
+    for (Real& v : x) v = i ? gelu(v) : v;
+    x = linear(tensors[head + 2 + i], tensors[head + 2 + maps + i], x);
+  }
+  return x;
+}
+
 struct Loss {
   Real recon = 0, interaction = 0;
 };
 
 inline Loss decoder_loss(const Problem& p, const Tensors& tensors) {
   Loss loss;
-  const int64_t C = p.head_rows.back(), N = int64_t(p.ff_widths.size()), D = p.width, head = p.head_first();
+  const int64_t C = p.head_rows.back();
   for (int64_t b = 0; b < p.batch; ++b) {
-    const uint8_t* keep = p.slot_mask.empty() ? nullptr : &p.slot_mask[b * p.slots];
     for (int64_t l = 0; l < p.pixels; ++l) {
-      const auto query = tensors[0].begin() + ((p.query_batch == 1 ? 0 : b) * p.pixels + l) * D;
-      Row x(query, query + D), map(p.slots, 0);
-      for (int64_t i = 0; i < N; ++i) {
-        x = decoder_layer(x, &tensors[1 + 10 * i], b, p.heads, p.slots, keep, Real(1) / N, p.eps, map);
-      }
-      x = affine(normalised(x, p.eps), tensors[head], tensors[head + 1]);
-      const int64_t maps = int64_t(p.head_rows.size());
-      for (int64_t i = 0; i < maps; ++i) {
-        for (Real& v : x) v = i ? gelu(v) : v;
-        x = linear(tensors[head + 2 + i], tensors[head + 2 + maps + i], x);
-      }
+      Row map(p.slots, 0);
+      const Row x = decode(p, tensors, b, l, map);
       const Real weight = p.pixel_weight.empty() ? 1 : p.pixel_weight[b * p.pixels + l];
       for (int64_t c = 0; c < C; ++c) {
         const Real error = x[c] - p.target[(b * p.pixels + l) * C + c];
@@ -175,3 +183,33 @@ inline Tensors random_tensors(const Problem& p, std::mt19937& random) {
   for (int64_t rows : p.head_rows) add(rows, 0.1);
   return tensors;
 }
+
+template <typename P, typename Tensor>
+fastslots::LayerArrays<P> layer_of(Tensor at, int64_t first) {
+  return {at(first), at(first + 1), at(first + 2), at(first + 3), at(first + 4),
+          at(first + 5), at(first + 6), at(first + 7), at(first + 8), at(first + 9)};
+}
+
+// A problem's tensors as a kernel takes them.
+template <typename T>
+struct Inputs {
+  std::vector<std::vector<T>> tensors;
+  std::vector<fastslots::LayerArrays<const T*>> layers;
+  std::vector<fastslots::LinearArrays<const T*>> linears;
+
+  Inputs(const Problem& p, const Tensors& given, int threads, fastslots::DecoderArgs<T>& args) {
+    for (const Row& row : given) tensors.push_back(as<T>(row));
+    const auto at = [&](int64_t i) -> const T* { return tensors[i].data(); };
+    const int64_t N = int64_t(p.ff_widths.size()), head = p.head_first(), maps = int64_t(p.head_rows.size());
+    for (int64_t i = 0; i < N; ++i) layers.push_back(layer_of<const T*>(at, 1 + 10 * i));
+    for (int64_t i = 0; i < maps; ++i) linears.push_back({at(head + 2 + i), at(head + 2 + maps + i)});
+    args.batch = p.batch, args.query_batch = p.query_batch, args.pixels = p.pixels;
+    args.width = p.width, args.heads = p.heads, args.slots = p.slots;
+    args.layer_count = N, args.head_count = maps;
+    args.ff_widths = p.ff_widths.data(), args.head_rows = p.head_rows.data();
+    args.queries = at(0), args.layers = layers.data();
+    args.head_norm_weight = at(head), args.head_norm_bias = at(head + 1), args.head = linears.data();
+    args.slot_mask = p.slot_mask.empty() ? nullptr : p.slot_mask.data();
+    args.eps = p.eps, args.threads = threads;
+  }
+};

@@ -10,53 +10,28 @@ struct Run {
   std::vector<std::vector<T>> grads;
 };
 
-template <typename P, typename Tensor>
-static LayerArrays<P> layer_of(Tensor at, int64_t first) {
-  return {at(first), at(first + 1), at(first + 2), at(first + 3), at(first + 4),
-          at(first + 5), at(first + 6), at(first + 7), at(first + 8), at(first + 9)};
-}
-
 // skip: index of a gradient not asked for, or -1; forward_only asks for none.
 template <typename T>
 static Run<T> run(const Kernels<T>& kernels, const Problem& p, const Tensors& tensors, int threads,
                   bool forward_only = false, int64_t skip = -1) {
-  std::vector<std::vector<T>> inputs, grads;
-  for (const Row& row : tensors) {
-    inputs.push_back(as<T>(row));
-    grads.emplace_back(row.size(), T(NAN));  // an element left unwritten shows
-  }
-  const auto input = [&](int64_t i) -> const T* { return inputs[i].data(); };
-  const auto grad = [&](int64_t i) -> T* { return i == skip ? nullptr : grads[i].data(); };
-  const int64_t N = int64_t(p.ff_widths.size()), head = p.head_first(), maps = int64_t(p.head_rows.size());
-  std::vector<LayerArrays<const T*>> layers;
-  std::vector<LayerArrays<T*>> layer_grads;
-  for (int64_t i = 0; i < N; ++i) {
-    layers.push_back(layer_of<const T*>(input, 1 + 10 * i));
-    layer_grads.push_back(layer_of<T*>(grad, 1 + 10 * i));
-  }
-  std::vector<LinearArrays<const T*>> linears;
-  std::vector<LinearArrays<T*>> linear_grads;
-  for (int64_t i = 0; i < maps; ++i) {
-    linears.push_back({input(head + 2 + i), input(head + 2 + maps + i)});
-    linear_grads.push_back({grad(head + 2 + i), grad(head + 2 + maps + i)});
-  }
-  const std::vector<T> target = as<T>(p.target), weight = as<T>(p.pixel_weight);
   DecoderLossArgs<T> args = {};
-  args.batch = p.batch, args.query_batch = p.query_batch, args.pixels = p.pixels;
-  args.width = p.width, args.heads = p.heads, args.slots = p.slots;
-  args.layer_count = N, args.head_count = maps;
-  args.ff_widths = p.ff_widths.data(), args.head_rows = p.head_rows.data();
-  args.queries = input(0), args.layers = layers.data();
-  args.head_norm_weight = input(head), args.head_norm_bias = input(head + 1), args.head = linears.data();
+  const Inputs<T> inputs(p, tensors, threads, args);
+  std::vector<std::vector<T>> grads;
+  for (const Row& row : tensors) grads.emplace_back(row.size(), T(NAN));  // an element left unwritten shows
+  const auto grad = [&](int64_t i) -> T* { return i == skip ? nullptr : grads[i].data(); };
+  const int64_t head = p.head_first(), maps = args.head_count;
+  std::vector<LayerArrays<T*>> layer_grads;
+  for (int64_t i = 0; i < args.layer_count; ++i) layer_grads.push_back(layer_of<T*>(grad, 1 + 10 * i));
+  std::vector<LinearArrays<T*>> linear_grads;
+  for (int64_t i = 0; i < maps; ++i) linear_grads.push_back({grad(head + 2 + i), grad(head + 2 + maps + i)});
+  const std::vector<T> target = as<T>(p.target), weight = as<T>(p.pixel_weight);
   args.target = target.data();
   args.pixel_weight = weight.empty() ? nullptr : weight.data();
-  args.slot_mask = p.slot_mask.empty() ? nullptr : p.slot_mask.data();
   if (!forward_only) {
     args.queries_grad = grad(0), args.layer_grads = layer_grads.data(), args.head_grads = linear_grads.data();
     args.head_norm_weight_grad = grad(head), args.head_norm_bias_grad = grad(head + 1);
   }
-  args.recon_weight = p.recon_weight, args.interaction_weight = p.interaction_weight, args.eps = p.eps;
-  args.threads = threads;
+  args.recon_weight = p.recon_weight, args.interaction_weight = p.interaction_weight;
   kernels.decoder_loss(args);
   return {args.recon, args.interaction, grads};
 }
