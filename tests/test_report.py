@@ -8,6 +8,8 @@ import math
 import os
 import re
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +35,7 @@ from fastslots.report.explorer import (
     views,
 )
 from fastslots.report.pictures import data_uri
-from fastslots.train import TrainConfig, fit
+from fastslots.train import TrainConfig, fit, loop
 from fastslots.train.report import write_report
 
 TINY = dict(
@@ -238,3 +240,28 @@ def test_images_given_in_python_are_not_explored_from_elsewhere_later(run, tmp_p
     (tmp_path / "run" / "data.txt").write_text("MyDataset of 50 images")
     write_report([tmp_path / "run"], explorer=True)
     assert not (tmp_path / "run" / "explorer.json").exists()
+
+
+# ---- a signal once all steps are done
+
+
+@pytest.mark.parametrize("while_in", ["write_explorer", "evaluate"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_signal_ends_a_run_in_its_last_evaluation_or_explorer(tmp_path, monkeypatch, while_in, number):
+    original = getattr(loop, while_in)
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), number)
+        deadline = time.monotonic() + (10 if while_in == "write_explorer" else 0.05)
+        while time.monotonic() < deadline:
+            time.sleep(0.01)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(loop, while_in, interrupted)
+    config = TrainConfig.preset("sprites-mini", **TINY, steps=2, batch_size=4, eval_every=0, eval_images=1, threads=1)
+    start, said = time.monotonic(), io.StringIO()
+    result = fit(config, out=tmp_path, stream=said)
+    assert result.stopped_by == number and result.step == 2 and time.monotonic() - start < 10
+    assert f"stopped by signal {number:d} at step 2: all steps are done" in said.getvalue()
+    assert (tmp_path / "report.html").exists() and not (tmp_path / "explorer.json").exists()
+    assert ("no slot explorer yet" in said.getvalue()) == (while_in == "write_explorer")

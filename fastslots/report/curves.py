@@ -43,6 +43,11 @@ class Curve:
         self._stretches = [(a[0], (a[1] + b[1]) / 2, min(a[2], b[2]), max(a[3], b[3])) for a, b in pairs]
         self.size *= 2
 
+    def means(self) -> list[float]:
+        """Of the stretches so far: what ``table`` calls "mean", in full."""
+        unfinished = [sum(self._values) / len(self._values)] if self._values else []
+        return [stretch[1] for stretch in self._stretches] + unfinished
+
     def table(self) -> dict[str, list]:
         """{"step", "mean"}, and where a point stands for several also {"low", "high"}: numbers of 5 digits."""
         rows = [*self._stretches, *([_stretch(self._steps, self._values)] if self._values else [])]

@@ -19,6 +19,7 @@ GRIDS = 4  # pictures of evaluations a page holds: the first, the last, and some
 GRID_BYTES = 400_000  # of each; larger ones are stored lossily
 ROWS = 12  # evaluations in the table: the last ones
 EXPLORER = "explorer.json"
+MACHINE = "machine.json"  # what a run was trained on and with: its device, how memory and energy are counted, versions
 OF_IMAGES = "scores.json"  # the newest evaluation image by image
 
 
@@ -26,6 +27,8 @@ def run_facts(run: Path, reader: MetricsReader | None = None) -> dict[str, Any]:
     """Everything a page says of a run, ready for JSON; ``reader``: one that has read its log before."""
     reader = (reader or MetricsReader(run / "metrics.jsonl")).update()
     config = _json(run / "config.json")
+    machine = _json(run / MACHINE)
+    trained_with = machine.pop("versions", None)
     return {
         "name": run.resolve().name,
         "step": reader.last.get("step", 0),
@@ -41,7 +44,9 @@ def run_facts(run: Path, reader: MetricsReader | None = None) -> dict[str, Any]:
         "of_images": _json(run / OF_IMAGES),
         "config": config,
         "stopped": (run / "nan_batch.safetensors").exists(),
-        "versions": versions(PACKAGES),
+        "machine": machine,
+        "versions": trained_with or versions(PACKAGES),
+        "versions_of": "trained the run" if trained_with else "wrote this page",
         "written": int(time.time()),
     }
 

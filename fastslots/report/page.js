@@ -4,7 +4,7 @@
 const runs = facts.runs, main = document.querySelector("main");
 const SCORES = ["j_ari", "jis", "fg_ari", "ari", "mbo", "miou", "recon", "kl", "interaction_normalized"];
 const LOWER_IS_BETTER = new Set(["recon"]), NEITHER = new Set(["kl", "interaction_normalized"]);  // terms of the loss are no scores
-const FIRST = ["loss", "recon", "kl", "interaction_normalized", "images_per_s", "grad_norm"];
+const FIRST = ["loss", "recon", "kl", "interaction_normalized", "images_per_s", "memory_mb", "power_w", "energy_wh", "grad_norm"];
 const HIDDEN = new Set(["interaction"]);  // the same curve as interaction_normalized, times H²
 const RELOAD_S = 20, STALE_S = 1800;
 
@@ -18,6 +18,9 @@ document.querySelectorAll("header .run").forEach((box, i) => {
   const figures = [["J-ARI", last.j_ari], ["JIS", last.jis], ["FG-ARI", last.fg_ari], ["recon", last.recon]].filter(([, value]) => value !== undefined);
   const speed = run.training.images_per_s;
   if (speed) figures.push(["images/s", Math.round(middle(speed.mean))]);
+  for (const [name, unit] of [["memory_mb", "MB"], ["energy_wh", "Wh"]]) {
+    if (run.training[name]) figures.push([unit, Math.round(run.training[name].mean.at(-1))]);
+  }
   box.append(
     h("div.soft", {}, `step ${number(run.step)} of ${number(run.steps)}${run.stopped ? ": stopped, a loss was not finite" : ""}`),
     h("progress", { max: run.steps || 1, value: run.step, "aria-label": "steps done" }),
@@ -68,7 +71,15 @@ function curves(kind, title, order, more = () => null) {
   if (!drawn.length) return more() && section(kind, title, more());
   const bands = kind === "training" && runs.some(run => Object.values(run.training).some(table => table.low));
   return section(kind, title, h("div.cards", {}, drawn.map(([name, series]) => chart(name, series))),
-    bands ? h("p.hint", {}, "Lines are means of stretches of steps; the band behind them runs from the least to the largest value of each stretch.") : null, more());
+    bands ? h("p.hint", {}, "Lines are means of stretches of steps; the band behind them runs from the least to the largest value of each stretch.") : null,
+    kind === "training" ? cost() : null, more());
+}
+
+// How memory and energy were counted, or why energy was not.
+function cost() {
+  const known = runs.filter(run => run.machine.energy);
+  const each = known.map(run => `${several ? run.name + ": " : ""}memory ${run.machine.memory_mb}; energy ${run.machine.energy}`);
+  return known.length ? h("p.hint", {}, [...new Set(each)].join(". ") + ".") : null;
 }
 
 function rank(order, name) { return order.includes(name) ? order.indexOf(name) : order.length }
@@ -119,12 +130,12 @@ function configuration() {
       names.length ? names.map(name => h("tr", {}, h("td", {}, name), all.map(values => h("td", {}, text(values[name]))))) : h("tr", {}, h("td", {}, "no difference"))));
   };
   const configs = runs.map(run => run.config);
-  const data = runs.map(run => ({ data: run.data, fingerprint: run.fingerprint, ...run.versions, "page written": new Date(run.written * 1000).toLocaleString() }));
+  const data = runs.map(run => ({ data: run.data, fingerprint: run.fingerprint, machine: run.machine.machine, ...run.versions, "page written": new Date(run.written * 1000).toLocaleString() }));
   return section("config", "Configuration, data and versions",
     several ? h("div.card", {}, h("h3", {}, "Where the runs differ"), table(configs, true)) : null,
     h("div.card", { style: "margin-top:.8rem" }, h("details", { open: !several }, h("summary", {}, "All fields"), table(configs))),
     h("div.card", { style: "margin-top:.8rem" }, h("details", { open: true }, h("summary", {}, "Data and versions"), table(data)),
-      h("p.hint", {}, "Versions are those of the program that wrote this page.")));
+      h("p.hint", {}, `Versions are those of the program that ${[...new Set(runs.map(run => run.versions_of))].join(" or ")}.`)));
 }
 
 // While a run goes on its page is written anew at each evaluation, and reads itself anew when nobody is using it.

@@ -11,12 +11,13 @@ One process is the same code with ``size`` 1, where nothing below costs anything
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -34,6 +35,14 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 class LostProcessError(UserError):
     """Another process of the run has ended or does not answer; the message names it."""
+
+
+class StoppedError(BaseException):
+    """A signal inside ``StopSignals.at_once``; like KeyboardInterrupt nothing should catch it on its way."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
 
 
 class Group:
@@ -176,10 +185,23 @@ class StopSignals:
     def __init__(self, group: Group):
         self._group = group
         self._old: dict[int, Any] = {}
+        self._raises = False
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # handlers may be set nowhere else
             self._old = {s: signal.signal(s, self._ask) for s in STOP_SIGNALS}
+        return self
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """For work that may be left half done: a signal raises StoppedError in the middle of it."""
+        self._raises = True
+        try:
+            if self._group.asked:  # just before
+                raise StoppedError(self._group.asked)
+            yield
+        finally:
+            self._raises = False
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._old.items():
@@ -189,3 +211,6 @@ class StopSignals:
         self._group.asked = number
         if self._group.size == 1:
             signal.signal(number, self._old[number])
+        if self._raises:
+            self._raises = False  # once: what a second one does is said above
+            raise StoppedError(number)

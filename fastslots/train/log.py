@@ -1,10 +1,11 @@
-"""What a run writes and prints while it goes: metrics.jsonl, and a live line on a terminal or plain lines elsewhere."""
+"""What a run writes and prints while it goes: metrics.jsonl, and plain lines (on a terminal: ``train.terminal``)."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -22,9 +23,11 @@ class MetricsLog:
 
     def __init__(self, path: Path, last_step: int = 0, trackers: Sequence[Any] = ()):
         self._trackers = trackers
+        self.energy_wh = 0.0  # what a run that goes on had used
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= last_step]
             path.write_text("".join(f"{line}\n" for line in kept))
+            self.energy_wh = next((json.loads(n)["energy_wh"] for n in reversed(kept) if '"energy_wh"' in n), 0.0)
         # Unbuffered: Python's buffers lose what they hold when a write fails half-way on a full disk.
         self._file = open(path, "ab", buffering=0)
         self._pending = b""
@@ -60,6 +63,8 @@ class MetricsLog:
 class Silent:
     """In place of MetricsLog and Progress on processes that write nothing."""
 
+    energy_wh = 0.0
+
     def write(self, values: dict[str, object]) -> None:
         pass
 
@@ -67,6 +72,9 @@ class Silent:
         pass
 
     def picture(self, name: str, picture: Image, step: int) -> None:
+        pass
+
+    def evaluated(self, step: int, scores: dict[str, Any], tiles: Sequence[Sequence[np.ndarray]]) -> None:
         pass
 
     def say(self, text: str) -> None:
@@ -97,46 +105,56 @@ def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
 
 
 class Progress:
-    """Losses, images/s, time left: rewritten in place on a terminal; elsewhere a line each ``log_every`` steps."""
+    """Losses, images/s, time left: a line each ``log_every`` steps. On a terminal ``LiveProgress`` stands for it."""
 
-    def __init__(self, steps: int, log_every: int, first_step: int, stream: TextIO | None = None):
-        self._stream = sys.stderr if stream is None else stream
-        self._live = self._stream.isatty()
+    def __init__(self, steps: int, log_every: int, first_step: int, stream: TextIO):
+        self._stream = stream
         self._steps, self._log_every = steps, log_every
         self._first, self._start, self._shown = first_step, time.monotonic(), time.monotonic()
 
     def update(self, step: int, values: dict[str, float]) -> None:
         now = time.monotonic()
-        if self._live and now - self._shown < 0.1 and step != self._steps:
+        if step % self._log_every and step != self._steps and now - self._shown < SILENCE:
             return
-        due = step % self._log_every == 0 or step == self._steps or now - self._shown > SILENCE
-        if not self._live and not due:
-            return
-        self._shown = now
         done = step - self._first
         left = (now - self._start) / done * (self._steps - step) if done else 0.0
         losses = "  ".join(f"{name} {values[name]:.4g}" for name in ("loss", "recon", "kl"))
         rate = f"{values['images_per_s']:.0f} images/s  {duration(left)} left"
-        text = f"step {step}/{self._steps}  {losses}  R/H² {values['interaction_normalized']:.4f}  {rate}"
-        self._write(f"\r\x1b[K{text}" if self._live else f"{text}\n")
+        self.say(f"step {step}/{self._steps}  {losses}  R/H² {values['interaction_normalized']:.4f}  {rate}")
+
+    def evaluated(self, step: int, scores: dict[str, Any], tiles: Sequence[Sequence[np.ndarray]]) -> None:
+        """The scores of an evaluation; its pictures (``SlotPictures.tiles``) are for terminals."""
+        self.say(evaluation_line(step, scores))
 
     def say(self, text: str) -> None:
-        """A line of its own, above the live one."""
-        self._write(f"\r\x1b[K{text}\n" if self._live else f"{text}\n")
+        self._shown = time.monotonic()
+        with contextlib.suppress(OSError):  # a log on a full disk: no reason to stop
+            self._stream.write(f"{text}\n")
+            self._stream.flush()
 
     def note(self, text: str) -> None:
-        """What is being done between steps: in the live line; elsewhere a line where it has been silent for long."""
-        now = time.monotonic()
-        if self._live:
-            self._write(f"\r\x1b[K{text}")
-        elif now - self._shown > SILENCE:
-            self._shown = now
-            self._write(f"{text}\n")
+        """What is being done between steps, where there has been silence for long."""
+        if time.monotonic() - self._shown > SILENCE:
+            self.say(text)
 
-    def _write(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # a log on a full disk, a terminal that was closed: no reason to stop
-            self._stream.write(text)
-            self._stream.flush()
+    def close(self) -> None:
+        pass
+
+
+def open_progress(steps: int, log_every: int, first_step: int, stream: TextIO | None = None) -> Any:
+    """``LiveProgress`` where the stream (None: stderr) is a terminal that can move its cursor, else ``Progress``."""
+    stream = sys.stderr if stream is None else stream
+    if stream.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown"):
+        from fastslots.train.terminal import LiveProgress
+
+        return LiveProgress(steps, first_step, stream)
+    return Progress(steps, log_every, first_step, stream)
+
+
+def evaluation_line(step: int, scores: dict[str, Any]) -> str:
+    names = ("recon", "kl", "j_ari", "jis", "fg_ari", "mbo")
+    shown = "  ".join(f"{name} {scores[name]:.4g}" for name in names if name in scores)
+    return f"eval at step {step} on {scores['images']} images: {shown}"
 
 
 def duration(seconds: float) -> str:

@@ -19,14 +19,15 @@ from fastslots.errors import UserError
 from fastslots.models import SlotVAE
 from fastslots.models.storage import WEIGHTS, load_weights, weights_bytes, weights_path
 from fastslots.ops import backends
-from fastslots.report.data import OF_IMAGES
+from fastslots.report.data import MACHINE, OF_IMAGES, PACKAGES, versions
 from fastslots.train.checkpoint import Checkpoint, Writer, latest_checkpoint, save_checkpoint, snapshot
 from fastslots.train.config import TrainConfig
-from fastslots.train.distributed import Group, StopSignals
+from fastslots.train.distributed import Group, StoppedError, StopSignals
 from fastslots.train.evaluate import evaluate
 from fastslots.train.files import write_atomic
 from fastslots.train.grids import SlotPictures
-from fastslots.train.log import MetricsLog, Progress, Silent
+from fastslots.train.log import MetricsLog, Silent, open_progress
+from fastslots.train.machine import Meter
 from fastslots.train.optim import Optimizer
 from fastslots.train.report import write_explorer, write_report
 from fastslots.train.run import RunFolder, claim, next_run
@@ -106,10 +107,11 @@ class Trainer:
         if newest:
             self._load(Checkpoint.from_bytes(newest))
         first = self.group.first
-        self.progress = Progress(config.steps, config.log_every, self.step, stream) if first else Silent()
+        self.progress = open_progress(config.steps, config.log_every, self.step, stream) if first else Silent()
         for reason in damaged:
             self.progress.say(f"{reason}: going back to the one before")
         self.log = MetricsLog(folder.metrics, self.step, self._trackers()) if first else Silent()
+        self.meter = Meter(self.device, self.log.energy_wh)
         self.writer = Writer(self.progress.say)
         if config.compile:
             self.model.encoder.compile()
@@ -120,7 +122,7 @@ class Trainer:
         config, group, (train, rows) = self.config, self.group, self.source.splits["train"]
         own = group.share(config.batch_size)
         loader = Loader(train, config.seed, len(own), self.step + 1, rows, own.start, device=self.device)
-        with StopSignals(group), loader:
+        with StopSignals(group) as signals, loader:
             batches, last, stop, done = iter(loader), time.perf_counter(), 0, False
             while self.step < config.steps and not stop:
                 images = self._next(batches)
@@ -131,7 +133,8 @@ class Trainer:
                 self.step, stop = self.step + 1, group.stop_signal()
                 now = time.perf_counter()
                 values["images_per_s"], last = config.batch_size / (now - last), now
-                self._record({"step": self.step, **values})
+                cost = self.meter.read() if _due(self.step, config.log_every) else {}
+                self._record({"step": self.step, **values, **cost})
                 self.progress.update(self.step, values)
                 done = self.step == config.steps
                 if done or _due(self.step, config.eval_every):
@@ -139,14 +142,17 @@ class Trainer:
                     last = time.perf_counter()
                 if done or stop or _due(self.step, config.checkpoint_every):
                     self._checkpoint()
-            self._finish(explore=done and not stop)
+            stop = stop or group.asked  # by now also during the last evaluation
+            stop = self._finish(signals if done and not stop else None) or stop
         if stop:
-            self.progress.say(f"stopped by signal {stop} at step {self.step}; go on with --resume")
+            rest = "all steps are done" if done else "go on with --resume"
+            self.progress.say(f"stopped by signal {stop} at step {self.step}: {rest}")
         return FitResult(self.model, self.folder.path, self.step, self.scores, stop, group.first)
 
     def close(self) -> None:
         self.writer.close()
         self.log.close()
+        self.progress.close()
 
     def _next(self, batches: Iterator[Batch]) -> torch.Tensor:
         """A step's images on the device; where the data have become unreadable, what was learnt is saved first."""
@@ -170,6 +176,8 @@ class Trainer:
         """What is about to happen, in a few lines."""
         config, say = self.config, self.progress.say
         (self.folder.path / "data.txt").write_text(self.source.description + "\n")
+        facts = self.meter.facts()
+        self._store(MACHINE, json.dumps({**facts, "versions": versions(PACKAGES)}).encode())
         count = sum(p.numel() for p in self.model.parameters())
         probe = torch.empty(1, device=self.device)
         say(f"run       {self.folder.path}" + (f" (resumed at step {self.step})" if self.step else ""))
@@ -181,6 +189,7 @@ class Trainer:
         how = f"{config.optimizer}, {config.precision}, {where}"
         say(f"training  {config.steps:,} steps of {config.batch_size} images, {how}")
         say(str(backends.explain(probe, op="decoder_loss")))
+        say(f"energy    {facts['energy']}")
 
     def _evaluate(self) -> None:
         config, (dataset, rows) = self.config, self.source.splits["val"]
@@ -196,9 +205,7 @@ class Trainer:
         if not self.group.first:
             return
         self._record({"step": self.step, "eval": "val", **self.scores})
-        names = ("recon", "kl", "j_ari", "jis", "fg_ari", "mbo")
-        shown = "  ".join(f"{name} {self.scores[name]:.4g}" for name in names if name in self.scores)
-        self.progress.say(f"eval at step {self.step} on {self.scores['images']} images: {shown}")
+        self.progress.evaluated(self.step, self.scores, pictures.tiles)
         score = self.scores["j_ari"] + self.scores["jis"] if "j_ari" in self.scores else -self.scores["recon"]
         if score > self.best:
             self.best, data = score, weights_bytes(self.model)
@@ -240,12 +247,22 @@ class Trainer:
 
         self.writer.submit(write)
 
-    def _finish(self, explore: bool = False) -> None:
-        """Leave together, when everything is on the disk: torchrun ends the others once the first has left."""
+    def _finish(self, explore: StopSignals | None = None) -> int:
+        """Leave together, when everything is on the disk: torchrun ends the others once the first has left.
+
+        explore: make the slot explorer too, which these signals cut short. Returns the signal that did, 0 for none.
+        """
         self.writer.finish()
+        stop = 0
         if explore and self.group.first:
-            self._or_warn(self._explore)
+            try:
+                with explore.at_once():
+                    self._or_warn(self._explore)
+            except StoppedError as stopped:
+                stop = stopped.number
+                self.progress.say(f"no slot explorer yet: fastslots report {self.folder.path} makes it")
         self.group.barrier()
+        return stop
 
     def _store(self, name: str, data: bytes) -> None:
         self._or_warn(lambda: write_atomic(self.folder.path / name, data))

@@ -2,6 +2,7 @@
 
 config.json           the resolved configuration
 data.txt              what the images are, and their split
+machine.json          the device, how memory and energy are counted, versions
 metrics.jsonl         a line a training step; evaluation lines carry "eval"
 checkpoints/          step_NNNNNNNN.safetensors, best.safetensors
 model.safetensors     the last weights
