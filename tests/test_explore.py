@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import http.client
+import importlib.util
 import io
 import json
 import threading
@@ -13,8 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
+from fastslots.cli import main
 from fastslots.models import SlotVAE, SlotVAEConfig
-from fastslots.report.live import LARGEST_UPLOAD, Session, serve
+from fastslots.report.live import Session
+from fastslots.report.server import LARGEST_UPLOAD, serve
 
 TINY = {
     **{"resolution": 16, "num_slots": 3, "slot_dim": 4, "cnn_channels": 8, "encoder_width": 16, "encoder_layers": 1},
@@ -73,12 +76,11 @@ def test_an_uploaded_picture_is_cropped_and_encoded(session, server):
 @pytest.mark.parametrize(
     "path, body, words",
     [
-        ("/decode", b"{", "no JSON"),
+        ("/decode", b"{", "z and shown are needed"),
         ("/decode", b"[]", "z and shown are needed"),
         ("/decode", b'{"z": [[1]], "shown": [1, 1, 1]}', "3 x 4 finite numbers"),
         ("/decode", b'{"z": [[1, 2], [3]], "shown": [1, 1, 1]}', "z and shown are needed"),
         ("/encode", b"text", "no picture"),
-        ("/other", b"", "no such request"),
     ],
 )
 def test_bad_requests_are_answered_with_a_reason(server, path, body, words):
@@ -88,13 +90,30 @@ def test_bad_requests_are_answered_with_a_reason(server, path, body, words):
 
 def test_too_large_an_upload_is_refused_unread(server):
     status, answer = ask(server, "POST", "/encode", b"", Content_Length=str(LARGEST_UPLOAD + 1))
-    assert status == 400 and "at most 32 MB" in json.loads(answer)["error"]
+    assert status == 413 and "at most 32 MB" in json.loads(answer)["error"]
 
 
 def test_other_sites_and_other_machines_get_nothing(server):
     assert server.server_address[0] == "127.0.0.1"
-    assert ask(server, "GET", "/", Host="evil.example")[0] == 403
-    assert ask(server, "POST", "/decode", b"{}", Origin="http://evil.example")[0] == 403
+    for host in ("evil.example", "127.0.0.1.evil.example:80", "", "user@127.0.0.1"):
+        assert ask(server, "GET", "/", Host=host)[0] == 400, host
+    for origin in ("http://evil.example", "null", "https://127.0.0.1", "http://127.0.0.1:1"):
+        assert ask(server, "POST", "/decode", b"{}", Origin=origin)[0] == 403, origin
+    own = f"http://127.0.0.1:{server.server_address[1]}"
+    assert ask(server, "POST", "/decode", b"{}", Origin=own)[0] == 400  # heard, and found wanting
     status, page = ask(server, "GET", "/")
     assert status == 200 and b"<b>run" not in page and b"connect-src 'self'" in page
-    assert ask(server, "GET", "/../etc/passwd")[0] == 404
+    for path in ("/../etc/passwd", "/static/x", "/decode"):
+        assert ask(server, "GET", path)[0] in (404, 405), path
+
+
+def test_a_port_in_use_is_an_error_of_its_own(session, server):
+    with pytest.raises(OSError):
+        serve(session, server.server_address[1])
+
+
+def test_without_flask_the_mend_is_named(tmp_path, monkeypatch, capsys):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "flask" else find_spec(name))
+    assert main(["explore", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "fastslots: error: explore needs Flask: pip install 'fastslots[explore]'\n"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs Selenium: pip install selenium")
@@ -17,8 +19,11 @@ from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
 
+from fastslots.models import SlotVAE, SlotVAEConfig  # noqa: E402
 from fastslots.report.explorer import FIXED, PER_SLOT  # noqa: E402
+from fastslots.report.live import Session  # noqa: E402
 from fastslots.report.pictures import data_uri  # noqa: E402
+from fastslots.report.server import serve  # noqa: E402
 from fastslots.train import TrainConfig  # noqa: E402
 from fastslots.train.report import write_report  # noqa: E402
 
@@ -201,3 +206,47 @@ def test_it_fits_phones_and_follows_the_scheme(page, width, scheme):
 def test_a_run_that_goes_on_says_so(browser, tmp_path):
     opened(browser, write_report([write_run(tmp_path / "run", 0, steps=50)], explorer=False))
     assert browser.find_element(By.ID, "live").text == "live" and "step 12 of 50" in browser.page_source
+
+
+@pytest.fixture
+def live(browser) -> Iterator[Any]:
+    """The page of `fastslots explore` for a model of random weights."""
+    small = dict(resolution=16, num_slots=K, slot_dim=4, cnn_channels=8, encoder_width=16, encoder_layers=1)
+    small |= dict(query_width=16, query_hidden=16, slot_width=16, slot_hidden=16, decoder_heads=2, output_hidden=(16,))
+    torch.manual_seed(0)
+    model = SlotVAE(SlotVAEConfig.preset("sprites-mini", **small))
+    server = serve(Session(model, torch.rand(2, 3, 16, 16), "<i>run</i>"))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}/"
+    browser.get_log("browser"), browser.get_log("performance")
+    browser.get(url)
+    yield browser
+    assert [entry for entry in browser.get_log("browser") if entry["source"] != "rendering"] == []
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    urls = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    assert all(asked.startswith((url, "data:")) for asked in urls)
+    browser.get("about:blank")
+    server.shutdown()
+    server.server_close()
+
+
+def test_latents_are_decoded_live_and_pictures_taken_in(live, tmp_path):
+    recon = lambda: live.find_element(By.CSS_SELECTOR, "img[alt=decoded]").get_attribute("src")  # noqa: E731
+
+    def changes(action) -> None:
+        before = recon()
+        action()
+        WebDriverWait(live, 20).until(lambda _: recon() not in (before, None, ""))
+
+    WebDriverWait(live, 20).until(lambda _: recon() and live.find_elements(By.ID, "shown0"))
+    assert live.find_element(By.TAG_NAME, "h1").text == "<i>run</i>"
+    changes(lambda: live.find_element(By.ID, "z2").send_keys(Keys.END))  # a slider, by the keyboard
+    changes(lambda: live.find_element(By.ID, "shown1").send_keys(Keys.SPACE))
+    changes(lambda: live.find_element(By.CSS_SELECTOR, "[aria-label='image 2']").send_keys(Keys.SPACE))
+    Image.new("RGB", (40, 30), "orange").save(tmp_path / "own.png")
+    changes(lambda: live.find_element(By.ID, "file").send_keys(str(tmp_path / "own.png")))
+    (tmp_path / "text.png").write_text("no picture")
+    live.find_element(By.ID, "file").send_keys(str(tmp_path / "text.png"))
+    status = live.find_element(By.CSS_SELECTOR, "[role=status]")
+    WebDriverWait(live, 20).until(lambda _: "no picture that Pillow can read" in status.text)
+    live.get_log("browser")  # the browser notes the answer 400

@@ -16,7 +16,7 @@ from fastslots.errors import UserError
 
 PACKAGES = (
     *("fastslots", "torch", "triton", "numpy", "safetensors", "pillow", "scipy"),
-    *("h5py", "tensorboard", "xformers"),
+    *("rich", "flask", "h5py", "tensorboard", "xformers", "nvidia-ml-py"),
 )
 TRAIN_STEPS = 40
 LITTLE_DATA = 4 << 20  # bytes that are read too soon to time

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -22,8 +23,11 @@ def add_parser(commands) -> None:
 def run(args: argparse.Namespace) -> int:
     if not 0 <= args.port < 65_536:
         raise UserError("--port must be between 0 and 65535")
+    if not importlib.util.find_spec("flask"):
+        raise UserError("explore needs Flask: pip install 'fastslots[explore]'")
     from fastslots.models.storage import load_run
-    from fastslots.report.live import Session, serve
+    from fastslots.report.live import Session
+    from fastslots.report.server import serve
     from fastslots.train.config import TrainConfig, read_config
 
     model = load_run(args.run_folder, args.weights)

@@ -41,6 +41,7 @@ function choose(entry) {
 async function upload(event) {
   const file = event.target.files[0];
   if (!file) return;
+  if (file.size > facts.largest) { message.textContent = `At most ${facts.largest >> 20} MB.`; return }
   const result = await ask("/encode", file);
   if (result) addImage(result, file.name, true);
 }

@@ -1,18 +1,9 @@
-"""A local page that decodes any latent of any slot at once, of held-out images or of a picture of one's own.
-
-The server is the standard library's: one page and two requests. It listens on the loopback alone and answers only
-requests that name it so, which keeps web pages of other origins out.
-
-    POST /encode   a picture's bytes                                   -> {"input", "z"}
-    POST /decode   {"z": [K][D], "shown": [K] of true or false}        -> {"recon", "byMap", "maps": [K]}
-"""
+"""What ``fastslots explore`` does with a model for ``server.py``: encode a picture, decode any latent of any slot."""
 
 from __future__ import annotations
 
 import io
-import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
@@ -21,12 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from fastslots.models import SlotVAE
-from fastslots.report.page import assemble
 from fastslots.report.pictures import by_colour, data_uri, grey, rgb
 
-LARGEST_UPLOAD = 32 << 20  # bytes
 SPREAD = 3.0  # standard deviations to each side that a slider covers
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 
 
 class BadRequestError(ValueError):
@@ -96,69 +84,3 @@ class Session:
 
 def _uri(picture: np.ndarray) -> str:
     return data_uri(picture, 1 << 20)
-
-
-def serve(session: Session, port: int = 0) -> ThreadingHTTPServer:
-    """A server bound to the loopback (port 0: a free one), ready for ``serve_forever``."""
-    body = "<header></header><main></main>"
-    page = assemble("explore - fastslots", body, session.facts(), ("dom.js", "live.js"), POLICY).encode()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            if self._is_ours():
-                found = self.path.split("?")[0] == "/"
-                self._answer(200 if found else 404, page if found else b"not found", "text/html; charset=utf-8")
-
-        def do_POST(self) -> None:
-            if not self._is_ours():
-                return
-            try:
-                body = self._body()
-                if self.path == "/encode":
-                    result = session.encode(body)
-                elif self.path == "/decode":
-                    result = session.decode(_json(body))
-                else:
-                    raise BadRequestError(f"no such request: {self.path}")
-            except BadRequestError as error:
-                self._answer(400, json.dumps({"error": str(error)}).encode(), "application/json")
-            else:
-                self._answer(200, json.dumps(result).encode(), "application/json")
-
-        def _is_ours(self) -> bool:
-            """Whether the request names this server: a name of another site that leads here is none of ours."""
-            names = {f"{host}:{server.server_port}" for host in ("127.0.0.1", "localhost")}
-            origin = self.headers.get("Origin")
-            if self.headers.get("Host") in names and (origin is None or origin.removeprefix("http://") in names):
-                return True
-            self._answer(403, b"only for this machine", "text/plain")
-            return False
-
-        def _body(self) -> bytes:
-            length = self.headers.get("Content-Length", "")
-            if not length.isdigit() or int(length) > LARGEST_UPLOAD:
-                self.close_connection = True
-                raise BadRequestError(f"at most {LARGEST_UPLOAD >> 20} MB")
-            return self.rfile.read(int(length))
-
-        def _answer(self, status: int, data: bytes, kind: str) -> None:
-            self.send_response(status)
-            headers = {"Content-Type": kind, "Content-Length": str(len(data)), "X-Content-Type-Options": "nosniff"}
-            for name, value in (headers | {"Cache-Control": "no-store"}).items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_: object) -> None:
-            pass  # one line a slider's movement helps nobody
-
-    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    server.daemon_threads = True
-    return server
-
-
-def _json(body: bytes) -> Any:
-    try:
-        return json.loads(body)
-    except ValueError as error:
-        raise BadRequestError(f"no JSON ({error})") from None
