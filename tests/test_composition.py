@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fastslots.cli import main
-from fastslots.data import SpritesDataset
+from fastslots.data.factors import factor_words
 from fastslots.data.holdout import Holdout
 from fastslots.data.sprites import FACTORS, SHAPES
 from fastslots.errors import UserError
@@ -24,7 +24,7 @@ TINY = """--resolution 16 --num_slots 4 --slot_dim 4 --cnn_channels 8 --encoder_
 
 
 def test_an_object_must_meet_every_condition():
-    holdout = Holdout.parse(RULE, FACTORS, SHAPES)
+    holdout = Holdout.parse(RULE, FACTORS, {"shape": SHAPES})
     scenes = [  # (shape, hue) of two objects -> held out
         ([(2, 0.6), (1, 0.1)], True),
         ([(1, 0.1), (2, 0.5)], True),  # the lower end belongs to it
@@ -33,7 +33,7 @@ def test_an_object_must_meet_every_condition():
         ([(0, 0.6), (0, 0.0)], False),  # no objects
     ]
     shape, hue = (np.array([[thing[i] for thing in things] for things, _ in scenes]) for i in (0, 1))
-    assert holdout.matches({"shape": shape, "hue": hue}).tolist() == [expected for _, expected in scenes]
+    assert holdout.matches({"shape": shape, "hue": hue}, shape > 0).tolist() == [expected for _, expected in scenes]
 
 
 def is_held_out(factors: dict[str, np.ndarray]) -> np.ndarray:
@@ -88,7 +88,7 @@ def test_both_scores_from_the_command_line(tmp_path, capsys):
     "rule, words",
     [
         ("colour=0:1", "no factor 'colour'"),
-        ("shape=star", "'shape=star' is no condition .shapes: circle, square, triangle."),
+        ("shape=star", "'shape=star' is no condition .shape is one of circle, square, triangle."),
         ("hue=0.5", "'hue=0.5' is no condition"),
         ("hue=0.5:0.1", "'hue=0.5:0.1' is no condition"),
     ],
@@ -98,7 +98,68 @@ def test_bad_rules_are_named(rule, words):
         open_source(TrainConfig.preset("sprites-mini", holdout=rule))
 
 
-def test_only_the_built_in_data_can_hold_out(tmp_path):
-    with pytest.raises(UserError, match="holdout needs the built-in sprites"):
-        open_source(TrainConfig.preset("sprites", data=str(tmp_path), holdout=RULE))
-    assert SpritesDataset().avoid is None
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory):
+    """Our sprites as a packed data set of 400 images."""
+    folder = tmp_path_factory.mktemp("data") / "sprites"
+    assert main(["data", "generate", "sprites", str(folder), "--count", "400", "--size", "16"]) == 0
+    return folder
+
+
+def test_data_on_disk_hold_out_the_same(on_disk, tmp_path, capsys):
+    plain, source = (
+        open_source(TrainConfig.preset("sprites-mini", data=str(on_disk), resolution=16, holdout=rule))
+        for rule in ("", RULE)
+    )
+    assert f"none with {RULE}" in source.description
+    for name, (dataset, rows) in source.splits.items():
+        every = np.asarray(plain.splits[name][1])
+        assert rows.tolist() == every[~is_held_out(dataset.factors_of(every))].tolist() and len(rows) < len(every)
+    run = tmp_path / "run"
+    assert main(["train", *TINY, "--data", str(on_disk), "--holdout", RULE, "--out", str(run)]) == 0
+    capsys.readouterr()
+    assert main(["eval", str(run), "--composition", "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    dataset, rows = unseen(read_config(run / "config.json"), 100)
+    test = np.asarray(plain.splits["test"][1])
+    assert rows.tolist() == test[is_held_out(dataset.factors_of(test))].tolist()  # all there are: fewer than asked for
+    assert scores["composition_images"] == len(rows) > 0
+    expected = evaluate(SlotVAE.from_run(run), dataset, rows)
+    assert scores["unseen_recon"] == pytest.approx(expected["recon"], rel=1e-4)
+
+
+def test_any_data_set_with_factors_can_hold_out(tmp_path):
+    class Mine:
+        """Object 0 is the background; an object's colour is one of two codes."""
+
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, i):
+            color = np.array([9, 1 + i % 3, 1 + i % 2])
+            return {"image": np.zeros((16, 16, 3), np.uint8), "factors": {"color": color, "angle": np.zeros((3, 2))}}
+
+    source = open_source(TrainConfig.preset("sprites-mini", holdout="color=3"), Mine())
+    dataset, rows = source.splits["train"]
+    assert isinstance(dataset, Mine) and rows.tolist() == [i for i in range(36) if i % 3 != 2]
+    assert open_source(TrainConfig.preset("sprites-mini", holdout="color=8:10"), Mine()).splits["test"][1].size == 2
+    refused = {"angle=0:1": "no factor 'angle' .there are color.", "color=0:4": "every image of train has such an"}
+    for rule, words in refused.items():
+        with pytest.raises(UserError, match=words):
+            open_source(TrainConfig.preset("sprites-mini", holdout=rule), Mine())
+    with pytest.raises(UserError, match="needs data that tell factors of their objects"):
+        open_source(TrainConfig.preset("sprites-mini", holdout=RULE), [np.zeros((16, 16, 3), np.uint8)] * 3)
+
+
+def test_codes_have_the_words_of_their_data():
+    class Info:
+        kind = "CLEVR with masks"
+
+    class Clevr:
+        info = Info()
+
+    words = factor_words(Clevr())
+    holdout = Holdout.parse("shape=cylinder,color=red", ("shape", "color"), words)
+    factors = {"shape": np.array([[0, 3, 1], [0, 3, 2]]), "color": np.array([[0, 2, 1], [0, 1, 2]])}
+    assert holdout.matches(factors, factors["shape"] > 0).tolist() == [True, False]
+    assert Holdout.parse("shape=3", ("shape",), words) == Holdout.parse("shape=cylinder", ("shape",), words)

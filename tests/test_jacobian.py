@@ -198,7 +198,7 @@ def test_what_has_no_kernel_is_said():
         slot_jacobian(decoder, slots, backend="triton")
     with pytest.raises(ValueError, match="no differentiable or unreduced Jacobian"):
         slot_jacobian(decoder, slots, reduction=None, backend="cpu")
-    with pytest.raises(ValueError, match="takes a fastslots.models Decoder, got function"):
+    with pytest.raises(ValueError, match=r"takes a fastslots\.models Decoder, got function"):
         slot_jacobian(lambda z: decoder(z), slots, backend="cpu")
 
 

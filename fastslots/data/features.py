@@ -84,8 +84,12 @@ class FeatureDataset:
         item: dict[str, object] = {"image": tokens[0]}
         if masks is not None:
             item["mask"] = masks[0]
-        item["factors"] = {name: values[self._rows[index]] for name, values in self._factors.items()}
+        item["factors"] = self.factors_of(index)
         return item
+
+    def factors_of(self, indices: np.ndarray | int) -> dict[str, np.ndarray]:
+        """As ``PackedDataset.factors_of``."""
+        return {name: values[self._rows[indices]] for name, values in self._factors.items()}
 
     def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """features float [n, C, side, side], masks uint8 [n, R, R] or None"""

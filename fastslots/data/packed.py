@@ -112,7 +112,7 @@ class PackedDataset:
         item: dict[str, object] = {"image": np.array(self._images[row])}
         if self._masks is not None:
             item["mask"] = np.array(self._masks[row])
-        item["factors"] = {name: values[row] for name, values in self.factors().items()}
+        item["factors"] = self.factors_of(index)
         return item
 
     def batch(self, indices: np.ndarray, masks: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
@@ -125,6 +125,10 @@ class PackedDataset:
         check_lengths(self._folder, self._open)
         rows = self._rows[np.asarray(indices)]
         return [(array, rows) for array in (self._images, self._masks if masks else None) if array is not None]
+
+    def factors_of(self, indices: np.ndarray | int) -> dict[str, np.ndarray]:
+        """Generating factors of these images by name, [n, ...] each; of one image without the first axis."""
+        return {name: values[self._rows[indices]] for name, values in self.factors().items()}
 
     def factors(self) -> dict[str, np.ndarray]:
         """Generating factors by name, a row a scene (before the object filter)."""

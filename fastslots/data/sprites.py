@@ -61,6 +61,10 @@ class SpritesDataset:
         images, masks, _ = self.scenes(np.asarray(indices))
         return images, masks
 
+    def factors_of(self, indices: np.ndarray | range) -> dict[str, np.ndarray]:
+        """Generating factors [n, max objects] by name, 0 beyond a scene's count."""
+        return self.scenes(indices)[2]
+
     def scenes(self, indices: np.ndarray | range) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         """Images, masks and factors of many scenes at once; those that hide a shape are drawn again together."""
         indices = np.asarray(indices)
@@ -75,7 +79,7 @@ class SpritesDataset:
             # The last attempt is taken as it is: reached by fewer than one scene in 10^9 at the default sizes.
             wanted = (visible | ~present).all(1)
             if self.avoid:
-                wanted &= ~self.avoid.matches(_named(drawn, present))
+                wanted &= ~self.avoid.matches(_named(drawn, present), present)
             good = wanted | (attempt == ATTEMPTS - 1)
             place = pending[good]
             images[place], masks[place] = self._render(owner[good], drawn[good])

@@ -131,7 +131,7 @@ def _transformer(decoder: Decoder, slots: Tensor, request: Request) -> Tensor:
     name = _backend(decoder, slots, queries, request)
     if name != "reference":
         return _by_kernel(decoder, slots, queries, request.slot_mask, name)
-    (B, K, D), pixels = slots.shape, queries.shape[1]
+    (_, K, D), pixels = slots.shape, queries.shape[1]
     rows = request.chunk or (CPU_ROWS if slots.device.type == "cpu" else GPU_ROWS)
     shape = (0, K, pixels) if request.reduce else (0, decoder.channels, pixels, K, D)
     parts = [slots.new_empty(shape)]

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastslots.data import SpritesDataset, read_batch, to_float
+from fastslots.data import read_batch, to_float
+from fastslots.data.factors import counts_from_one, object_factors
 from fastslots.errors import UserError
 from fastslots.metrics import interaction_order
 from fastslots.metrics.attributes import DECAY, circular, match_slots, probe
@@ -21,7 +22,6 @@ from fastslots.train.sources import open_source, unseen
 ORDER_IMAGES = 32
 """Images of the interaction order: its cost is that of many decodings, and one number comes of all of them."""
 PERIODS = {"hue": 1.0, "orientation": 2 * np.pi}  # factors that end where they begin
-NO_ATTRIBUTES = {"visibility", "latents"}  # whether there is an object; a table whose columns nothing names
 SWAP_SHARE = 0.5
 COMPOSITION = ("recon", "j_ari", "jis", "fg_ari", "mbo")
 
@@ -51,8 +51,10 @@ def attribute_scores(model: SlotVAE, dataset: Any, rows: Any, images: int = 0, b
     too few objects.
     """
     rows = rows[: images or None]
-    factors = _factors(dataset, rows)
-    start = 1 if _counts_from_one(dataset) else 0  # the mask label of the factors' first row
+    factors = object_factors(dataset, rows)
+    if not factors:
+        raise UserError("the data has no factors of its objects to predict: leave --attributes out")
+    start = 1 if counts_from_one(dataset) else 0  # the mask label of the factors' first row
     objects = min(len(values[0]) for values in factors.values())
     slots, owners, places = [], [], []
     for first, (z, slot_map, masks) in _encoded(model, dataset, rows, batch_size):
@@ -87,9 +89,10 @@ def composition_scores(model: SlotVAE, config: TrainConfig, images: int = 0, bat
     from the run (seen_...), and of as many with an object that has it (unseen_...). Raises UserError: see ``unseen``.
     """
     seen, rows = open_source(config).splits["test"]
-    count = min(images or len(rows), len(rows))
+    held_out = unseen(config, min(images or len(rows), len(rows)))
+    count = len(held_out[1])
     out: dict[str, Any] = {"composition_images": count}
-    for name, (dataset, own) in {"unseen": unseen(config, count), "seen": (seen, rows[:count])}.items():
+    for name, (dataset, own) in {"unseen": held_out, "seen": (seen, rows[:count])}.items():
         scores = evaluate(model, dataset, own, batch_size=batch_size)
         out |= {f"{name}_{score}": scores[score] for score in COMPOSITION if score in scores}
     return out
@@ -146,27 +149,6 @@ def _encoded(
         slots = _mean_slots(model, to_float(raw.to(device)))
         yield first, (slots, model.decoder(slots)[1], masks)
     model.train(training)
-
-
-def _factors(dataset: Any, rows: Sequence[int]) -> dict[str, np.ndarray]:
-    """Generating factors that belong to objects: name -> [images, objects, ...]."""
-    if isinstance(dataset, SpritesDataset):
-        found = dataset.scenes(np.asarray(rows))[2]
-    else:
-        items = [dataset[int(row)] for row in rows]
-        given = [item.get("factors") or {} if isinstance(item, dict) else {} for item in items]
-        names = set.intersection(*(set(factors) for factors in given)) if given else set()
-        found = {name: np.stack([factors[name] for factors in given]) for name in sorted(names)}
-    found = {name: values for name, values in found.items() if name not in NO_ATTRIBUTES and values.ndim > 1}
-    if not found:
-        raise UserError("the data has no factors of its objects to predict: leave --attributes out")
-    return found
-
-
-def _counts_from_one(dataset: Any) -> bool:
-    """Our sprites' factors begin with the object of mask label 1; published sets' with the background, label 0."""
-    info = getattr(dataset, "info", None)
-    return isinstance(dataset, SpritesDataset) or getattr(info, "kind", "").endswith("generated sprites")
 
 
 def _target(name: str, values: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class TrainConfig(SlotVAEConfig):
     data: str = option("'sprites' (built in, made on the fly) or the path of a data set", "sprites")
     max_objects: int = option("drop scenes with more objects than this; 0 keeps all", 0)
     holdout: str = option(
-        "combination of factors that no image of the run shows, of the built-in sprites: shape=square,hue=0.5:0.75", ""
+        "combination of an object's factors that no image of the run shows, e.g. shape=square,hue=0.5:0.75", ""
     )
     on_bad_record: str = option("damaged records of the data: 'stop' at the first, or 'skip' and count them", "stop")
     steps: int = option("training steps", 500_000)

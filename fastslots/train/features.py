@@ -51,8 +51,10 @@ def make_features(
         return Features(tokens.cpu().numpy(), masks, counts[start:stop])
 
     counts = _objects(dataset, max_objects)
+    everything = np.arange(len(dataset))
     with Progress(lambda done: done / len(dataset)) as progress:
-        write_features(out, dataset.info, made_by, dtype, compute, lambda: _factors(dataset), batch, progress)
+        factors = lambda: dataset.factors_of(everything)  # noqa: E731
+        write_features(out, dataset.info, made_by, dtype, compute, factors, batch, progress)
 
 
 @torch.inference_mode()
@@ -67,13 +69,6 @@ def encode(vit: VisionTransformer, images: Tensor, grid: int) -> Tensor:
 def _objects(dataset: Any, max_objects: int | None) -> np.ndarray:
     """Objects of the scenes that the filter leaves."""
     return dataset.objects[dataset.objects <= max_objects] if max_objects else dataset.objects
-
-
-def _factors(dataset: Any) -> dict[str, np.ndarray]:
-    """Generating factors that every image has in the same shape."""
-    rows = [dataset[i]["factors"] for i in range(len(dataset))]
-    same = [n for n in rows[0] if all(n in row and np.shape(row[n]) == np.shape(rows[0][n]) for row in rows)]
-    return {name: np.stack([row[name] for row in rows]) for name in same}
 
 
 def _digest(path: Path) -> str:

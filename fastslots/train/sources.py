@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from fastslots.data import SpritesDataset, split_indices
+from fastslots.data.factors import factor_words, object_factors, present_objects
 from fastslots.data.features import FeatureDataset, is_features
 from fastslots.data.holdout import Holdout
 from fastslots.data.sampling import step_seed
-from fastslots.data.sprites import FACTORS, SHAPES
+from fastslots.data.sprites import FACTORS
 from fastslots.errors import UserError
 from fastslots.train.config import TrainConfig
 
@@ -36,7 +37,7 @@ def open_source(config: TrainConfig, dataset: Any = None) -> Source:
     Raises UserError where training would fail: unreadable data, or images of another shape than the model's.
     """
     if dataset is not None:
-        return _split(dataset, f"{type(dataset).__name__} of {len(dataset)} images", False)
+        return _split(dataset, f"{type(dataset).__name__} of {len(dataset)} images", False, config.holdout)
     if (config.input == "features") != is_features(config.data):
         raise UserError(
             f"this model reads features of a frozen network, and {config.data} holds none: make them with "
@@ -44,12 +45,10 @@ def open_source(config: TrainConfig, dataset: Any = None) -> Source:
             if config.input == "features"
             else f"{config.data} holds features of a frozen network: train preset clevrtex, or set --input features"
         )
-    if config.holdout and config.data != "sprites":
-        raise UserError("holdout needs the built-in sprites, whose factors are known: leave --data or --holdout out")
     if config.input == "features":
         features = FeatureDataset(Path(config.data), config.max_objects or None)
         made = f"{features.channels} x {features.side} x {features.side} by {features.made_by.get('checkpoint')}"
-        return _split(features, f"{features.info}; {made}", features.info.published_split)
+        return _split(features, f"{features.info}; {made}", features.info.published_split, config.holdout)
     if config.data == "sprites":
         return _builtin(config)
     from fastslots.data import open_dataset
@@ -61,14 +60,14 @@ def open_source(config: TrainConfig, dataset: Any = None) -> Source:
     far = is_remote(config.data)
     report = check(config.data, max_objects, config.resolution, quick=far, on_bad_record=config.on_bad_record)
     opened = open_dataset(config.data, max_objects, config.resolution, config.on_bad_record)
-    source = _split(opened, str(opened.info), opened.info.published_split)
+    source = _split(opened, str(opened.info), opened.info.published_split, config.holdout)
     return replace(source, warnings=report.warnings)
 
 
 def _builtin(config: TrainConfig) -> Source:
     """Scenes made on the fly. Validation and test scenes are the same for every seed of a run."""
     objects = _objects(config)
-    avoid = Holdout.parse(config.holdout, FACTORS, SHAPES) if config.holdout else None
+    avoid = _builtin_holdout(config) if config.holdout else None
 
     def sprites(seed: int, count: int) -> tuple[SpritesDataset, range]:
         return SpritesDataset(seed, config.resolution, objects, count, avoid), range(count)
@@ -84,35 +83,66 @@ def _builtin(config: TrainConfig) -> Source:
     return Source(f"built-in sprites, made on the fly: {shapes}{without}; val and test {HELD_OUT} images each", splits)
 
 
-def unseen(config: TrainConfig, count: int) -> tuple[SpritesDataset, np.ndarray]:
-    """The first ``count`` scenes of the test seed with an object that ``config.holdout`` kept from the run, as (data
-    set, rows): as they come, so their other objects are as everywhere.
+def unseen(config: TrainConfig, count: int) -> tuple[Any, np.ndarray]:
+    """The first ``count`` test images with an object that ``config.holdout`` kept from the run, as (data set, rows).
 
-    Raises UserError where the run held nothing out, or such scenes are rarer than one in ``SEARCH``.
+    Of a data set on disk they are those of the test split that were set aside, fewer where there are not so many; of
+    the built-in data scenes of the test seed as they come, so that their other objects are as everywhere.
+
+    Raises UserError where the run held nothing out, or built-in scenes are rarer than one in ``SEARCH``.
     """
-    if not config.holdout or config.data != "sprites":
+    if not config.holdout:
         raise UserError("the run held no combination out: train with --holdout shape=square,hue=0.5:0.75, say")
-    holdout = Holdout.parse(config.holdout, FACTORS, SHAPES)
+    if config.data != "sprites":
+        dataset, rows = open_source(replace(config, holdout="")).splits["test"]
+        found = np.asarray(rows)[_held_out(dataset, rows, config.holdout)]
+        if not len(found):
+            raise UserError(f"holdout {config.holdout!r}: no test image has such an object: widen it")
+        return dataset, found[:count]
+    holdout = _builtin_holdout(config)
     dataset = SpritesDataset(step_seed(0, 0, _TEST) >> 1, config.resolution, _objects(config), SEARCH * count)
-    found: list[np.ndarray] = []
+    parts: list[np.ndarray] = []
     for first in range(0, len(dataset), HELD_OUT):
-        rows = np.arange(first, min(first + HELD_OUT, len(dataset)))
-        found.append(rows[holdout.matches(dataset.scenes(rows)[2])])
-        if sum(map(len, found)) >= count:
-            return dataset, np.concatenate(found)[:count]
+        scenes = np.arange(first, min(first + HELD_OUT, len(dataset)))
+        parts.append(scenes[holdout.matches(dataset.factors_of(scenes), present_objects(dataset, scenes))])
+        if sum(map(len, parts)) >= count:
+            return dataset, np.concatenate(parts)[:count]
     raise UserError(f"holdout {config.holdout!r}: fewer than one scene in {SEARCH} has such an object: widen it")
+
+
+def _builtin_holdout(config: TrainConfig) -> Holdout:
+    return Holdout.parse(config.holdout, FACTORS, factor_words(SpritesDataset()))
+
+
+def _held_out(dataset: Any, rows: Any, holdout: str) -> np.ndarray:
+    """bool: which images have an object with the combination. UserError where the data do not tell."""
+    found = object_factors(dataset, rows)
+    numbers = tuple(name for name, values in found.items() if values.ndim == 2)
+    if not numbers:
+        raise UserError("holdout needs data that tell factors of their objects (shape, colour, ...): leave it out")
+    return Holdout.parse(holdout, numbers, factor_words(dataset)).matches(found, present_objects(dataset, rows))
 
 
 def _objects(config: TrainConfig) -> tuple[int, int]:
     return 2, max(2, min(config.num_slots - 1, 4))  # a slot is left for the background
 
 
-def _split(dataset: Any, description: str, published: bool) -> Source:
+def _split(dataset: Any, description: str, published: bool, holdout: str) -> Source:
     if not len(dataset):
         raise UserError(f"{description}: no images are left; raise --max_objects or name another data set")
     splits = split_indices(len(dataset), published)
     rows = {"train": splits.train, "val": splits.val, "test": splits.test}
-    return Source(f"{description}; {splits}", {name: (dataset, part) for name, part in rows.items()})
+    if not holdout:
+        return Source(f"{description}; {splits}", {name: (dataset, part) for name, part in rows.items()})
+    kept = {name: np.asarray(part)[~_held_out(dataset, part, holdout)] for name, part in rows.items()}
+    for name, part in kept.items():
+        if not len(part):
+            raise UserError(f"holdout {holdout!r}: every image of {name} has such an object: narrow it")
+    counts = ", ".join(f"{len(part):,} of {len(rows[name]):,} {name}" for name, part in kept.items())
+    return Source(
+        f"{description}; {splits}; none with {holdout} ({counts} images left)",
+        {name: (dataset, part) for name, part in kept.items()},
+    )
 
 
 def check_shape(config: TrainConfig, images: Any) -> None:
