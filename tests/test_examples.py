@@ -24,7 +24,8 @@ def example(name: str):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("example") / "run"
-    with open(os.devnull, "w") as silence:
+    with open(os.devnull, "w") as silence, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastslots.report.explorer.PIXELS", 0)  # the smallest slot explorer there is
         fit(TrainConfig.preset("sprites-mini", steps=2, eval_images=4, threads=1), out=folder, stream=silence)
     return folder
 

@@ -1,0 +1,120 @@
+"""What the documentation prints works: commands parse and, made small, run; links lead somewhere; pdoc is fed."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastslots.cli import build_parser, main
+from fastslots.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+SMALL = shlex.split(
+    """--resolution 16 --num_slots 3 --slot_dim 4 --cnn_channels 8 --cnn_stride 1 --encoder_width 16 --encoder_layers 1
+    --query_width 16 --query_hidden 16 --slot_width 16 --slot_hidden 16 --decoder_heads 2 --output_hidden 16
+    --batch_size 4 --threads 1 --pixels_per_step 0 --steps 2 --eval_images 4"""
+)
+# What makes a printed command cheap; commands without an entry are parsed alone
+CHEAP = {("train",): SMALL, ("eval",): ["--images", "20"], ("report",): [], ("data", "check"): [], ("data", "pack"): []}
+ELSEWHERE = ("s3://", "clevrtex", "$", "torchrun")  # not on this machine
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.S)
+
+
+def commands(text: str) -> list[str]:
+    """The fastslots commands of a shell text, each in one line."""
+    lines = text.replace("\\\n", " ").splitlines()
+    parts = (part.strip() for line in lines for part in re.split(r"&&|&$", line.split(" #")[0]))
+    return [part for part in parts if re.match(r"(torchrun .*-m |python -m )?fastslots ", part)]
+
+
+def arguments(command: str) -> list[str]:
+    words = shlex.split(command)
+    return words[words.index("fastslots") + 1 :]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_parse(page):
+    text = (ROOT / page).read_text()
+    for command in [c for block in blocks(page, "bash") for c in commands(block)]:
+        build_parser().parse_args(arguments(command))
+    for command in re.findall(r"`(fastslots [a-z][^`]*)`", text):
+        try:
+            build_parser().parse_args(arguments(command))
+        except UserError as error:  # in a sentence a command may be named without what it needs
+            assert re.search("are required|expected one argument", str(error)), f"{command}: {error}"
+        except SystemExit as stop:  # --help
+            assert not stop.code
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_shell_blocks_are_shell(page):
+    for block in blocks(page, "bash"):
+        done = subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True)
+        assert not done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(map(commands, blocks(page, "bash")))])
+def test_cheap_commands_run(page, tmp_path, monkeypatch):
+    """One after another, as printed: data sets and runs that the page takes for granted are made first."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FASTSLOTS_CACHE", str(tmp_path / "cache"))
+    printed = [c for block in blocks(page, "bash") for c in commands(block)]
+    cheap = [c for c in printed if not any(word in c for word in ELSEWHERE) and _kind(c)]
+    assert (
+        main(["data", "generate", "sprites", "clevr_with_masks_train.tfrecords", "--count", "400", "--size", "16"]) == 0
+    )
+    Path("clevr").mkdir()
+    for name in ("1", "2"):  # formats are recognised by content
+        with open(f"clevr/{name}.tfrecords", "wb") as file:
+            np.savez(file, np.zeros((20, 16, 16, 3), np.uint8))
+    if cheap and not any("--out runs/clevr6" in c for c in cheap):
+        data = ["--data", "clevr_with_masks_train.tfrecords"]
+        assert main(["train", "sprites-mini", *SMALL, *data, "--out", "runs/clevr6"]) == 0
+    for command in cheap:
+        assert main([*arguments(command), *CHEAP[_kind(command)]]) == 0, command
+
+
+def _kind(command: str) -> tuple[str, ...] | None:
+    words = tuple(arguments(command))
+    return next((kind for kind in CHEAP if words[: len(kind)] == kind), None)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith(("http://", "https://")):
+            file, _, anchor = target.partition("#")
+            path = (ROOT / page).parent / file if file else ROOT / page
+            assert path.exists(), f"{page}: {target}"
+            headings = re.findall(r"^#+ (.*)$", path.read_text(), re.M) if anchor else []
+            assert not anchor or anchor in map(_anchor, headings), f"{page}: {target}"
+
+
+def _anchor(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("pdoc"), reason="needs pdoc: pip install 'fastslots[dev]'")
+def test_the_reference_is_made_as_printed(tmp_path):
+    command = next(line for block in blocks("docs/op.md", "bash") for line in block.splitlines() if "pdoc" in line)
+    assert "-o reference " in command
+    words = shlex.split(command.replace("-o reference", f"-o {tmp_path}"))
+    assert words[0] == "pdoc"
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, cwd=tmp_path)
+    assert not done.returncode, done.stderr
+    page = (tmp_path / "fastslots" / "ops.html").read_text()
+    assert "cross_attention" in page and "slot_map" in page
+    for name in words[words.index("-o") + 2 :]:
+        assert (tmp_path / f"{name.replace('.', '/')}.html").exists(), name
