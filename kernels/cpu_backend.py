@@ -29,6 +29,9 @@ ISAS: tuple[str, ...] = tuple(_cpu.instruction_sets())
 """Instruction sets that this processor serves, the best first."""
 
 
+_isa: str
+
+
 def set_isa(name: str | None) -> None:
     """Use this instruction set from now on; None for the best. ValueError where the processor lacks it."""
     global _isa

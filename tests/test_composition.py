@@ -163,3 +163,22 @@ def test_codes_have_the_words_of_their_data():
     factors = {"shape": np.array([[0, 3, 1], [0, 3, 2]]), "color": np.array([[0, 2, 1], [0, 1, 2]])}
     assert holdout.matches(factors, factors["shape"] > 0).tolist() == [True, False]
     assert Holdout.parse("shape=3", ("shape",), words) == Holdout.parse("shape=cylinder", ("shape",), words)
+
+
+def test_shards_hold_out_as_one_set_does(on_disk, tmp_path, capsys):
+    shards = tmp_path / "shards"
+    for part in range(2):
+        size = ["--count", "30", "--size", "16", "--seed", str(part)]
+        assert main(["data", "generate", "sprites", str(shards / f"{part}"), *size]) == 0
+    dataset, rows = open_source(TrainConfig.preset("sprites-mini", data=str(shards), resolution=16)).splits["train"]
+    order = np.random.default_rng(0).permutation(len(dataset))
+    factors = dataset.factors_of(order)
+    for name, values in factors.items():
+        assert (values == np.stack([dataset[i]["factors"][name] for i in order])).all()
+    held = open_source(TrainConfig.preset("sprites-mini", data=str(shards), resolution=16, holdout="hue=0:0.2"))
+    own = held.splits["train"][1]
+    assert own.tolist() == [i for i in rows if not _low_hue(dataset[i]["factors"])]
+
+
+def _low_hue(factors: dict[str, np.ndarray]) -> bool:
+    return ((factors["shape"] > 0) & (factors["hue"] < 0.2)).any()

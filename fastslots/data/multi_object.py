@@ -56,11 +56,11 @@ class MultiObjectReader:
         if first is None:
             raise damaged or UserError(f"{path}: holds no record: download the file again")
         sizes = tuple(len(first.get(name, ())) for name in SKIPPED)
-        found = [layout for layout in LAYOUTS if layout.sizes == sizes]
-        if not found:
+        layouts = [layout for layout in LAYOUTS if layout.sizes == sizes]
+        if not layouts:
             known = ", ".join(layout.kind for layout in LAYOUTS)
             raise UserError(f"{path}: image and mask of {sizes[0]} and {sizes[1]} values are none of: {known}")
-        self._layout = found[0]
+        self._layout = layouts[0]
         self.kind, self.crop = self._layout.kind, self._layout.crop
         self.native = self._layout.image[:2]
 

@@ -89,6 +89,29 @@ class PackedShards:
                 array[rows] = next(read)
         return arrays[0], arrays[1] if len(arrays) > 1 else None
 
+    def factors_of(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Generating factors that all shards have, by name; zeros where a shard's scenes have fewer objects."""
+        indices = np.asarray(indices)
+        owner = np.searchsorted(self._starts, indices, side="right") - 1
+        places = {int(part): np.flatnonzero(owner == part) for part in np.unique(owner)}
+        found = {p: self._parts[p].factors_of(indices[rows] - self._starts[p]) for p, rows in places.items()}
+        names = set.intersection(*map(set, found.values())) if found else set()
+        out = {}
+        for name in sorted(names):
+            values = [part[name] for part in found.values()]
+            if len({(v.ndim, v.shape[2:]) for v in values}) > 1:
+                continue  # not the same thing under one name
+            objects = max(v.shape[1] for v in values) if values[0].ndim > 1 else 0
+            out[name] = np.zeros(
+                (len(indices), objects, *values[0].shape[2:])[: values[0].ndim], np.result_type(*values)
+            )
+            for part, rows in places.items():
+                own = found[part][name]
+                if own.ndim > 1:
+                    own = np.pad(own, [(0, 0), (0, objects - own.shape[1]), *[(0, 0)] * (own.ndim - 2)])
+                out[name][rows] = own
+        return out
+
     def verify(self) -> None:
         """UserError unless the arrays are those that were packed."""
         for part in self._parts:

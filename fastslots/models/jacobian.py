@@ -151,7 +151,7 @@ def _backend(decoder: Decoder, slots: Tensor, queries: Tensor, request: Request)
         if request.backend not in ("auto", "reference"):
             raise ValueError(f"backend={request.backend!r} has no differentiable or unreduced Jacobian: use 'auto'")
         return "reference"
-    K, heads = slots.shape[1], decoder.transformer[0].projections.heads
+    K, heads = slots.shape[1], _modules(decoder)[0].projections.heads
     G = slots.new_empty(0, queries.shape[2], heads, K)  # what the folded slots will be: only its shape is asked for
     return backends.select("slot_jacobian", (queries, G), request.backend)
 

@@ -102,7 +102,7 @@ class Writer:
     def __init__(self, report: Callable[[str], None]):
         self._report = report
         self._thread = ThreadPoolExecutor(1, "fastslots-writer")  # joined at exit, whatever ends the process
-        self._pending: deque[Future[None]] = deque()
+        self._pending: deque[Future[object]] = deque()
         self._failure: UserError | None = None  # of the newest work, where it failed
 
     def submit(self, work: Callable[[], object]) -> None:

@@ -41,16 +41,16 @@ class Muon(torch.optim.Optimizer):
             raise ValueError("Muon takes matrices alone: give the other parameters to another optimiser")
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every matrix that has a gradient. No closure: the gradients are taken as they are."""
         for group in self.param_groups:
             momentum, lr = group["momentum"], group["lr"]
-            by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    by_shape[p.shape].append(p)
-            for shape, params in by_shape.items():
-                grads = [p.grad for p in params]
+                    by_shape[p.shape].append((p, p.grad))
+            for shape, pairs in by_shape.items():
+                params, grads = map(list, zip(*pairs, strict=True))
                 buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
                 torch._foreach_lerp_(buffers, grads, 1 - momentum)
                 directions = torch._foreach_lerp(grads, buffers, momentum)
