@@ -22,8 +22,9 @@ from .token_attention import MAX_CELLS, MAX_ROWS, padded_rows, token_attention_b
 MAX_IMAGES = 65535
 """Programs along the second and third axis of a CUDA grid."""
 _LAYER = ("decoder_layer_", "folded_attention_", "feed_forward_")
-_KERNELS = {"cross_attention": ("cross_attention_",), "folded_cross_attention": _LAYER[1:2], "decoder_layer": _LAYER,
-            "decoder_loss": _LAYER}  # fmt: skip
+KERNELS = {"cross_attention": ("cross_attention_",), "folded_cross_attention": _LAYER[1:2], "decoder_layer": _LAYER,
+           "decoder_loss": _LAYER, "token_attention": ("token_attention_",)}  # fmt: skip
+"""What the names of an op's kernels start with."""
 
 __all__ = [
     "cross_attention_bwd", "cross_attention_fwd", "decoder_layer_bwd", "decoder_layer_fwd", "decoder_loss",
@@ -34,13 +35,25 @@ __all__ = [
 def why_not(op: str, tensors: Sequence[Tensor]) -> str | None:
     """None when these kernels serve ``op`` on these tensors (in the order of the public call), else the reason."""
     x = tensors[0]
-    if not x.is_cuda and not INTERPRETED.value:
-        return f"the tensors are on {x.device}, not on a CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU)"
-    if x.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return f"{torch.cuda.get_device_name(x.device)} is older than sm_80"
-    if x.dtype not in launch.DTYPES:
-        return f"{str(x.dtype).removeprefix('torch.')} is not one of fp16, bf16, fp32"
-    return _too_large(op, tensors)
+    return _unserved(x.device, x.dtype) or _too_large(op, tensors)
+
+
+def _unserved(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda" and not INTERPRETED.value:
+        return f"the tensors are on {device}, not on a CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU)"
+    if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than sm_80"
+    if dtype not in launch.DTYPES:
+        return f"{str(dtype).removeprefix('torch.')} is not one of fp16, bf16, fp32"
+    return None
+
+
+def _fits_memory(op: str, device: torch.device, dtype: torch.dtype, width_class: int) -> bool:
+    return launch.has_entries(torch.empty(0, device=device, dtype=dtype), width_class, KERNELS[op])
+
+
+# Dynamo calls these, on constants, and traces the rest, on shapes that may be dynamic (ops.autograd.under_transform).
+_unserved._dynamo_marked_constant = _fits_memory._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _too_large(op: str, tensors: Sequence[Tensor]) -> str | None:
@@ -56,10 +69,13 @@ def _too_large(op: str, tensors: Sequence[Tensor]) -> str | None:
         fits = padded_rows(rows) <= MAX_ROWS and padded_rows(rows) * round_up(width, 64) <= MAX_CELLS
         return None if fits else f"{rows} rows of {width} elements are more than one tile holds"
     if op == "cross_attention":
+        if tensors[0].ndim == 4 and tensors[0].shape[1] > MAX_IMAGES:
+            return f"{tensors[0].shape[1]} heads are more than {MAX_IMAGES}, the most of one launch"
         heads, slots = 1, tensors[1].shape[2] if len(tensors) > 1 else 1
     else:
         heads, slots = tensors[1].shape[2:] if len(tensors) > 1 else (1, 1)
-    if not launch.has_entries(tensors[0], width, _KERNELS[op]):
+    width_class = min(limit for limit in launch.WIDTH_CLASSES if width <= limit)
+    if not _fits_memory(op, tensors[0].device, tensors[0].dtype, width_class):
         return f"rows of {width} elements in TF32 do not fit the shared memory of this GPU (bf16 or IEEE fp32 do)"
     if slots > MAX_SLOTS:
         return f"{slots} slots are more than {MAX_SLOTS}, the most that one tile holds"

@@ -19,6 +19,12 @@ def under_transform() -> bool:
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+# Dynamo is to call it rather than trace it: it models the top of an empty stack as an object too, and compiled code
+# would never see a kernel. The mark is what ``torch.compiler.assume_constant_result`` sets, after an import of Dynamo
+# that takes seconds.
+under_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def is_traced() -> bool:
     """True inside a transform or ``torch.compile``: what is computed becomes part of somebody's graph."""
     return torch.compiler.is_compiling() or under_transform()

@@ -21,7 +21,6 @@ A module may leave ops out, and then serves none of them.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -30,25 +29,38 @@ from torch import Tensor
 
 NAMES = ("reference", "cpu", "triton")
 OPS = ("cross_attention", "folded_cross_attention", "decoder_layer", "decoder_loss", "token_attention", "slot_jacobian")
-_MODULES = {"cpu": "fastslots.kernels.cpu_backend", "triton": "fastslots.kernels.triton_backend"}
 
 
 def load(name: str) -> ModuleType:
     """The kernel module of a backend; ImportError where this installation has none."""
-    return importlib.import_module(_MODULES[name])
+    # Plain imports: Dynamo, which traces the choice of a backend, follows them, and importlib.import_module not.
+    if name == "cpu":
+        from fastslots.kernels import cpu_backend
+
+        return cpu_backend
+    from fastslots.kernels import triton_backend
+
+    return triton_backend
+
+
+def _absent(name: str, op: str) -> str | None:
+    """Why there is no such kernel in this installation, or None."""
+    try:
+        module = load(name)
+    except ImportError as error:
+        return f"not installed ({error})"
+    return None if hasattr(module, op) or hasattr(module, f"{op}_fwd") else f"it has no kernel for {op}"
+
+
+_absent._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see autograd.under_transform
 
 
 def why_not(name: str, op: str, tensors: Sequence[Tensor]) -> str | None:
     """None when backend ``name`` serves ``op`` on these tensors, else the reason in words."""
     if name == "reference":
         return None
-    try:
-        module = load(name)
-    except ImportError as error:
-        return f"not installed ({error})"
-    if not (hasattr(module, op) or hasattr(module, f"{op}_fwd")):
-        return f"it has no kernel for {op}"
-    return module.why_not(op, tensors)
+    reason = _absent(name, op)
+    return load(name).why_not(op, tensors) if reason is None else reason
 
 
 @dataclass(frozen=True)
