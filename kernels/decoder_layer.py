@@ -191,8 +191,8 @@ def decoder_layer_fwd(
     y, slot_map = x.new_empty(B, L, D), x.new_empty(B, L, K, dtype=torch.float32)
     args = {
         "x_ptr": x, "w_in_ptr": attention.w_in, "b_in_ptr": attention.b_in, "w_out_ptr": attention.w_out,
-        "bias_ptr": b.contiguous(), "w1_ptr": units.w_in, "b1_ptr": units.b_in, "w2_ptr": units.w_out,
-        "b2_ptr": b2.contiguous(), "y_ptr": y, "map_ptr": slot_map, "L": L, "eps": eps,
+        "bias_ptr": b.float().contiguous(), "w1_ptr": units.w_in, "b1_ptr": units.b_in, "w2_ptr": units.w_out,
+        "b2_ptr": b2.float().contiguous(), "y_ptr": y, "map_ptr": slot_map, "L": L, "eps": eps,
     }  # fmt: skip
     values = constexprs(attention, K, config, x.dtype, D)
     values |= {"UNITS": units.columns, "BLOCK_F": units.block, "SHARED_X": x.shape[0] != B}
@@ -227,7 +227,9 @@ def decoder_layer_bwd(
     dx, dG, dg, dU, db = folded_attention_bwd(dz, dslot_map, x, G, g, U, slot_mask, True, eps)
     grads = (dnorm_weight, dnorm_bias, dw1, db1, dw2, db2)
     likes = (norm_weight, norm_bias, w1, b1, w2, b2)
-    return dx, dG, dg, dU, db.to(b.dtype), *(t.to(like.dtype) for t, like in zip(grads, likes, strict=True))
+    # Contiguous: they are cut out of padded sums, and compiled code reads them by the strides of the fake.
+    rest = (t.to(like.dtype).contiguous() for t, like in zip(grads, likes, strict=True))
+    return dx, dG, dg, dU, db.to(b.dtype), *rest
 
 
 def _values(units: Packed, config: launch.LaunchConfig, dtype: torch.dtype, D: int) -> dict[str, object]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def tile_rows(like: Tensor, dtype: torch.dtype) -> int:
 
 def _tiles(batch: int, pixels: int, rows: int) -> Iterator[tuple[slice, slice]]:
     """Slices of images and of pixels; several images at once, or parts of one."""
-    images, step = max(1, rows // max(pixels, 1)), min(pixels, rows)
+    images, step = max(1, rows // max(pixels, 1)), max(1, min(pixels, rows))
     for image in range(0, batch, images):
         for start in range(0, pixels, step):
             yield slice(image, min(image + images, batch)), slice(start, min(start + step, pixels))
@@ -92,7 +93,9 @@ def _head_backward(dpixels: Tensor, x: Tensor, norm: Norm, weights: Sequence[Ten
 
 def _pair_sum(slot_map: Tensor) -> Tensor:
     """Σ_{j<k} w_j w_k of each pixel, as each weight times the running sum of those before it (it does not cancel)."""
-    return (slot_map[..., 1:] * slot_map[..., :-1].cumsum(-1)).sum(-1)
+    # Not ``cumsum``, which torch refuses on a GPU where a program asks for deterministic algorithms.
+    before = list(accumulate(slot_map[..., :-1].unbind(-1)))
+    return (slot_map[..., 1:] * torch.stack(before, -1)).sum(-1) if before else torch.zeros_like(slot_map[..., 0])
 
 
 def decoder_loss(

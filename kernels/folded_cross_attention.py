@@ -243,7 +243,7 @@ def folded_attention_fwd(
     y, slot_map = x.new_empty(B, L, D), x.new_empty(B, L, K, dtype=torch.float32)
     args = {
         "x_ptr": x, "w_in_ptr": packed.w_in, "b_in_ptr": packed.b_in, "w_out_ptr": packed.w_out,
-        "bias_ptr": b.contiguous(), "y_ptr": y, "map_ptr": slot_map, "L": L, "eps": eps,
+        "bias_ptr": b.float().contiguous(), "y_ptr": y, "map_ptr": slot_map, "L": L, "eps": eps,
     }  # fmt: skip
     flags = {"NORM": norm, "SHARED_X": x.shape[0] != B}
     grid = (triton.cdiv(L, config.block_l), B)

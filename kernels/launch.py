@@ -216,7 +216,8 @@ def run(
         return
     device = next(a.device for a in args.values() if isinstance(a, Tensor))
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    key = (kernel_name(kernel), tuple(constexprs.items()), config, device)
+    types = tuple(a.dtype for a in args.values() if isinstance(a, Tensor))
+    key = (kernel_name(kernel), types, tuple(constexprs.items()), config, device)
     with guard:
         for stages in range(_stages_that_fit.get(key, config.num_stages), 0, -1):
             try:

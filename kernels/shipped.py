@@ -12,8 +12,9 @@ from torch import Tensor
 from .cross_attention import cross_attention_bwd, cross_attention_fwd
 from .decoder_layer import decoder_layer_bwd, decoder_layer_fwd
 from .folded_cross_attention import folded_attention_bwd, folded_attention_fwd
-from .launch import Launch, allows_tf32, record
+from .launch import Launch, allows_tf32, has_entries, record
 from .token_attention import table_width, token_attention_bwd, token_attention_fwd
+from .triton_backend import KERNELS
 
 
 @dataclass(frozen=True)
@@ -107,16 +108,23 @@ def run_op(op: str, t: dict[str, Tensor]) -> None:
 OPS = ("cross_attention", "folded_cross_attention", "decoder_layer", "token_attention")
 
 
+def serves(op: str, shape: Shape, t: dict[str, Tensor]) -> bool:
+    """Whether the launch table has block sizes for all kernels of ``op`` (on the architecture of ``record``)."""
+    return has_entries(t["q"], shape.row_width(KERNELS[op][0]), KERNELS[op])
+
+
 def record_shipped(arch: str, shape: Shape, precision: str) -> list[tuple[str, Launch]]:
-    """Every distinct launch of every op at this shape, each under a name that says its variant.
+    """Every distinct launch of every op that ``arch`` serves at this shape, each under a name that says its variant.
 
     The first layer of a decoder has the same queries for every image: ``shared`` launches.
     """
     found: dict[tuple, tuple[str, Launch]] = {}
     for op in OPS:
         for shared in (False, True) if op == "decoder_layer" else (False,):
+            tensors = inputs(shape, PRECISIONS[precision], shared=shared)
             with matmul_precision(precision), record(arch) as launches:
-                run_op(op, inputs(shape, PRECISIONS[precision], shared=shared))
+                if serves(op, shape, tensors):
+                    run_op(op, tensors)
             for launch in launches:
                 norm = launch.constexprs.get("NORM", True)
                 name = launch.name + ("" if norm else "_plain") + ("_shared" if shared else "")

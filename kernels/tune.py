@@ -18,7 +18,7 @@ from triton.errors import TritonError
 
 from . import launch
 from .launch import Launch, LaunchConfig
-from .shipped import OPS, PRECISIONS, PRESETS, Shape, inputs, matmul_precision, run_op
+from .shipped import OPS, PRECISIONS, PRESETS, Shape, inputs, matmul_precision, run_op, serves
 
 FIELDS: dict[str, tuple[int, ...]] = {
     "block_l": (16, 32, 64, 128),
@@ -96,6 +96,9 @@ def entries(arch: str, presets: Sequence[str], precisions: Sequence[str], device
     for shape, precision in product((PRESETS[name] for name in presets), precisions):
         tensors = inputs(shape, PRECISIONS[precision], device)
         for op in sorted(OPS, key=lambda op: op != "decoder_layer"):
+            with matmul_precision(precision), launch.record(arch):
+                if not serves(op, shape, tensors):
+                    continue
 
             def launches(config: LaunchConfig | None, op=op, precision=precision, tensors=tensors) -> dict[str, Launch]:
                 forced = launch.override(config) if config else nullcontext()

@@ -150,6 +150,9 @@ def test_a_device_with_less_shared_memory_runs_fewer_stages(no_memory):
     assert kernel.asked == [3, 2, 1, 1]  # the second launch asks for what fitted
     with pytest.raises(OutOfResources):  # the tuner must not time what it did not ask for
         launch.run(Kernel(fits=1), (1,), {"x_ptr": torch.zeros(1)}, {"D": 8}, config, as_given=True)
+    other = Kernel(fits=3)  # bf16 rows fit where fp32 ones do not
+    launch.run(other, (1,), {"x_ptr": torch.zeros(1, dtype=torch.bfloat16)}, {"D": 4}, config)
+    assert other.asked == [3]
     with pytest.raises(RuntimeError, match=r"toy does not fit this GPU.*kernels tune"):
         launch.run(Kernel(fits=0), (1,), {"x_ptr": torch.zeros(1)}, {"D": 16}, config)
 
@@ -178,6 +181,20 @@ def test_every_architecture_has_every_entry_or_says_why_not(monkeypatch, tf32_se
     assert triton_backend.why_not("decoder_layer", [tensors[0].bfloat16(), *tensors[1:]]) is None
 
 
+@pytest.mark.parametrize("arch", ["sm_89", "sm_120"])
+def test_tools_leave_out_what_an_architecture_does_not_serve(arch):
+    """Both the compiler and the tuner go through every preset: on these, one of them has ops without block sizes."""
+    wide = shipped.PRESETS["clevrtex"]
+    names = {item.name for _, item in shipped.record_shipped(arch, wide, "tf32")}
+    assert names == {f"{n}_{d}" for n in ("cross_attention", "token_attention") for d in ("fwd", "bwd")} | {
+        "token_attention_combine"
+    }
+    assert len(shipped.record_shipped(arch, wide, "bf16")) > 10
+    lines: list[str] = []
+    tune.plan(lines.append, ["clevrtex"], ["bf16", "tf32"], arch)
+    assert lines[-1] == "14 entries"
+
+
 def test_more_images_than_a_grid_has_programs_are_refused():
     folded = [torch.empty(s, device="meta") for s in ((65536, 4, 1, 2), (65536, 1, 2), (65536, 1, 2, 4), (4,))]
     x = torch.empty(1, 1, 4, device="meta")
@@ -186,6 +203,8 @@ def test_more_images_than_a_grid_has_programs_are_refused():
     assert triton_backend.why_not("decoder_layer", (x, *fewer, folded[3])) is None
     rows = torch.empty(65536, 1, 4, device="meta")
     assert "65536 images" in triton_backend.why_not("token_attention", (rows, rows))
+    q = torch.empty(1, 65536, 1, 4, device="meta")
+    assert "65536 heads" in triton_backend.why_not("cross_attention", (q, q, q))
 
 
 def test_rows_far_apart_are_copied_before_offsets_wrap():
