@@ -222,6 +222,20 @@ def test_fullgraph_compile_forward_and_backward(name):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_compiled_code_calls_the_kernel_that_eager_code_calls():
+    q, k, v = random_qkv(SMALL, torch.float32)
+    serves = ops.explain(q, k, v).backend
+    calls = []
+
+    def see(graph, example_inputs):
+        calls.extend(node for node in graph.graph.nodes if "fastslots.cross_attention" in str(node.target))
+        return graph.forward
+
+    compiled = torch.compile(lambda *t: ops.cross_attention(*t)[0], fullgraph=True, backend=see)
+    torch.testing.assert_close(compiled(q, k, v), ops.cross_attention(q, k, v)[0])
+    assert [node.args[5] for node in calls] == ([] if serves == "reference" else [serves])
+
+
 def test_export_and_autocast():
     attention = InteractionCrossAttention(12, 6, heads=3)
     inputs = (torch.randn(2, 9, 12), torch.randn(2, 4, 6))
@@ -276,6 +290,14 @@ X, FOLDED, FF = random_layer(SMALL, torch.float32)
         ),
         (lambda: ops.folded_cross_attention(X, tuple(FOLDED)), TypeError, "folded must be what fold_projections"),
         (lambda: ops.decoder_layer(X, FOLDED, FF._replace(w2=FF.w1)), ValueError, r"ff.w2 has shape"),
+        (lambda: ops.decoder_layer(X, FOLDED, FF._replace(b2=FF.b2[:1])), ValueError, r"ff.b2 has shape \[1\]"),
+        (lambda: ops.decoder_layer(X, FOLDED, FF._replace(b1=FF.b1.to("meta"))), ValueError, "ff.b1 is on meta"),
+        (lambda: ops.decoder_layer(X, FOLDED, FF, eps=0.0), ValueError, "eps must be above 0"),
+        (
+            lambda: ops.cross_attention(Q, K, V, slot_mask=torch.ones(2, 3, device="meta") > 0),
+            ValueError,
+            "slot_mask is on meta",
+        ),
         (
             lambda: ops.fold_projections(torch.ones(3, 3), None, K, V, torch.ones(3, 3), None, 1.0),
             ValueError,

@@ -46,7 +46,7 @@ def cross_attention(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or a backend that cannot serve.
     """
     checks.qkv(q, k, v)
-    checks.slot_mask(slot_mask, k.shape[0], k.shape[2])
+    checks.slot_mask(slot_mask, q, k.shape[0], k.shape[2])
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     name = _serve("cross_attention", (q, k, v), backend)
     if name == "reference":
@@ -102,7 +102,7 @@ def folded_cross_attention(
         TypeError, ValueError: as in ``cross_attention``.
     """
     checks.folded(x, folded)
-    checks.slot_mask(slot_mask, folded.g.shape[0], folded.g.shape[2])
+    checks.slot_mask(slot_mask, x, folded.g.shape[0], folded.g.shape[2])
     name = _serve("folded_cross_attention", (x, *folded), backend)
     if name == "reference":
         return reference.folded_cross_attention(x, folded, slot_mask)
@@ -160,10 +160,10 @@ def decoder_layer(
         TypeError, ValueError: as in ``cross_attention``.
     """
     checks.folded(x, folded)
-    checks.slot_mask(slot_mask, folded.g.shape[0], folded.g.shape[2])
-    hidden, width = ff.w1.shape[0], x.shape[2]
-    for field, expected in (("w1", (hidden, width)), ("w2", (width, hidden)), ("norm_weight", (width,))):
-        checks.shape(f"ff.{field}", getattr(ff, field), expected, f"for x {list(x.shape)}")
+    checks.slot_mask(slot_mask, x, folded.g.shape[0], folded.g.shape[2])
+    checks.feed_forward(ff, x.shape[2], x.device)
+    if not eps > 0:
+        raise ValueError(f"eps must be above 0, got {eps}")
     name = _serve("decoder_layer", (x, *folded, *ff), backend)
     if name == "reference":
         return reference.decoder_layer(x, folded, ff, slot_mask, eps)

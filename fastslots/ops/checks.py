@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastslots.ops.reference import FoldedProjections
+from fastslots.ops.reference import FeedForward, FoldedProjections
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -42,13 +42,16 @@ def same_dtype(**tensors: Tensor) -> None:
             raise TypeError(f"{name} is {t.dtype}, but {first} is {reference.dtype}: cast one of them")
 
 
-def slot_mask(mask: Tensor | None, batch: int, slots: int) -> None:
+def slot_mask(mask: Tensor | None, like: Tensor, batch: int, slots: int) -> None:
+    """``like``: a tensor of the call, whose device the mask shares."""
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"slot_mask must be a bool tensor [B, K] (True = a real slot), got {got}")
     shape("slot_mask", mask, (batch, slots), "(B, K: True = a real slot)")
+    if mask.device != like.device:
+        raise ValueError(f"slot_mask is on {mask.device}, but the others are on {like.device}: move one of them")
 
 
 def qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -77,6 +80,18 @@ def folded(x: Tensor, f: FoldedProjections) -> None:
     if x.shape[2] != D or x.shape[0] not in (1, B):
         raise ValueError(f"x has shape {list(x.shape)}, expected [{B} or 1, L, {D}] for folded.G {list(G.shape)}")
     same_place(x=x, G=G, g=f.g, U=f.U, b=f.b)
+
+
+def feed_forward(ff: FeedForward, width: int, device: torch.device) -> None:
+    """Of rows of ``width`` elements."""
+    units = tensor("ff.w1", ff.w1, 2, "[F, D]").shape[0]
+    shapes = {"w1": (units, width), "w2": (width, units), "norm_weight": (width,), "norm_bias": (width,),
+              "b1": (units,), "b2": (width,)}  # fmt: skip
+    for name, expected in shapes.items():
+        value = tensor(f"ff.{name}", getattr(ff, name), len(expected), "[F, D]" if len(expected) == 2 else "[D] or [F]")
+        shape(f"ff.{name}", value, expected, f"for rows of {width} and {units} units")
+        if value.device != device:
+            raise ValueError(f"ff.{name} is on {value.device}, but x is on {device}: move one of them")
 
 
 def rows_and_tokens(rows: Tensor, tokens: Tensor) -> None:

@@ -22,6 +22,7 @@ autocast). Nothing here checks its arguments: ``fastslots.ops`` (api.py) does, a
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -79,6 +80,14 @@ def cross_attention(
     return attn.to(v.dtype) @ v, attn.sum(1)
 
 
+def _running_sum(w: Tensor) -> Tensor:
+    """Sums of each slot's weight and those before it. Where deterministic algorithms are asked for, not by ``cumsum``,
+    which torch refuses then on a GPU."""
+    if w.shape[-1] == 0 or not torch.are_deterministic_algorithms_enabled():
+        return w.cumsum(-1)
+    return torch.stack(list(accumulate(w.unbind(-1))), -1)
+
+
 def interaction_penalty(slot_map: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
     """mean_{b,l} Σ_{j<k} w_j w_k, as each weight times the running sum of those before it.
 
@@ -86,7 +95,7 @@ def interaction_penalty(slot_map: Tensor, pixel_weight: Tensor | None = None) ->
     slot_map: [B, L, K]; pixel_weight: [B, L] or None. Returns a scalar, 0 for an empty map.
     """
     w = slot_map.to(torch.promote_types(slot_map.dtype, torch.float32))
-    pairs = (w[..., 1:] * w[..., :-1].cumsum(-1)).sum(-1)
+    pairs = (w[..., 1:] * _running_sum(w[..., :-1])).sum(-1)
     if pixel_weight is not None:
         pairs = pairs * pixel_weight
     return pairs.sum() / max(pairs.numel(), 1)
@@ -123,10 +132,12 @@ def folded_cross_attention(
     x: Tensor, folded: FoldedProjections, slot_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """x [B or 1, L, D], already normed -> y = A·U + b [B,L,D] (no residual), slot_map [B,L,K]."""
-    G, g, U, b = folded
+    # A folding is in fp32 where rows may be in 16 bits: products in the wider of the two.
+    dtype = torch.promote_types(x.dtype, folded.G.dtype)
+    G, g, U, b = (t.to(dtype) for t in folded)
     B, D, H, K = G.shape
     # One product a layer: [B, L, H·K]. x of batch 1 (layer 1: the same queries for every image) broadcasts unrepeated.
-    scores = torch.matmul(x, G.reshape(B, D, H * K)) + g.reshape(B, 1, H * K)
+    scores = torch.matmul(x.to(dtype), G.reshape(B, D, H * K)) + g.reshape(B, 1, H * K)
     attn = slot_softmax(scores.unflatten(-1, (H, K)).transpose(1, 2), slot_mask)  # [B, H, L, K], a view
     rows = attn.transpose(1, 2).flatten(-2)
     y = torch.matmul(rows.to(U.dtype), U.reshape(B, H * K, D)) + b
