@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+
 
 class UserError(ValueError):
     """Bad input or usage. The message is one line that names the culprit (file, record, flag) and the mend.
 
     The command line prints it without a traceback and exits with code 2; library callers may catch ``ValueError``.
     """
+
+
+def print_error(error: UserError) -> None:
+    """On stderr, as every command says it: one line."""
+    print(f"fastslots: error: {' '.join(str(error).split())}", file=sys.stderr)

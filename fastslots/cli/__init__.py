@@ -7,7 +7,7 @@ import difflib
 import sys
 from collections.abc import Sequence
 
-from fastslots.errors import UserError
+from fastslots.errors import UserError, print_error
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         return args.run(args)
     except UserError as error:
-        print(f"fastslots: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print_error(error)
         return 2
     except KeyboardInterrupt:
         return 130

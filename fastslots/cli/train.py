@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from fastslots.errors import UserError
+from fastslots.errors import UserError, print_error
 from fastslots.models.presets import preset_names
 from fastslots.train.config import TrainConfig, read_config
 
@@ -88,11 +88,12 @@ def config_of(args: argparse.Namespace) -> TrainConfig:
             raise UserError("give a PRESET or --config, not both")
         return read_config(args.config, **explicit)
     if own is not None and own.is_file():
-        if args.preset and json.loads(own.read_text()).get("preset_name") != args.preset:
+        config = read_config(own, **explicit)
+        if args.preset and config.preset_name != args.preset:
             raise UserError(
                 f"{own.parent} was not started from preset {args.preset!r}: leave the preset out to resume it"
             )
-        return read_config(own, **explicit)
+        return config
     preset = args.preset or DEFAULT_PRESET
     return TrainConfig.preset(preset, preset_name=preset, **explicit)
 
@@ -101,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
     config = config_of(args)
     if args.resume and args.out is None:
         raise UserError("--resume needs --out, the folder of the run to go on with")
+    from fastslots.train.distributed import LostProcessError
     from fastslots.train.loop import NonFiniteLossError, fit
 
     try:
@@ -108,6 +110,11 @@ def run(args: argparse.Namespace) -> int:
     except NonFiniteLossError as error:
         print(f"fastslots: stopped: {error}", file=sys.stderr)
         return 1
+    except LostProcessError as error:
+        # The way out of the interpreter takes seconds on a busy machine, and NCCL may wait there for the lost one.
+        print_error(error)
+        sys.stderr.flush()
+        os._exit(2)
     if result.stopped_by:
         return 128 + result.stopped_by
     if result.first:

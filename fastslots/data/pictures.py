@@ -24,6 +24,7 @@ CODES = {
     "color": ("gray", "red", "blue", "green", "brown", "purple", "cyan", "yellow"),
 }
 NUMBERS = ("3d_coords", "pixel_coords", "rotation")
+MOST_OBJECTS = 254  # of a scene; every scene's factors have room for those of the fullest, and 255 means unknown
 
 
 def read_picture(path: Path) -> np.ndarray:
@@ -51,6 +52,7 @@ class ClevrReader:
     native = (320, 480)
 
     def __init__(self, path: Path):
+        self._folder = path
         self._scenes: list[tuple[Path, Any, int]] = []
         for file in self.scene_files(path):
             try:
@@ -63,7 +65,10 @@ class ClevrReader:
                 raise UserError(f"{file} is no CLEVR scenes file ({error!r}): download it again") from None
         if not self._scenes:
             raise UserError(f"{path}: its scenes files name no scene: download them again")
-        self._entries = 1 + max(objects for *_, objects in self._scenes)
+        most = max(objects for *_, objects in self._scenes)
+        if most > MOST_OBJECTS:
+            raise UserError(f"{path}: a scene of {most:,} objects is too large, {MOST_OBJECTS} are the most: remove it")
+        self._entries = 1 + most
 
     @staticmethod
     def scene_files(path: Path) -> list[Path]:
@@ -75,7 +80,7 @@ class ClevrReader:
 
     @staticmethod
     def _picture(folder: Path, split: str, name: str, file: Path) -> Path:
-        """Judged by name alone, so that ``images`` may be a link to another disk."""
+        """Judged by name here, and by where a link leads in ``_inside``."""
         if any(part in ("", ".", "..") or "/" in part or "\\" in part or "\0" in part for part in (split, name)):
             raise UserError(f"{file} names {split}/{name}, which lies outside the data folder: mend that name")
         return folder / "images" / split / name
@@ -88,11 +93,22 @@ class ClevrReader:
             try:
                 if not path.is_file():
                     raise UserError(f"{path}: no such file, though the scenes name it: download the images again")
+                if path.is_symlink() and not self._inside(path):
+                    raise UserError(
+                        f"{path} is a link that leads outside the data folder: put the picture itself there"
+                    )
                 yield Scene(read_picture(path), None, count, self._factors(objects))
             except UserError as error:
                 yield BadRecordError(str(error))
+            except OSError as error:  # a name that is too long
+                yield BadRecordError(f"{path} cannot be read ({error.strerror}): mend its name in the scenes file")
             except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
                 yield BadRecordError(f"{path}: its objects in the scenes file are malformed ({error!r}): mend them")
+
+    def _inside(self, link: Path) -> bool:
+        """Whether a picture that is a link stays in the data folder; ``images`` or a split may lie on another disk."""
+        roots = (self._folder, self._folder / "images", link.parent)
+        return any(link.resolve().is_relative_to(root.resolve()) for root in roots)
 
     def _factors(self, objects: Any) -> dict[str, np.ndarray]:
         """[entries] or [entries, 3] each, in the layout of CLEVR with masks: entry 0 is the background."""

@@ -20,8 +20,9 @@ import numpy as np
 from fastslots.data.scene import BadRecordError
 from fastslots.errors import UserError
 
-MAX_RECORD = 1 << 28
-"""Bytes. A larger record is refused before anything is allocated: the largest known layout has 3.3 MB."""
+MAX_RECORD = 1 << 23
+"""Bytes. A larger record is refused before anything is allocated: the largest known layout has 3.3 MB, and 256 MB of
+tiny fields, which fit into 250 kB of GZIP, would take minutes to parse."""
 
 MEND = "download the file again"
 

@@ -11,6 +11,7 @@ from pathlib import Path
 POINTS = 512
 """Most stretches that a curve keeps: it ends with POINTS/2 to POINTS of them, whatever the length of the run."""
 BLOCK = 4096  # lines between two thinnings: bounds the memory of a pass
+LARGEST = 1e300
 TAIL = 64  # bytes before the place of the last pass that must be as they were, or the file was rewritten
 
 
@@ -112,16 +113,17 @@ def evaluation_curves(evaluations: Sequence[dict]) -> dict[str, Curve]:
 
 
 def is_number(value: object) -> bool:
-    return type(value) is float or type(value) is int  # of JSON: no subclass but bool, which is none
+    """Whether a value of JSON is one that can be drawn: finite, and of a size that a float holds."""
+    return (type(value) is float or type(value) is int) and -LARGEST < value < LARGEST  # no subclass but bool
 
 
 def _parse(lines: list[bytes]) -> list[dict]:
     """The lines' objects that have a step; whatever else a crash or an editor has left is passed over."""
     try:
         values = json.loads(b"[" + b",".join(lines) + b"]")  # at once: a third faster than line by line
-    except ValueError:
+    except (ValueError, RecursionError):
         values = []
         for line in lines:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 values.append(json.loads(line))
     return [value for value in values if isinstance(value, dict) and is_number(value.get("step"))]

@@ -63,14 +63,17 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def _grids(folder: Path) -> list[dict[str, Any]]:
-    paths = sorted(folder.glob("step_*.png"))
+    paths = sorted(path for path in folder.glob("step_*.png") if path.stem.split("_")[1].isdecimal())
     if len(paths) > GRIDS:
         paths = [paths[round(i * (len(paths) - 1) / (GRIDS - 1))] for i in range(GRIDS)]
     grids = []
     for path in paths:
-        with Image.open(path) as image:
-            width, height = image.size
-            picture = data_uri(image.convert("RGB"), GRID_BYTES)
+        try:
+            with Image.open(path) as image:
+                width, height = image.size
+                picture = data_uri(image.convert("RGB"), GRID_BYTES)
+        except (OSError, ValueError, Image.DecompressionBombError):  # torn: the page shows the others
+            continue
         grids.append({"step": int(path.stem.split("_")[1]), "width": width, "height": height, "uri": picture})
     return grids
 
@@ -81,12 +84,12 @@ def _fingerprint(config: dict[str, Any]) -> str:
 
 
 def _text(path: Path) -> str:
-    return path.read_text().strip() if path.is_file() else ""
+    return path.read_text(errors="replace").strip() if path.is_file() else ""
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError:  # torn, or edited by hand: the page says what the rest knows
+    except (OSError, ValueError, RecursionError):  # torn, or edited by hand: the page says what the rest knows
         return {}
     return values if isinstance(values, dict) else {}

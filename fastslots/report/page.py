@@ -34,6 +34,8 @@ def render(runs: Sequence[dict[str, Any]]) -> str:
 
 def assemble(title: str, body: str, facts: dict[str, Any], scripts: Sequence[str], policy: str) -> str:
     """title and body are HTML; facts become the JSON of the element #facts, which no text in it can end."""
+    # Files that others have written may hold NaN or infinities, which no JSON is: null.
+    facts = json.loads(json.dumps(facts), parse_constant=lambda name: None)
     data = json.dumps(facts, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     code = "".join(f"<script>\n{(HERE / name).read_text()}</script>" for name in scripts)
     return (

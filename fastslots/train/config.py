@@ -129,7 +129,7 @@ def read_config(path: str | Path, cls: type = TrainConfig, **overrides: object):
         values = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): name a run's config.json") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON ({error}): name a run's config.json") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold one JSON object of fields, got a {type(values).__name__}")
