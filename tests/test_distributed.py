@@ -166,6 +166,18 @@ def test_a_killed_process_ends_the_others_soon_and_is_named(commands, tmp_path, 
     assert latest_checkpoint(tmp_path / "run" / "checkpoints")[0].step > 0
 
 
+def test_a_process_in_a_long_step_answers_the_roll_call():
+    """Process 2 has not come to the exchange that failed: it is at work, and process 1 alone is missing."""
+    store, groups = torch.distributed.HashStore(), [Group(), Group(), Group()]
+    for rank, group in enumerate(groups):
+        group.rank, group.size, group._store = rank, 3, store
+        store.set(f"who/{rank}", f"host h, process id {rank}")
+    groups[2]._listener.start()
+    said = str(groups[0]._lost(RuntimeError("connection closed")))
+    groups[2].leave()
+    assert said.startswith("process 1 (host h, process id 1) of the 3 has ended") and not groups[2]._listener.is_alive()
+
+
 def test_nan_on_one_process_stops_all(commands, tmp_path):
     argv = [*flags(small(lr=1e30, steps=500, grad_clip=0.0, optimizer="sgd"), tmp_path), f"--out={tmp_path / 'run'}"]
     processes = start(commands, 2, argv, tmp_path)

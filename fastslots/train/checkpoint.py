@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import re
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +21,7 @@ from torch import Tensor
 from fastslots.errors import UserError
 from fastslots.train.files import write_atomic
 
-PATTERN = "step_*.safetensors"
+NAME = re.compile(r"step_(\d+)\.safetensors")
 MOST_PENDING = 2  # works of a Writer that may wait, each with its snapshot in memory
 
 
@@ -47,6 +49,8 @@ class Checkpoint:
             header = json.loads(metadata["header"])
             if metadata["digest"] != _digest(tensors, header):
                 raise ValueError("checksum differs")
+            if type(header["step"]) is not int:
+                raise ValueError(f"step is {header['step']!r}")
             return cls(header["step"], tensors, header["numbers"], header["extra"])
         except (SafetensorError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"no checkpoint: {error}") from None
@@ -61,9 +65,18 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write step_NNNNNNNN.safetensors into ``folder`` and drop all but the newest ``keep``."""
     path = folder / f"step_{checkpoint.step:08d}.safetensors"
     write_atomic(path, checkpoint.to_bytes())
-    for old in sorted(folder.glob(PATTERN))[:-keep]:
-        old.unlink()
+    # Newer ones were damaged when this run went on from one before them: counted, they would push out good ones.
+    newer = [other for step, other in _numbered(folder) if step > checkpoint.step]
+    older = [other for step, other in _numbered(folder) if step <= checkpoint.step]
+    for other in [*newer, *older[:-keep]]:
+        with contextlib.suppress(OSError):  # somebody else has removed it
+            other.unlink()
     return path
+
+
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    """Steps and paths of a folder's checkpoints, the oldest first; other files there are none of ours."""
+    return sorted((int(found[1]), path) for path in folder.iterdir() if (found := NAME.fullmatch(path.name)))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -77,7 +90,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, and what was said of newer ones that do not."""
     damaged: list[str] = []
-    for path in sorted(folder.glob(PATTERN), reverse=True):
+    for _, path in reversed(_numbered(folder)):
         try:
             return load_checkpoint(path), damaged
         except UserError as error:

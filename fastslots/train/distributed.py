@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import threading
@@ -29,7 +30,8 @@ from fastslots.errors import UserError
 
 TIMEOUT = timedelta(minutes=10)
 """How long a process waits for another that is alive but silent; one that has ended is noticed at once."""
-ROLL_CALL = 2.0  # seconds in which the survivors of a lost process answer
+ROLL_CALL = 2.0  # seconds in which the survivors of a lost process answer,
+LISTEN = 0.5  # seconds between two looks whether there is one: a thread's, for a step or an evaluation may take longer
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -53,6 +55,8 @@ class Group:
         self.asked = 0  # the stop signal that this process received
         self._flags: Tensor | None = None  # how many were asked to stop, by signal, as of the last step
         self._store: Any = None
+        self._left = threading.Event()
+        self._listener = threading.Thread(target=self._listen, name="fastslots-roll-call", daemon=True)
 
     @classmethod
     def join(cls, device: torch.device, batch_size: int) -> Group:
@@ -82,6 +86,7 @@ class Group:
         except (RuntimeError, ValueError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"the {size} processes cannot meet ({reason}): check torchrun's rendezvous") from None
+        group._listener.start()
         return group
 
     @property
@@ -151,8 +156,15 @@ class Group:
         """Wait until all processes are here."""
         self.sum([0.0])
 
+    def leave(self) -> None:
+        """Answer no more; a thread inside the store would not survive the interpreter's end."""
+        self._left.set()
+        if self._listener.is_alive():
+            self._listener.join()
+
     def close(self) -> None:
         """Leave; after a failure the process ends without asking the others."""
+        self.leave()
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -162,10 +174,22 @@ class Group:
         except RuntimeError as error:
             raise self._lost(error) from None
 
-    def _lost(self, error: RuntimeError) -> LostProcessError:
-        """Who is missing: those that do not answer a roll call (each process comes here when an exchange fails)."""
-        reason = str(error).splitlines()[0]
+    def _listen(self) -> None:
+        """Answer a roll call, whatever this process is busy with."""
         try:
+            while not self._left.wait(LISTEN):
+                if self._store.check(["roll call"]):
+                    self._store.set(f"alive/{self.rank}", "")
+                    return
+        except RuntimeError:  # the store went with its host; the next exchange fails
+            pass
+
+    def _lost(self, error: RuntimeError) -> LostProcessError:
+        """Who is missing: those that do not answer a roll call, which each process holds whose exchange fails."""
+        # gloo: [file of its source:line] what happened. Advice.
+        reason = re.sub(r"^\[[^]]*\] ", "", str(error).splitlines()[0]).split(". ")[0]
+        try:
+            self._store.set("roll call", "")
             self._store.set(f"alive/{self.rank}", "")
             time.sleep(ROLL_CALL)
             missing = [rank for rank in range(self.size) if not self._store.check([f"alive/{rank}"])]

@@ -25,9 +25,7 @@ class MetricsLog:
         self._trackers = trackers
         self.energy_wh = 0.0  # what a run that goes on had used
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= last_step]
-            path.write_text("".join(f"{line}\n" for line in kept))
-            self.energy_wh = next((json.loads(n)["energy_wh"] for n in reversed(kept) if '"energy_wh"' in n), 0.0)
+            self.energy_wh = _cut(path, last_step)
         # Unbuffered: Python's buffers lose what they hold when a write fails half-way on a full disk.
         self._file = open(path, "ab", buffering=0)
         self._pending = b""
@@ -87,18 +85,34 @@ class Silent:
         pass
 
 
-def _step_of(line: str) -> float:
+def _cut(path: Path, last_step: int) -> float:
+    """Remove what follows the lines up to ``last_step``; the newest ``energy_wh`` in those. In place, so that a kill
+    meanwhile, or a full disk, loses nothing; and a long log is never in memory."""
+    place = end = 0
+    energy = 0.0
+    with open(path, "r+b") as file:
+        for line in file:
+            place += len(line)
+            if line.endswith(b"\n") and _step_of(line) <= last_step:
+                end = place
+                energy = json.loads(line)["energy_wh"] if b'"energy_wh"' in line else energy
+        file.truncate(end)
+    return energy
+
+
+def _step_of(line: bytes) -> float:
     """The step of a line; a line cut short by a crash belongs to no step that is kept."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
+    return step if type(step) is int else math.inf
 
 
 def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
     """(training lines, evaluation lines) of a metrics.jsonl; a torn last line is left out."""
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         if _step_of(line) < math.inf:
             lines.append(json.loads(line))
     return [line for line in lines if "eval" not in line], [line for line in lines if "eval" in line]

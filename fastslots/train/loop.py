@@ -20,6 +20,7 @@ from fastslots.models import SlotVAE
 from fastslots.models.storage import WEIGHTS, load_weights, weights_bytes, weights_path
 from fastslots.ops import backends
 from fastslots.report.data import MACHINE, OF_IMAGES, PACKAGES, versions
+from fastslots.report.pictures import encoded
 from fastslots.train.checkpoint import Checkpoint, Writer, latest_checkpoint, save_checkpoint, snapshot
 from fastslots.train.config import TrainConfig
 from fastslots.train.distributed import Group, StoppedError, StopSignals
@@ -32,7 +33,7 @@ from fastslots.train.optim import Optimizer
 from fastslots.train.report import write_explorer, write_report
 from fastslots.train.run import RunFolder, claim, next_run
 from fastslots.train.sources import check_shape, open_source
-from fastslots.train.step import Precision, training_step
+from fastslots.train.step import LEAST_SCALE, Precision, training_step
 from fastslots.train.trackers import open_trackers
 
 GRID_IMAGES = 8
@@ -74,12 +75,19 @@ def fit(
         NonFiniteLossError: the loss was NaN or infinite.
     """
     group = Group.join(config.torch_device(), config.batch_size)
-    chosen = group.on_first(lambda: os.fsencode(claim(Path(out) if out else next_run(config.preset_name), resume)))
-    trainer = Trainer(config, dataset, RunFolder(Path(os.fsdecode(chosen))), group, stream)
     try:
-        result = trainer.run()
+        chosen = group.on_first(lambda: os.fsencode(claim(Path(out) if out else next_run(config.preset_name), resume)))
+        folder = RunFolder(Path(os.fsdecode(chosen)))
+        try:
+            trainer = Trainer(config, dataset, folder, group, stream)
+            try:
+                result = trainer.run()
+            finally:
+                trainer.close()
+        finally:
+            folder.release()
     finally:
-        trainer.close()
+        group.leave()
     group.close()
     return result
 
@@ -106,6 +114,7 @@ class Trainer:
         newest = self.group.on_first(lambda: self._start(damaged))
         if newest:
             self._load(Checkpoint.from_bytes(newest))
+        self.group.on_first(self._store_config)
         first = self.group.first
         self.progress = open_progress(config.steps, config.log_every, self.step, stream) if first else Silent()
         for reason in damaged:
@@ -164,10 +173,15 @@ class Trainer:
 
     def _start(self, damaged: list[str]) -> bytes:
         """Make the folder; the newest good checkpoint in it, or nothing. ``damaged`` gets what is said of others."""
-        self.folder.create(self.config)
+        self.folder.create()
         found, reasons = latest_checkpoint(self.folder.checkpoints)
         damaged.extend(reasons)
         return found.to_bytes() if found else b""
+
+    def _store_config(self) -> bytes:
+        """Once it is known to fit what the run goes on from: the next resume reads it."""
+        write_atomic(self.folder.path / "config.json", f"{self.config.to_json()}\n".encode())
+        return b""
 
     def _trackers(self) -> list[Any]:
         return open_trackers(self.config.trackers(), self.folder.path, self.step, dataclasses.asdict(self.config))
@@ -175,7 +189,7 @@ class Trainer:
     def _announce(self) -> None:
         """What is about to happen, in a few lines."""
         config, say = self.config, self.progress.say
-        (self.folder.path / "data.txt").write_text(self.source.description + "\n")
+        self._store("data.txt", f"{self.source.description}\n".encode())
         facts = self.meter.facts()
         self._store(MACHINE, json.dumps({**facts, "versions": versions(PACKAGES)}).encode())
         count = sum(p.numel() for p in self.model.parameters())
@@ -212,7 +226,7 @@ class Trainer:
             self.writer.submit(lambda: write_atomic(self.folder.path / WEIGHTS["best"], data))
         if pictures.tiles:
             grid = pictures.grid()
-            self._or_warn(lambda: grid.save(self.folder.images / f"step_{self.step:08d}.png", optimize=True))
+            self._store(f"images/step_{self.step:08d}.png", encoded(grid, "PNG", optimize=True))
             self._or_warn(lambda: self.log.picture("val/slots", grid, self.step))
         if of_images:
             short = {name: [round(score, 4) for score in scores] for name, scores in of_images.items()}
@@ -281,19 +295,26 @@ class Trainer:
 
     def _load(self, found: Checkpoint) -> None:
         part = lambda prefix: {n.removeprefix(prefix): t for n, t in found.tensors.items() if n.startswith(prefix)}  # noqa: E731
-        self.model.load_state_dict(part("model."))
-        self.optimizer.load_state(part("optimizer."), found.numbers)
-        self.step, self.best = found.step, found.extra["best"]
-        if found.extra["scaler"]:
-            self.precision.scaler.load_state_dict(found.extra["scaler"])
+        try:
+            self.model.load_state_dict(part("model."))
+            self.optimizer.load_state(part("optimizer."), found.numbers)
+            self.step, self.best = found.step, found.extra["best"]
+            if found.extra["scaler"]:
+                self.precision.scaler.load_state_dict(found.extra["scaler"])
+        except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
+            reason = (str(error).splitlines() or [""])[-1].strip()
+            raise UserError(
+                f"{self.folder.checkpoints}: the checkpoint at step {found.step} does not fit this configuration "
+                f"({reason}): leave out the flags that change the model or the optimiser, or name another --out"
+            ) from None
 
     def _stop_if_not_finite(self, values: dict[str, float], images: torch.Tensor) -> None:
         finite = values["loss"] - values["loss"] == 0
-        if finite and (values["grad_norm"] - values["grad_norm"] == 0 or self.precision.scaler.is_enabled()):
-            return
-        path = self.folder.path / f"nan_batch{f'_{self.group.rank}' if self.group.rank else ''}.safetensors"
-        step = self.step + 1
-        write_atomic(path, save({"images": images.cpu().contiguous()}, {"step": str(step)}))
+        if finite and (values["grad_norm"] - values["grad_norm"] == 0 or values.get("loss_scale", 0) > LEAST_SCALE):
+            return  # the scaler has left that step out
+        name, step = f"nan_batch{f'_{self.group.rank}' if self.group.rank else ''}.safetensors", self.step + 1
+        path = self.folder.path / name  # on another machine there may be no such folder
+        self._store(name, save({"images": images.cpu().contiguous()}, {"step": str(step)}))
         self._checkpoint()
         self._finish()
         raise NonFiniteLossError(

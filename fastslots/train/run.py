@@ -14,12 +14,11 @@ report.html           curves, grids, scores, explorer
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
 from fastslots.errors import UserError
-from fastslots.train.config import TrainConfig
-from fastslots.train.files import write_atomic
 
 
 def next_run(preset: str, root: Path = Path("runs")) -> Path:
@@ -43,19 +42,33 @@ def claim(path: Path, resume: bool) -> Path:
 
 
 class RunFolder:
-    """Paths of a run; ``create`` makes them, when all else is good."""
+    """Paths of a run; ``create`` makes them and keeps other processes out until ``release``, or until this one ends."""
 
     def __init__(self, path: Path):
         self.path = path
+        self._lock: int | None = None
 
-    def create(self, config: TrainConfig) -> None:
-        """Make the folders and store the configuration (of a resumed run: the one it goes on with)."""
+    def create(self) -> None:
         try:
             for folder in (self.checkpoints, self.images):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.path} cannot be written ({error.strerror}): name another --out") from None
-        write_atomic(self.path / "config.json", f"{config.to_json()}\n".encode())
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise UserError(
+                f"{self.path} is being written by another process: let it end, or name another --out"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+
+    def release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     @property
     def checkpoints(self) -> Path:

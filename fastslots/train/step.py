@@ -16,6 +16,9 @@ from fastslots.train.optim import Optimizer
 from fastslots.train.schedule import alpha_at, beta_at, jacobian_weight_at, lr_at
 
 _NOISE, _PIXELS, _JACOBIAN = 1, 2, 3  # purposes of a step's random numbers
+LEAST_SCALE = 2.0**-20
+"""Of the fp16 loss scaler, which starts at 2^16 and halves where gradients overflow: below, they do so for another
+reason, and the run would go on without learning."""
 FOREGROUND_DISTANCE = 0.05
 """A pixel is foreground where any channel is this far from the median of the image's border."""
 
@@ -94,14 +97,15 @@ def training_step(
     """Update the weights once -> the step's values, of the global batch. One host sync, for those.
 
     images: [b, C, R, R], this process's share of the batch (``group.share(config.batch_size)``; all of it without).
-    A non-finite loss or gradient leaves the weights as they were; the caller sees it in ``loss`` or ``grad_norm``.
+    A non-finite loss or gradient leaves the weights as they were; the caller sees it in ``loss`` or ``grad_norm``. With
+    a loss scaler also ``loss_scale``, this step's; a step that it left out has a ``grad_norm`` that is not finite.
     """
     group = group or Group()
     lr, alpha, beta = lr_at(config, step), alpha_at(config, step), beta_at(config, step)
     draws, scaler = draw(config, step, images, group.share(config.batch_size).start), precision.scaler
     optimizer.set_lr(lr)
     optimizer.zero_grad()
-    sums = torch.zeros(4, device=images.device)
+    sums, scale = torch.zeros(4, device=images.device), scaler.get_scale()
     for rows in torch.arange(len(images), device=images.device).chunk(config.accumulate):
         share = len(rows) / config.batch_size
         noise, pixels, weight, at = (None if t is None else t[rows] for t in draws)
@@ -115,7 +119,7 @@ def training_step(
                 pixel_weight=weight,
                 jacobian_weight=jacobian_weight_at(config, step),
                 jacobian_pixels=at,
-                grad_scale=scaler.get_scale() * share,
+                grad_scale=scale * share,
             )
         scaler.scale(terms.total * share).backward()
         sums += torch.stack([term.detach().float() for term in terms]) * share
@@ -129,7 +133,9 @@ def training_step(
             scaler.step(part)
         scaler.update()
     normalized = interaction / config.decoder_heads**2
+    scaled = {"loss_scale": scale} if scaler.is_enabled() else {}
     return {
         **{"loss": loss, "recon": recon, "kl": kl, "interaction": interaction, "interaction_normalized": normalized},
         **{"grad_norm": grad_norm, "lr": lr, "alpha": alpha, "beta": beta},
+        **scaled,
     }
