@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import re
@@ -58,10 +59,10 @@ def test_a_character_holds_two_pixels():
 
 
 @pytest.mark.parametrize("colours", ["truecolor", ""])
-def test_what_stays_is_printed_above_the_view(colours, monkeypatch):
+def test_what_stays_is_printed_above_the_view(colours, monkeypatch, tmp_path):
     monkeypatch.setenv("COLORTERM", colours)
     stream = Terminal()
-    progress = open_progress(10, 1, 0, stream)
+    progress = open_progress(10, 1, 0, stream, tmp_path / "none")
     assert isinstance(progress, LiveProgress)
     progress.say("data [bold]x[/bold] /path")
     progress.update(1, VALUES)
@@ -74,6 +75,17 @@ def test_what_stays_is_printed_above_the_view(colours, monkeypatch):
     assert ("▀" in text) == bool(colours)
     assert "step 10 of 10" in text and "J-ARI" in text and "▁" in text
     assert text.index("\x1b[?25l") < text.rindex("\x1b[?25h")
+
+
+def test_a_run_that_goes_on_shows_its_curves_from_their_beginning(tmp_path):
+    lines = [{"step": n, **VALUES, "loss": 2.0**n} for n in range(1, 9)] + [{"step": 8, "eval": "val", **SCORES}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    stream = Terminal()
+    progress = open_progress(20, 5, 8, stream, tmp_path / "metrics.jsonl")
+    progress.note("evaluating")  # before its first step
+    progress.update(9, VALUES | {"loss": 2.0**9})
+    progress.close()
+    assert "▁▂▃▄▅▅▆▇█" in re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", stream.getvalue()) and "J-ARI" in stream.getvalue()
 
 
 def test_steps_cost_little():
@@ -99,9 +111,9 @@ def test_a_terminal_that_was_closed_does_not_stop_a_run():
     progress.close()
 
 
-def test_logs_and_dumb_terminals_get_plain_lines(monkeypatch):
+def test_logs_and_dumb_terminals_get_plain_lines(monkeypatch, tmp_path):
     stream = io.StringIO()
-    progress = open_progress(20, 5, 0, stream)
+    progress = open_progress(20, 5, 0, stream, tmp_path / "none")
     for step in range(1, 21):
         progress.update(step, VALUES)
     progress.evaluated(20, SCORES, [])
@@ -111,7 +123,7 @@ def test_logs_and_dumb_terminals_get_plain_lines(monkeypatch):
     )
     assert lines[4].startswith("eval at step 20 on 4 images: recon 2  kl 1  j_ari 0.5")
     monkeypatch.setenv("TERM", "dumb")
-    assert isinstance(open_progress(20, 5, 0, Terminal()), Progress)
+    assert isinstance(open_progress(20, 5, 0, Terminal(), tmp_path / "none"), Progress)
 
 
 def test_a_run_in_a_real_terminal(tmp_path):

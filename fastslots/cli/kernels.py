@@ -13,7 +13,7 @@ TARGETS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("kernels", help="compile, report on and tune the Triton kernels")
-    commands = parser.add_subparsers(dest="kernels_command", required=True)
+    commands = parser.add_subparsers(dest="kernels_command", metavar="ACTION", required=True)
 
     compile_ = commands.add_parser("compile", help="compile every shipped launch, without a GPU")
     compile_.add_argument("--target", choices=TARGETS, required=True, help="architecture to compile for")

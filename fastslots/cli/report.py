@@ -24,7 +24,9 @@ def add_parser(commands) -> None:
 def run(args: argparse.Namespace) -> int:
     for folder in args.runs:
         if not (folder / "config.json").is_file():
-            raise UserError(f"{folder} is no run directory (no config.json in it)")
+            raise UserError(
+                f"{folder} is no run directory (no config.json in it): name what `fastslots train --out` wrote"
+            )
     from fastslots.train.report import write_report
 
     def progress(done: int, total: int) -> None:

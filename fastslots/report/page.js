@@ -78,7 +78,7 @@ function curves(kind, title, order, more = () => null) {
 // How memory and energy were counted, or why energy was not.
 function cost() {
   const known = runs.filter(run => run.machine.energy);
-  const each = known.map(run => `${several ? run.name + ": " : ""}memory ${run.machine.memory_mb}; energy ${run.machine.energy}`);
+  const each = known.map(run => `${several ? run.name + ": m" : "M"}emory is ${run.machine.memory_mb}; energy is ${run.machine.energy}`);
   return known.length ? h("p.hint", {}, [...new Set(each)].join(". ") + ".") : null;
 }
 

@@ -15,6 +15,8 @@ from typing import Any, TextIO
 import numpy as np
 from PIL.Image import Image
 
+from fastslots.report.curves import MetricsReader
+
 SILENCE = 10.0  # seconds without a line, after which one is printed whatever the step
 
 
@@ -155,13 +157,16 @@ class Progress:
         pass
 
 
-def open_progress(steps: int, log_every: int, first_step: int, stream: TextIO | None = None) -> Any:
-    """``LiveProgress`` where the stream (None: stderr) is a terminal that can move its cursor, else ``Progress``."""
+def open_progress(steps: int, log_every: int, first_step: int, stream: TextIO | None, log: Path) -> Any:
+    """``LiveProgress`` where the stream (None: stderr) is a terminal that can move its cursor, else ``Progress``.
+
+    log: the run's metrics.jsonl, as cut by a resume.
+    """
     stream = sys.stderr if stream is None else stream
     if stream.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown"):
         from fastslots.train.terminal import LiveProgress
 
-        return LiveProgress(steps, first_step, stream)
+        return LiveProgress(steps, first_step, stream, MetricsReader(log).update())
     return Progress(steps, log_every, first_step, stream)
 
 

@@ -116,10 +116,11 @@ class Trainer:
             self._load(Checkpoint.from_bytes(newest))
         self.group.on_first(self._store_config)
         first = self.group.first
-        self.progress = open_progress(config.steps, config.log_every, self.step, stream) if first else Silent()
+        self.log = MetricsLog(folder.metrics, self.step, self._trackers()) if first else Silent()
+        paced = (config.steps, config.log_every, self.step, stream, folder.metrics)
+        self.progress = open_progress(*paced) if first else Silent()
         for reason in damaged:
             self.progress.say(f"{reason}: going back to the one before")
-        self.log = MetricsLog(folder.metrics, self.step, self._trackers()) if first else Silent()
         self.meter = Meter(self.device, self.log.energy_wh)
         self.writer = Writer(self.progress.say)
         if config.compile:

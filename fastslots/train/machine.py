@@ -44,7 +44,7 @@ class Meter:
 
     def facts(self) -> dict[str, str]:
         """For the run's page."""
-        kind = "the most that torch held on the GPU" if self._device.type == "cuda" else "resident, of the process"
+        kind = "the most that torch held on the GPU" if self._device.type == "cuda" else "what the process holds"
         return {"machine": name_of(self._device), "memory_mb": kind, "energy": self.energy_from}
 
 
@@ -62,7 +62,8 @@ def name_of(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else None
-    return f"{found[1] if found else platform.machine()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{found[1] if found else platform.machine()}, {threads} thread{'s' * (threads > 1)}"
 
 
 def energy_counter(device: torch.device) -> tuple[Joules | None, str]:

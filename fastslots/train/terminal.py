@@ -24,7 +24,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from fastslots.report.curves import Curve
+from fastslots.report.curves import Curve, MetricsReader, evaluation_curves
 from fastslots.train.log import duration, evaluation_line
 
 REDRAWS = 4.0  # a second, at most
@@ -38,12 +38,14 @@ SIDES = (10, 24)  # pixels of a thumbnail; two lie in one character
 class LiveProgress:
     """Drop-in for ``Progress`` where the output is a terminal that can move its cursor."""
 
-    def __init__(self, steps: int, first_step: int, stream: TextIO):
+    def __init__(self, steps: int, first_step: int, stream: TextIO, log: MetricsReader | None = None):
+        """log: of a run that goes on, whose curves are shown from their beginning."""
         self._console = Console(file=stream, highlight=False, markup=False, emoji=False)
         self._steps, self._first, self._step = steps, first_step, first_step
         self._start, self._drawn = time.monotonic(), -math.inf
-        self._curves: dict[str, Curve] = {}
-        self._latest: dict[str, float] = {}
+        known = log.training | _only(SCORES, evaluation_curves(log.evaluations)) if log else {}
+        self._curves: dict[str, Curve] = _only(TERMS | SCORES, known)
+        self._latest = {name: curve.means()[-1] for name, curve in self._curves.items()}
         self._note = ""
         self._live = Live(
             console=self._console,
@@ -119,6 +121,10 @@ class LiveProgress:
         if self._note:
             view.add_row(Text(self._note, style="dim", no_wrap=True))
         return view
+
+
+def _only(names: dict[str, str], curves: dict[str, Curve]) -> dict[str, Curve]:
+    return {name: curve for name, curve in curves.items() if name in names}
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
