@@ -82,6 +82,65 @@ def test_a_resume_never_holds_less_of_the_log_than_it_keeps(tmp_path, monkeypatc
     assert path.read_bytes() == lines(range(1, 51)) and path.stat().st_ino == before
 
 
+class Failing:
+    """A tracker whose service has gone."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def numbers(self, values, step):
+        self.asked += 1
+        if step == 3:
+            raise ConnectionError("no route to host")
+
+    def picture(self, name, picture, step):
+        raise AssertionError("it is asked no more")
+
+    def close(self):
+        raise ConnectionError("no route to host")
+
+
+def test_a_run_outlives_a_tracker_that_fails(tmp_path, monkeypatch):
+    tracker, said = Failing(), io.StringIO()
+    monkeypatch.setattr(loop, "open_trackers", lambda *_: [tracker])
+    assert fit(config_of(steps=6), out=tmp_path / "run", stream=said).step == 6
+    assert tracker.asked == 3 and said.getvalue().count("failing has failed (no route to host)") == 1
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")[0]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_log_is_on_the_disk_before_a_checkpoint(tmp_path, monkeypatch):
+    """After a power cut it must not be shorter than what the resume goes on from."""
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def seen(fd: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    fit(config_of(steps=2), out=tmp_path / "run")
+    assert synced.index("metrics.jsonl") < synced.index(".step_00000002.safetensors.partial")
+
+
+def test_what_a_data_set_raises_leaves_a_checkpoint(tmp_path):
+    class Breaking(torch.utils.data.Dataset):
+        reads = 0
+
+        def __len__(self) -> int:
+            return 40
+
+        def __getitem__(self, index: int) -> torch.Tensor:
+            self.reads += 1
+            if self.reads > 12:
+                raise KeyError("a bug of the user's")
+            return torch.zeros(3, 8, 8)
+
+    with pytest.raises(KeyError):
+        fit(config_of(steps=100), Breaking(), tmp_path / "run")
+    found = newest(tmp_path / "run")
+    assert found and found.step == len(read_metrics(tmp_path / "run" / "metrics.jsonl")[0]) > 3
+
+
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
@@ -248,10 +307,35 @@ def test_gradients_that_no_scale_helps_stop_the_run(tmp_path, scaled, monkeypatc
     with pytest.raises(NonFiniteLossError, match=r"gradient norm (inf|nan)"):
         fit(config_of(steps=400), out=tmp_path / "run")
     last = read_metrics(tmp_path / "run" / "metrics.jsonl")[0][-1]
-    assert last["loss_scale"] == 2 * LEAST_SCALE and last["step"] < 200
+    assert last["loss_scale"] == 4 * LEAST_SCALE and last["step"] < 200
 
 
-def _spoil(parameters) -> None:
+@pytest.mark.parametrize("spoilt", [2, 4])
+def test_an_overflow_in_one_of_two_optimisers_leaves_the_step_out_of_both(tmp_path, scaled, monkeypatch, spoilt):
+    """Muon has the matrices, AdamW the rest, each with its own verdict; an infinite norm makes all gradients NaN."""
+    config = config_of(steps=3, optimizer="muon", precision="fp16", grad_clip=0.0)
+    monkeypatch.setattr(loop.Group, "sum_step", lambda self, parameters, values: _spoil(parameters, spoilt))
+    model = fit(config, out=tmp_path / "run").model
+    torch.manual_seed(config.seed)
+    fresh = loop._initial_model(config).state_dict()
+    assert all(torch.equal(value, fresh[name]) for name, value in model.state_dict().items())
+    scales = [line["loss_scale"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")[0]]
+    assert scales == [2.0**127, 2.0**126, 2.0**125]
+
+
+def test_a_norm_too_large_for_a_number_is_no_matter_of_the_scale(tmp_path, scaled, monkeypatch):
+    monkeypatch.setattr(loop.Group, "sum_step", lambda self, parameters, values: _spoil(parameters, value=3e38))
+    monkeypatch.setattr(torch.amp.GradScaler, "unscale_", lambda self, optimizer: _verdict(self, optimizer))
+    with pytest.raises(NonFiniteLossError, match="gradient norm inf"):
+        fit(config_of(steps=9), out=tmp_path / "run")
+
+
+def _spoil(parameters, ndim: int | None = None, value: float = float("inf")) -> None:
     for parameter in parameters:
         if parameter.grad is not None:
-            parameter.grad.fill_(float("inf"))
+            parameter.grad.fill_(value if ndim in (None, parameter.ndim) else 1.0)
+
+
+def _verdict(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
+    """What ``unscale_`` leaves where all gradients are finite."""
+    scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {torch.device("cpu"): torch.zeros(1)}

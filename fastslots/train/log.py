@@ -8,13 +8,14 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 from PIL.Image import Image
 
+from fastslots.errors import UserError
 from fastslots.report.curves import MetricsReader
 
 SILENCE = 10.0  # seconds without a line, after which one is printed whatever the step
@@ -24,7 +25,7 @@ class MetricsLog:
     """metrics.jsonl: one flushed JSON object a line. A resume first cuts what lies after its checkpoint."""
 
     def __init__(self, path: Path, last_step: int = 0, trackers: Sequence[Any] = ()):
-        self._trackers = trackers
+        self._trackers = [*trackers]
         self.energy_wh = 0.0  # what a run that goes on had used
         if path.exists():
             self.energy_wh = _cut(path, last_step)
@@ -40,13 +41,25 @@ class MetricsLog:
         self._flush()
         split, step = f"{values.get('eval', 'train')}/", values["step"]
         numbers = {split + name: v for name, v in values.items() if name != "step" and isinstance(v, int | float)}
-        for tracker in self._trackers:
-            tracker.numbers(numbers, step)
+        self._tell(lambda tracker: tracker.numbers(numbers, step))
 
     def picture(self, name: str, picture: Image, step: int) -> None:
         """To those who take pictures; a run's own lie in its folder."""
-        for tracker in self._trackers:
-            tracker.picture(name, np.asarray(picture), step)
+        self._tell(lambda tracker: tracker.picture(name, np.asarray(picture), step))
+
+    def _tell(self, what: Callable[[Any], None]) -> None:
+        """UserError where a tracker fails, a service that has gone, say; it is told no more until the next resume."""
+        for tracker in [*self._trackers]:
+            try:
+                what(tracker)
+            except Exception as error:  # each package has errors of its own
+                self._trackers.remove(tracker)
+                name, reason = type(tracker).__name__.lower(), str(error) or type(error).__name__
+                raise UserError(f"{name} has failed ({reason}): the run goes on without it") from None
+
+    def sync(self) -> None:
+        """Bring to the disk what has been written."""
+        os.fsync(self._file.fileno())
 
     def _flush(self) -> None:
         while self._pending:
@@ -57,7 +70,8 @@ class MetricsLog:
             self._flush()
         self._file.close()
         for tracker in self._trackers:
-            tracker.close()
+            with contextlib.suppress(Exception):  # as above: the run itself is done
+                tracker.close()
 
 
 class Silent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -168,7 +169,7 @@ class Trainer:
         """A step's images on the device; where the data have become unreadable, what was learnt is saved first."""
         try:
             return to_float(next(batches).images.to(self.device, non_blocking=True))
-        except UserError:
+        except Exception:  # a user's data set may raise anything
             self._checkpoint()
             raise
 
@@ -257,6 +258,8 @@ class Trainer:
         checkpoint, weights = Checkpoint(self.step, snapshot(tensors), numbers, extra), weights_bytes(self.model)
 
         def write() -> None:
+            with contextlib.suppress(OSError):  # of a full disk, which what follows reports
+                self.log.sync()
             save_checkpoint(self.folder.checkpoints, checkpoint, self.config.keep_checkpoints)
             write_atomic(self.folder.path / WEIGHTS["last"], weights)
 
@@ -292,7 +295,8 @@ class Trainer:
         except (OSError, UserError) as error:
             if str(error) not in self._warned:
                 self._warned.add(str(error))
-                self.progress.say(f"warning   {error}: free space; training goes on")
+                mend = "" if isinstance(error, UserError) else ": free space"
+                self.progress.say(f"warning   {error}{mend}; training goes on")
 
     def _load(self, found: Checkpoint) -> None:
         part = lambda prefix: {n.removeprefix(prefix): t for n, t in found.tensors.items() if n.startswith(prefix)}  # noqa: E731
@@ -311,8 +315,11 @@ class Trainer:
 
     def _stop_if_not_finite(self, values: dict[str, float], images: torch.Tensor) -> None:
         finite = values["loss"] - values["loss"] == 0
-        if finite and (values["grad_norm"] - values["grad_norm"] == 0 or values.get("loss_scale", 0) > LEAST_SCALE):
-            return  # the scaler has left that step out
+        if finite and values["grad_norm"] - values["grad_norm"] == 0:
+            return
+        scaler = self.precision.scaler
+        if finite and scaler.is_enabled() and LEAST_SCALE < scaler.get_scale() < values["loss_scale"]:
+            return  # a step that the scaler has left out, to go on with a lower scale
         name, step = f"nan_batch{f'_{self.group.rank}' if self.group.rank else ''}.safetensors", self.step + 1
         path = self.folder.path / name  # on another machine there may be no such folder
         self._store(name, save({"images": images.cpu().contiguous()}, {"step": str(step)}))

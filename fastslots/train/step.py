@@ -128,10 +128,10 @@ def training_step(
         scaler.unscale_(part)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or float("inf"))
     loss, recon, kl, interaction, grad_norm = torch.cat([sums, norm.reshape(1)]).tolist()
-    if loss - loss == 0 and (grad_norm - grad_norm == 0 or scaler.is_enabled()):  # finite; the scaler skips its own
+    if loss - loss == 0 and grad_norm - grad_norm == 0:  # finite: asked of all, a scaler asks of each optimiser alone
         for part, _ in optimizer.parts:
             scaler.step(part)
-        scaler.update()
+    scaler.update()  # lowers the scale where ``unscale_`` saw an overflow
     normalized = interaction / config.decoder_heads**2
     scaled = {"loss_scale": scale} if scaler.is_enabled() else {}
     return {
