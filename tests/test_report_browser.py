@@ -208,6 +208,23 @@ def test_a_run_that_goes_on_says_so(browser, tmp_path):
     assert browser.find_element(By.ID, "live").text == "live" and "step 12 of 50" in browser.page_source
 
 
+def test_a_run_without_pictures_and_with_steady_values(browser, tmp_path):
+    run = write_run(tmp_path / "run", 0)
+    (run / "explorer.json").unlink()
+    (run / "images" / "step_00000012.png").unlink()
+    lines = [{"step": n, "loss": 1.0, "memory_mb": 4000 + n / 10, "alpha": 0.05} for n in range(1, 13)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    opened(browser, write_report([run], explorer=False))
+    assert "null" not in browser.find_element(By.TAG_NAME, "body").text
+    labels = (
+        "[...document.querySelectorAll(`[data-name=${arguments[0]}] text[text-anchor=end]`)].map(t => t.textContent)"
+    )
+    for name in ("memory_mb", "alpha"):
+        texts = browser.execute_script(f"return {labels}", name)
+        assert len(texts) >= 2 and len(set(texts)) == len(texts), (name, texts)
+    assert all(0.02 < float(text) < 0.1 for text in texts)  # near the value, not far around it
+
+
 @pytest.fixture
 def live(browser) -> Iterator[Any]:
     """The page of `fastslots explore` for a model of random weights."""

@@ -40,17 +40,16 @@ function chart(name, series) {
     const values = series.flatMap(({ table }, i) => charts.smooth ? lines[i] : [...(table.low || lines[i]), ...(table.high || lines[i])]);
     const steps = series.flatMap(({ table }) => [table.step[0], table.step.at(-1)]);
     let [low, high] = [least(values), -least(values.map(value => -value))].map(f);
-    if (high - low < 1e-9 * Math.max(Math.abs(low), 1e-9)) [low, high] = [low - 0.5, high + 0.5];
+    if (high - low < 1e-9 * Math.max(Math.abs(low), 1e-9)) [low, high] = [low - around(low), high + around(low)];
     const first = Math.min(...steps), last = Math.max(...steps, first + 1);
     const x = step => PAD.left + (step - first) / (last - first) * (width - PAD.left - PAD.right);
     const y = value => height - PAD.bottom - (f(value) - low) / (high - low) * (height - PAD.top - PAD.bottom);
     scale = { x, y, step: place => first + (place - PAD.left) / (width - PAD.left - PAD.right) * (last - first), height, lines };
 
     const parts = [];
-    for (const tick of ticks(low, high, log)) {
-      parts.push(h("line.grid", { x1: PAD.left, x2: width - PAD.right, y1: y(tick), y2: y(tick) }),
-        h("text", { x: PAD.left - 5, y: y(tick) + 3.5, "text-anchor": "end" }, short(tick)));
-    }
+    const marks = ticks(low, high, log), names = labels(marks);
+    marks.forEach((tick, i) => parts.push(h("line.grid", { x1: PAD.left, x2: width - PAD.right, y1: y(tick), y2: y(tick) }),
+      h("text", { x: PAD.left - 5, y: y(tick) + 3.5, "text-anchor": "end" }, names[i])));
     for (const tick of ticks(first, last, false)) {
       const anchor = x(tick) > width - 26 ? "end" : "middle";
       parts.push(h("text", { x: x(tick), y: height - 5, "text-anchor": anchor }, short(tick)));
@@ -121,13 +120,24 @@ function ticks(low, high, log, wanted = 4) {
   return found;
 }
 
-function short(value) {
+// With as many digits as tell them apart.
+function labels(values) {
+  for (const digits of [3, 4, 5, 6]) {
+    const texts = values.map(value => short(value, digits));
+    if (new Set(texts).size === texts.length || digits === 6) return texts;
+  }
+}
+
+function short(value, digits = 3) {
   const size = Math.abs(value);
   for (const [unit, sign] of [[1e9, "G"], [1e6, "M"], [1e3, "k"]]) {
-    if (size >= unit) return Number((value / unit).toPrecision(3)) + sign;
+    if (size >= unit) return Number((value / unit).toPrecision(digits)) + sign;
   }
-  return size && size < 1e-3 ? value.toExponential(0) : String(Number(value.toPrecision(3)));
+  return size && size < 1e-3 ? value.toExponential(digits - 3) : String(Number(value.toPrecision(digits)));
 }
+
+// Half the height of a chart whose values are all the same.
+const around = value => Math.abs(value) / 10 || 0.5;
 
 // How many images have which score: [{run, values}], values in [-0.5, 1]; scores below 0 count as 0.
 function histogram(name, series) {

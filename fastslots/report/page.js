@@ -28,7 +28,8 @@ document.querySelectorAll("header .run").forEach((box, i) => {
     h("p.soft", {}, run.data));
 });
 
-main.append(navigation(), scores(), curves("training", "Training", FIRST), curves("scores", "Held-out images", SCORES, histograms), explorers(), grids(), configuration());
+main.append(...[navigation(), scores(), curves("training", "Training", FIRST), curves("scores", "Held-out images", SCORES, histograms),
+  explorers(), grids(), configuration()].filter(Boolean));
 document.querySelectorAll("nav a").forEach(link => { link.hidden = !document.querySelector(link.getAttribute("href")) });
 watch();
 
