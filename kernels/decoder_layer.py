@@ -216,20 +216,25 @@ def decoder_layer_bwd(
     b2: Tensor,
     slot_mask: Tensor | None = None,
     eps: float = 1e-5,
-) -> tuple[Tensor, ...]:
-    """-> dx, dG, dg, dU, db and the six feed-forward gradients, each like its input."""
+    need_folded: bool = True,
+    need_feed_forward: bool = True,
+) -> tuple[Tensor | None, ...]:
+    """-> dx, dG, dg, dU, db and the six feed-forward gradients, each like its input (None: not needed)."""
     dy = dy.to(x.dtype).contiguous()
     z, _ = folded_attention_fwd(x, G, g, U, b, slot_mask, True, eps)
     folded = fold_norm(norm_weight, norm_bias, w1, b1)
     dz, db2 = _input_grad(dy, z, folded, w2, eps)
+    dx, *dfolded = folded_attention_bwd(dz, dslot_map, x, G, g, U, slot_mask, True, eps, need_folded)
+    dfolded = [*dfolded[:3], dfolded[3].to(b.dtype)] if need_folded else [None] * 4
+    if not need_feed_forward:
+        return dx, *dfolded, *[None] * 6
     dw, db1, dw2 = _weight_grads(dy, z, folded, w2, eps)
     dnorm_weight, dnorm_bias, dw1 = unfold_norm_grads(dw, db1, norm_weight, norm_bias, w1)
-    dx, dG, dg, dU, db = folded_attention_bwd(dz, dslot_map, x, G, g, U, slot_mask, True, eps)
     grads = (dnorm_weight, dnorm_bias, dw1, db1, dw2, db2)
     likes = (norm_weight, norm_bias, w1, b1, w2, b2)
     # Contiguous: they are cut out of padded sums, and compiled code reads them by the strides of the fake.
     rest = (t.to(like.dtype).contiguous() for t, like in zip(grads, likes, strict=True))
-    return dx, dG, dg, dU, db.to(b.dtype), *rest
+    return dx, *dfolded, *rest
 
 
 def _values(units: Packed, config: launch.LaunchConfig, dtype: torch.dtype, D: int) -> dict[str, object]:

@@ -72,23 +72,26 @@ def _head_forward(x: Tensor, norm: Norm, weights: Sequence[Tensor], biases: Sequ
     return sums[-1], (mean, rstd, inputs, sums)
 
 
-def _head_backward(dpixels: Tensor, x: Tensor, norm: Norm, weights: Sequence[Tensor], saved: tuple[Any, ...]):
-    """-> dx and the gradients of norm weight, norm bias, weights, biases, in fp32."""
+def _head_backward(
+    dpixels: Tensor, x: Tensor, norm: Norm, weights: Sequence[Tensor], saved: tuple[Any, ...], need: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """-> dx and, where there is need, the gradients of norm weight, norm bias, weights, biases, in fp32."""
     mean, rstd, inputs, sums = saved
     dweights: list[Tensor] = []
     dbiases: list[Tensor] = []
     d = dpixels
     for i in reversed(range(len(weights))):
-        dweights.insert(0, (d.t() @ inputs[i]).float())
-        dbiases.insert(0, d.sum(0, dtype=torch.float32))
+        if need:
+            dweights.insert(0, (d.t() @ inputs[i]).float())
+            dbiases.insert(0, d.sum(0, dtype=torch.float32))
         d = d @ weights[i]
         if i:
             d = torch.ops.aten.gelu_backward(d, sums[i - 1])
-    mask = [True, True, True]
+    mask = [True, need, need]
     dx, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward(
         d, x, x.shape[-1:], mean, rstd, *norm, mask
     )
-    return dx, [dnorm_weight.float(), dnorm_bias.float(), *dweights, *dbiases]
+    return dx, [dnorm_weight.float(), dnorm_bias.float(), *dweights, *dbiases] if need else []
 
 
 def _pair_sum(slot_map: Tensor) -> Tensor:
@@ -127,18 +130,16 @@ def decoder_loss(
         graphs = GRAPHS
     with torch.no_grad(), torch.autocast(device_type, enabled=False):
         if graphs is None:
-            recon, interaction, *grads = _run(inputs, any(need_grads), grad_scale, rows, dtype)
+            recon, interaction, *grads = _run(inputs, need_grads, grad_scale, rows, dtype)
         else:
-            recon, interaction, *grads = _replay(graphs, inputs, any(need_grads), grad_scale, rows, dtype)
-    if not any(need_grads):
-        return recon, interaction, [None] * len(flat)
-    return recon, interaction, [
-        grad.to(t.dtype) if need else None for grad, t, need in zip(grads, flat, need_grads, strict=True)
-    ]  # fmt: skip
+            recon, interaction, *grads = _replay(graphs, inputs, need_grads, grad_scale, rows, dtype)
+    made = iter(grads)
+    return recon, interaction, [next(made).to(t.dtype) if need else None
+                                for t, need in zip(flat, need_grads, strict=True)]  # fmt: skip
 
 
 def _replay(
-    graphs: Graphs, inputs: Any, any_grad: bool, grad_scale: float | Tensor, rows: int, dtype: torch.dtype
+    graphs: Graphs, inputs: Any, need: Sequence[bool], grad_scale: float | Tensor, rows: int, dtype: torch.dtype
 ) -> list[Tensor]:
     """``_run`` as a function of tensors alone: weights that change from step to step are tensors too."""
     flat, device = inputs.differentiable(), inputs.queries.device
@@ -153,9 +154,9 @@ def _replay(
             recon_weight=recon_weight, interaction_weight=interaction_weight,
             **dict(zip(given, rest[len(flat) + 1 :], strict=True)),
         )  # fmt: skip
-        return _run(same, any_grad, scale, rows, dtype)
+        return _run(same, need, scale, rows, dtype)
 
-    key = (any_grad, rows, dtype, len(inputs.layers), tuple(given), inputs.eps, allows_tf32())
+    key = (tuple(need), rows, dtype, len(inputs.layers), tuple(given), inputs.eps, allows_tf32())
     return graphs(key, function, [*flat, inputs.target, *given.values(), *scalars])
 
 
@@ -166,9 +167,15 @@ def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
     return torch.full((), value, device=device, dtype=torch.float32)
 
 
-def _run(inputs: Any, any_grad: bool, grad_scale: float | Tensor, rows: int, dtype: torch.dtype) -> list[Tensor]:
-    """-> recon, interaction and, where any is asked for, all gradients in fp32."""
+def _run(inputs: Any, need: Sequence[bool], grad_scale: float | Tensor, rows: int, dtype: torch.dtype) -> list[Tensor]:
+    """-> recon, interaction and the gradients that are needed, in fp32. The backward ends at the first of them."""
     flat = inputs.differentiable()
+    size = 4 + len(inputs.layers[0][1])
+    starts = range(1, 1 + size * len(inputs.layers), size)
+    need_folded = [any(need[at : at + 4]) for at in starts]
+    need_feed_forward = [any(need[at + 4 : at + size]) for at in starts]
+    need_head = any(need[1 + size * len(inputs.layers) :])
+    first = 0 if need[0] else next((i for i, at in enumerate(starts) if any(need[at : at + size])), len(starts))
     B, L, _ = inputs.target.shape
     queries, layers, head = inputs.queries.to(dtype), inputs.layers, inputs.head
     D, shared = queries.shape[2], queries.shape[0] != B
@@ -176,7 +183,7 @@ def _run(inputs: Any, any_grad: bool, grad_scale: float | Tensor, rows: int, dty
     weights, biases = [w.to(dtype) for w in head.weights], [b.to(dtype) for b in head.biases]
     recon = torch.zeros((), device=queries.device, dtype=torch.float32)
     interaction = torch.zeros_like(recon)
-    grads = [torch.zeros_like(t, dtype=torch.float32) for t in flat] if any_grad else []
+    grads = [torch.zeros_like(t, dtype=torch.float32) if n else None for t, n in zip(flat, need, strict=True)]
     for images, pixels in _tiles(B, L, rows):
         x = queries[slice(None) if shared else images, pixels]
         mask = None if inputs.slot_mask is None else inputs.slot_mask[images]
@@ -197,27 +204,31 @@ def _run(inputs: Any, any_grad: bool, grad_scale: float | Tensor, rows: int, dty
         else:
             recon += (error.square().sum(-1) * weight.flatten()).sum() / B
             interaction += (pairs * weight).sum() / (B * L)
-        if not any_grad:
+        if not any(need):
             continue
         dout = error * (2 / B) * (grad_scale * inputs.recon_weight)
         dmap = (slot_map.sum(-1, keepdim=True) - slot_map) / (B * L * len(layers))
         dmap = dmap * (grad_scale * inputs.interaction_weight)
         if weight is not None:
             dout, dmap = dout * weight.flatten()[:, None], dmap * weight[..., None]
-        dx, head_grads = _head_backward(dout.to(dtype), last, norm, weights, saved)
+        dx, head_grads = _head_backward(dout.to(dtype), last, norm, weights, saved, need_head)
         dx = dx.view(-1, pixels.stop - pixels.start, D)
         _add(grads[len(flat) - len(head_grads) :], head_grads)
-        for i in reversed(range(len(layers))):
+        for i in reversed(range(first, len(layers))):
             dx, dG, dg, dU, *shared_grads = decoder_layer_bwd(
-                dx, dmap, xs[i], *folded[i], **layers[i][1]._asdict(), slot_mask=mask, eps=inputs.eps
-            )
-            at = 1 + i * (4 + len(layers[i][1]))
-            _add([g[images] for g in grads[at : at + 3]], (dG, dg, dU))
-            _add(grads[at + 3 : at + 3 + len(shared_grads)], shared_grads)
-        grads[0][slice(None) if shared else images, pixels] += dx
-    return [recon, interaction, *grads]
+                dx, dmap, xs[i], *folded[i], **layers[i][1]._asdict(), slot_mask=mask, eps=inputs.eps,
+                need_folded=need_folded[i], need_feed_forward=need_feed_forward[i],
+            )  # fmt: skip
+            at = starts[i]
+            _add([None if g is None else g[images] for g in grads[at : at + 3]], (dG, dg, dU))
+            _add(grads[at + 3 : at + size], shared_grads)
+        if grads[0] is not None:
+            grads[0][slice(None) if shared else images, pixels] += dx
+    return [recon, interaction, *(grad for grad in grads if grad is not None)]
 
 
-def _add(sums: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+def _add(sums: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> None:
+    """``sums += grads``, where there is a sum."""
     for total, grad in zip(sums, grads, strict=True):
-        total += grad
+        if total is not None:
+            total += grad

@@ -261,10 +261,13 @@ def folded_attention_bwd(
     slot_mask: Tensor | None,
     norm: bool,
     eps: float = 1e-5,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> dx like x, dG, dg, dU like G, g, U, db [D] in the dtype of G."""
+    need_weights: bool = True,
+) -> tuple[Tensor, ...]:
+    """-> dx like x, dG, dg, dU like G, g, U, db [D] in the dtype of G; dx alone where no weights need one."""
     x, dy, dslot_map = x.contiguous(), dy.to(x.dtype).contiguous(), dslot_map.float().contiguous()
     dx, db = _input_grad(dy, dslot_map, x, G, g, U, slot_mask, norm, eps)
+    if not need_weights:
+        return (dx,)
     dG, dg, dU = _weight_grads(dy, dslot_map, x, G, g, U, slot_mask, norm, eps)
     return dx, dG, dg, dU, db.to(G.dtype)
 

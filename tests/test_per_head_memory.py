@@ -116,7 +116,7 @@ def test_triton_loss_makes_none(shared, weighted):
     x = make(1 if shared else B, L, D)
     inputs = tiled.LossInputs(x, [(folded, ff)] * 2, head, make(B, L, 3), weight, make(B, K) > 0, 1.0, 1.0)
     with launch.record("sm_90") as launches, Largest() as seen:
-        decoder_loss._run(inputs, True, 1.0, B * L, torch.float32)
+        decoder_loss._run(inputs, [True] * len(inputs.differentiable()), 1.0, B * L, torch.float32)
     assert len(launches) == 2 * 6
     assert B * L * D <= seen.elements < B * H * L * K / 2
 

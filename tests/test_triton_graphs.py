@@ -82,11 +82,11 @@ def test_replays_give_the_bits_of_the_plain_call_on_new_values():
 def cheap(monkeypatch):
     """In place of the kernels, something that reads every input and takes no time."""
 
-    def cheap_run(inputs, any_grad, grad_scale, rows, dtype):
+    def cheap_run(inputs, need, grad_scale, rows, dtype):
         total = sum(t.double().sum() for t in inputs.differentiable()) + inputs.target.double().sum()
         total = total + sum(t.double().sum() for t in (inputs.pixel_weight, inputs.slot_mask) if t is not None)
         weights = inputs.recon_weight * total + inputs.interaction_weight, grad_scale * total + rows
-        return [*weights, *(t * total for t in inputs.differentiable() if any_grad)]
+        return [*weights, *(t * total for t, n in zip(inputs.differentiable(), need, strict=True) if n)]
 
     monkeypatch.setattr(loss_module, "_run", cheap_run)
 
@@ -164,7 +164,7 @@ def test_nothing_waits_for_the_device(need):
     inputs = loss_inputs(device="meta")
     scale = torch.empty((), device="meta")
     with launch.record("sm_90") as launches:
-        outputs = loss_module._run(inputs, need, scale, 6, torch.bfloat16)
+        outputs = loss_module._run(inputs, [need] * len(inputs.differentiable()), scale, 6, torch.bfloat16)
     assert launches and all(t.is_meta for t in outputs)
     with pytest.raises((RuntimeError, NotImplementedError)):  # the test can fail
         float(scale)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from dataclasses import replace
+from functools import cache
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is first imported
 
@@ -13,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastslots import ops
 from fastslots.kernels import compile, launch, triton_backend
+from fastslots.kernels import decoder_loss as loss_module
 from fastslots.kernels._tiles import INTERPRETED
 from fastslots.kernels.decoder_loss import decoder_loss
 from fastslots.ops import tiled
@@ -121,6 +125,40 @@ def test_an_empty_loss_is_zero(batch, pixels):
     assert got[0] == want[0] == 0 and got[1] == want[1] == 0
     for a, r in zip(got[2], want[2], strict=True):
         assert a.shape == r.shape and not a.any()
+
+
+@cache
+def every_gradient():
+    inputs = loss_inputs()
+    return decoder_loss(inputs, [True] * len(inputs.differentiable()))[2]
+
+
+NAMES = ["queries", *(f"layer {i} {part}" for i in (0, 1) for part in ("folded", "feed-forward")), "head"]
+SIZES = (1, 4, 6, 4, 6, 6)
+
+
+@pytest.mark.parametrize(
+    "wanted, launches",
+    [
+        ((0, 0, 0, 0, 0, 1), {}),  # the head alone: no layer is gone back through
+        ((0, 0, 0, 0, 1, 0), {"dx": 2, "feed_forward_dw": 1}),
+        ((0, 1, 0, 1, 0, 0), {"dx": 4, "folded_attention_dw": 2}),  # a frozen decoder: the slots alone
+        ((1, 0, 0, 0, 0, 0), {"dx": 4}),
+        ((0, 0, 1, 0, 0, 1), {"dx": 4, "feed_forward_dw": 1}),
+    ],
+    ids=lambda value: "+".join(n for n, w in zip(NAMES, value, strict=True) if w) if isinstance(value, tuple) else "",
+)
+def test_what_needs_no_gradient_costs_none(wanted, launches):
+    need = [bool(w) for w, size in zip(wanted, SIZES, strict=True) for _ in range(size)]
+    inputs = loss_inputs()
+    for got, want, n in zip(decoder_loss(inputs, need)[2], every_gradient(), need, strict=True):
+        assert torch.equal(got, want) if n else got is None
+    meta = inputs.with_tensors([t.to("meta") for t in inputs.differentiable()])
+    meta = replace(meta, target=inputs.target.to("meta"))
+    with launch.record("sm_90") as found:
+        loss_module._run(meta, need, 1.0, 4096, torch.float32)
+    names = [item.name for item in found if not item.name.endswith("_fwd")]
+    assert Counter("dx" if name.endswith("_dx") else name for name in names) == launches
 
 
 class Names(TorchDispatchMode):
