@@ -226,6 +226,10 @@ def token_attention_bwd(
     return _narrowed(grads, (rows, tokens))
 
 
+MAKES_QUERIES = True
+"""``decoder_loss`` takes the query MLP in place of queries: they never exist for all pixels at once."""
+
+
 def decoder_loss(
     inputs: Any, need_grads: Sequence[bool], grad_scale: float | Tensor = 1.0
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
@@ -234,7 +238,8 @@ def decoder_loss(
     A tile of pixels runs through the whole decoder and back in a core's cache; see ``kernels/cpu/decoder_loss.h``.
 
     Args:
-        inputs: queries [B or 1,L,D], layers, head, target [B,L,C], pixel_weight, slot_mask, both weights, eps.
+        inputs: queries [B or 1,L,D] (or the MLP that makes them, tile by tile), layers, head, target [B,L,C],
+            pixel_weight, slot_mask, both weights, eps.
         need_grads: in the order of ``inputs.differentiable()``; where none is asked for, only the forward runs.
         grad_scale: the loss scale of mixed precision, a float or a 0-d tensor.
 
@@ -242,7 +247,8 @@ def decoder_loss(
         recon and interaction (scalars, unweighted), gradients in the same order (None where not asked for).
     """
     tensors = inputs.differentiable()
-    dtype = _wide(inputs.queries.dtype)
+    dtype = _wide(tensors[0].dtype)
+    made = None if isinstance(inputs.queries, Tensor) else inputs.queries
     grads = [t.new_empty(t.shape, dtype=dtype) if need else None for t, need in zip(tensors, need_grads, strict=True)]
     scale = float(grad_scale)
     target = _plain(inputs.target, dtype)
@@ -251,6 +257,8 @@ def decoder_loss(
         [_plain(t, dtype) for t in tensors],
         grads if any(need_grads) else None,
         len(inputs.layers),
+        None if made is None else _plain(made.code, dtype),
+        0 if made is None else len(made.weights),
         target,
         None if inputs.pixel_weight is None else _plain(inputs.pixel_weight, dtype),
         _mask(inputs.slot_mask),

@@ -293,8 +293,16 @@ print(before, len(os.listdir("/proc/self/task")), len(pools))
     assert before == after and pools == 1
 
 
-def test_memory_is_flat_in_the_number_of_pixels():
-    """Peak of the process over a call grows by the gradients of the queries and little else."""
+def peaks(program: str, *arguments: int) -> list[int]:
+    """What a call adds to the peak of a process, KiB, for each argument; the program prints it."""
+    found = []
+    for argument in arguments:
+        command = [sys.executable, "-c", program, os.path.dirname(__file__), str(argument)]
+        found.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    return found
+
+
+def test_memory_of_given_queries_grows_by_their_gradients():
     program = """
 import resource, sys, torch
 from fastslots import ops
@@ -308,13 +316,33 @@ before = peak()
 cpu_backend.decoder_loss(inputs, [True] * len(inputs.differentiable()))
 print(peak() - before)
 """
-    added = []
-    for pixels in (1024, 8192):
-        command = [sys.executable, "-c", program, os.path.dirname(__file__), str(pixels)]
-        added.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    few, many = peaks(program, 1024, 8192)
     per_head = 2 * 12 * 7 * (8192 - 1024) * 4 // 1024  # KiB of one layer's weights over all pixels: 4.7 MiB
     queries = 180 * (8192 - 1024) * 4 // 1024
-    assert added[1] - added[0] < queries + per_head // 2
+    assert many - few < queries + per_head // 2
+
+
+def test_memory_of_the_decoders_step_is_flat_in_the_number_of_pixels():
+    """Not even the queries exist for all pixels: nothing 180 wide, though their inputs and targets do."""
+    program = """
+import resource, sys, torch
+from fastslots.models import SlotVAEConfig
+from fastslots.models.decoder import Decoder
+torch.set_num_threads(1)
+decoder = lambda side: Decoder(SlotVAEConfig.preset("clevr6", resolution=side))
+def step(decoder):
+    images = torch.zeros(1, 3, decoder.resolution, decoder.resolution)
+    decoder.loss(torch.randn(1, 7, 64), images, 1.0, 0.1).total.backward()
+step(decoder(16))
+ours = decoder(int(sys.argv[2]))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+step(ours)
+print(peak() - before)
+"""
+    few, many = peaks(program, 32, 112)
+    print(few, many)
+    assert many - few < 180 * (112**2 - 32**2) * 4 // 1024 // 2  # half of the queries alone
 
 
 # ---- the contract ----------------------------------------------------------------------------------------------------

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fastslots.models import SlotVAE, SlotVAEConfig
 from fastslots.ops import interaction_penalty
+from fastslots.ops.reference import QueryMlp
 from fastslots.ops.tiled import LossInputs, _loss, decoder_loss, reference_decoder_loss
 from fastslots.testing import assert_close
 
@@ -60,22 +63,51 @@ def test_gradients_through_the_model(setup):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
-def test_queries_in_parts_are_the_same_queries(setup, monkeypatch):
-    """One part of the pixels' queries at a time, ragged at the end: the same loss and gradients as all at once."""
-    model, slots, images = setup
-    parameters = list(model.decoder.parameters())
-    whole = torch.autograd.grad(model.decoder.loss(slots, images, 0.7, 1.3).total, parameters)
-    seen: list[int] = []
-    model.decoder.query_mlp.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    monkeypatch.setattr("fastslots.models.decoder.QUERY_ROWS", 50)
-    parts = torch.autograd.grad(model.decoder.loss(slots, images, 0.7, 1.3).total, parameters)
-    assert sorted(seen) == [44, 44, 50, 50, 50, 50]  # 144 pixels, forward and again in backward
-    for a, b in zip(parts, whole, strict=True):
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("images", [1, 9])
+def test_queries_made_in_the_tile_are_the_same_queries(backend, images):
+    """Loss and all gradients as with queries made before; ragged tiles, parts of the pixels and of the images."""
+    if backend == "cpu":
+        pytest.importorskip("fastslots.kernels.cpu_backend", reason="this installation has no C++ module")
+    model = tiny()
+    slots, pictures = torch.randn(images, 3, 16).double().requires_grad_(), torch.rand(images, 3, 12, 12).double()
+    weight = torch.rand(images, 144).double()
+    given, made = inputs_of(model, slots, pictures, pixel_weight=weight), None
+    maps = [m for m in model.decoder.query_mlp if isinstance(m, torch.nn.Linear)]
+    mlp = QueryMlp(model.decoder.position_code, [m.weight for m in maps], [m.bias for m in maps])
+    made = replace(given, queries=mlp)
+    parameters = [slots, *model.decoder.parameters()]
+    terms = [decoder_loss(inputs, 1.0, backend) for inputs in (made, given)]
+    torch.testing.assert_close(terms[0].recon, terms[1].recon)
+    torch.testing.assert_close(terms[0].interaction, terms[1].interaction)
+    own, expected = (torch.autograd.grad(t.total, parameters, retain_graph=True) for t in terms)
+    for a, b in zip(own, expected, strict=True):
         assert_close(a, b, 1e-12)
-    with torch.autocast("cpu", torch.bfloat16):  # parts are made again as they were made
-        model.float()
-        narrow = torch.autograd.grad(model.decoder.loss(slots.float(), images.float(), 0.7, 1.3).total, parameters)
-    assert_close(narrow[-1].double(), whole[-1], 0.02)
+    for p in model.decoder.query_mlp.parameters():  # not asked for: none is made, the others stay
+        p.requires_grad_(False)
+    frozen = decoder_loss(replace(made, layers=model.decoder.layers(slots)), 1.0, backend)
+    assert_close(torch.autograd.grad(frozen.total, slots)[0], own[0], 1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(decoder_loss(made, 1.0, backend).recon, terms[0].recon)
+
+
+def test_made_queries_in_16_bits_and_under_autocast():
+    model = tiny().float()
+    slots, pictures = torch.randn(2, 3, 16), torch.rand(2, 3, 12, 12)
+    parameters = list(model.decoder.query_mlp.parameters())
+    whole = torch.autograd.grad(model.decoder.loss(slots, pictures, 0.7, 1.3).total, parameters)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = torch.autograd.grad(model.decoder.loss(slots, pictures, 0.7, 1.3).total, parameters)
+    for a, b in zip(narrow, whole, strict=True):
+        assert_close(a, b, 0.05)
+
+
+def test_pixels_of_each_image_have_their_queries():
+    """Few pixels have their own rows of the MLP, many are picked out of all of them: the same queries."""
+    decoder = tiny().decoder
+    for count in (5, 200):
+        pixels = torch.randint(144, (3, count))
+        torch.testing.assert_close(decoder._queries_at(pixels), decoder.queries()[0][pixels])
 
 
 def test_what_needs_no_gradient_costs_none(setup):

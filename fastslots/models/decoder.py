@@ -11,21 +11,18 @@ import torch.nn as nn
 from torch import Tensor
 
 from fastslots.models.config import SlotVAEConfig
-from fastslots.models.layers import FeedForwardLayer, grid, mlp, row_by_row, xavier_
+from fastslots.models.layers import FeedForwardLayer, grid, mlp, xavier_
 from fastslots.nn import AttentionProjections
 from fastslots.ops import decoder_layer
-from fastslots.ops.autograd import is_traced
 from fastslots.ops.reference import (
     FeedForward,
     FoldedProjections,
     OutputHead,
+    QueryMlp,
     fold_norm,
     output_head,
 )
 from fastslots.ops.tiled import DecoderLossTerms, LossInputs, decoder_loss
-
-QUERY_ROWS = 1024
-"""Pixels whose query MLP runs at once on a CPU, in training: its hidden layers then do not grow with R²."""
 
 
 class DecoderLayer(nn.Module):
@@ -68,15 +65,10 @@ class Decoder(nn.Module):
         """The pixels' queries, the same for every image: [1, L, query_width]."""
         return self.query_mlp(self.position_code)[None]
 
-    def _training_queries(self) -> Tensor:
-        """``queries``, part by part on a CPU: only they are kept, a part's hidden layer is computed again in backward.
-
-        A part fits a core's cache, so that this is no slower; a GPU has the memory, and better launches one product.
-        """
+    def _queries_at(self, pixels: Tensor) -> Tensor:
+        """Queries of each image's own pixels, [B, P] int64 -> [B, P, query_width]: by whichever is less work."""
         code = cast(Tensor, self.position_code)
-        if code.device.type != "cpu" or len(code) <= QUERY_ROWS or is_traced():
-            return self.queries()
-        return row_by_row(self.query_mlp, code, QUERY_ROWS)[None]
+        return self.query_mlp(code[pixels]) if pixels.numel() < len(code) else self.queries()[0][pixels]
 
     def layers(self, slots: Tensor) -> list[tuple[FoldedProjections, FeedForward]]:
         """What each layer needs to know of the slots and of its weights; K rows an image, in fp32."""
@@ -86,8 +78,7 @@ class Decoder(nn.Module):
             return [(layer.fold(hidden), layer.ff.weights()) for layer in layers]
 
     def head(self) -> OutputHead:
-        linears = [module for module in self.output_mlp if isinstance(module, nn.Linear)]
-        return OutputHead(self.norm.weight, self.norm.bias, [m.weight for m in linears], [m.bias for m in linears])
+        return OutputHead(self.norm.weight, self.norm.bias, *_linear_maps(self.output_mlp))
 
     def forward(self, slots: Tensor, slot_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """slots [B, K, D] -> recon [B, C, R, R], slot_map [B, R·R, K]; slot_mask [B, K] bool, True = a real slot."""
@@ -132,11 +123,12 @@ class Decoder(nn.Module):
         expected = (slots.shape[0], self.channels, self.resolution, self.resolution)
         if tuple(images.shape) != expected:
             raise ValueError(f"images has shape {list(images.shape)}, expected {list(expected)} (B of slots, C, R, R)")
-        queries, target = self._training_queries(), images.flatten(2).transpose(1, 2)
+        target = images.flatten(2).transpose(1, 2)
         expansion = 1.0  # the error is a sum over all pixels, of which P are seen; the penalty is a mean
+        queries: Tensor | QueryMlp = QueryMlp(cast(Tensor, self.position_code), *_linear_maps(self.query_mlp))
         if pixels is not None:
             expansion = self.resolution**2 / pixels.shape[1]
-            queries = queries[0][pixels]
+            queries = self._queries_at(pixels)
             target = target.gather(1, pixels[..., None].expand(-1, -1, self.channels))
         inputs = LossInputs(
             queries=queries,
@@ -150,6 +142,12 @@ class Decoder(nn.Module):
         )
         terms = decoder_loss(inputs, grad_scale, backend)
         return terms._replace(recon=terms.recon * expansion)
+
+
+def _linear_maps(mlp: nn.Sequential) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and biases of an MLP's linear layers."""
+    linears = [module for module in mlp if isinstance(module, nn.Linear)]
+    return [m.weight for m in linears], [m.bias for m in linears]
 
 
 def position_code(resolution: int, octaves: int) -> Tensor:

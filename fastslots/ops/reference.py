@@ -59,6 +59,25 @@ class OutputHead(NamedTuple):
     biases: list[Tensor]
 
 
+class QueryMlp(NamedTuple):
+    """The pixels' queries, to be made where they are used: linear layers with GELU between them, of position codes."""
+
+    code: Tensor  # [L, E], without gradient
+    weights: list[Tensor]  # each [out, in]; the last has D rows
+    biases: list[Tensor]
+
+    def queries(self) -> Tensor:
+        """[1, L, D], the same for every image."""
+        return linear_maps(self.code, self.weights, self.biases)[None]
+
+
+def linear_maps(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+    """Linear layers with GELU between them."""
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        x = F.linear(F.gelu(x) if i else x, weight, bias)
+    return x
+
+
 def slot_softmax(scores: Tensor, slot_mask: Tensor | None) -> Tensor:
     """Softmax over the last axis (slots) in at least fp32; slots masked False get weight 0 (all masked: all 0).
 
@@ -171,9 +190,7 @@ def decoder_layer(
 def output_head(x: Tensor, head: OutputHead, eps: float = 1e-5) -> Tensor:
     """x [..., D] -> [..., C]."""
     x = F.layer_norm(x, x.shape[-1:], head.norm_weight, head.norm_bias, eps)
-    for i, (weight, bias) in enumerate(zip(head.weights, head.biases, strict=True)):
-        x = F.linear(F.gelu(x) if i else x, weight, bias)
-    return x
+    return linear_maps(x, head.weights, head.biases)
 
 
 def decode(

@@ -1,8 +1,10 @@
 """The decoder's loss, tile by tile: forward and backward of a tile of pixels in one go.
 
 Given the slots, pixels are independent and the loss is a sum over pixels. So each tile is decoded, compared with its
-target and differentiated before the next one starts; only the gradients of the weights, of the folded projections and
-of the layer-1 queries leave it. No activation outlives its tile, nothing is recomputed, memory does not grow with R².
+target and differentiated before the next one starts; only the gradients of the weights and of the folded projections
+leave it. No activation outlives its tile, nothing is recomputed, memory does not grow with R²: even the queries of the
+first layer are made tile by tile, of position codes, where the backend can (``QueryMlp``); elsewhere, and where each
+image has its own, they are given, and their gradient leaves the tile.
 
     total = recon_weight · Σ (x − x̂)² / B  +  interaction_weight · mean_{b,l} Σ_{j<k} w_j w_k
 
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from fastslots.ops import backends, reference
 from fastslots.ops.autograd import is_traced
-from fastslots.ops.reference import FeedForward, FoldedProjections, OutputHead
+from fastslots.ops.reference import FeedForward, FoldedProjections, OutputHead, QueryMlp
 
 TILE_ROWS = 4096
 """Rows (images x pixels) of a tile in plain PyTorch: enough to feed its matrix products, few enough for cache."""
@@ -35,10 +37,10 @@ class DecoderLossTerms(NamedTuple):
 
 
 def decoder_tensors(
-    queries: Tensor, layers: list[tuple[FoldedProjections, FeedForward]], head: OutputHead
+    queries: Tensor | QueryMlp, layers: list[tuple[FoldedProjections, FeedForward]], head: OutputHead
 ) -> list[Tensor]:
     """A decoder as one list, the order in which kernels take it and give gradients."""
-    flat = [queries]
+    flat = [queries] if isinstance(queries, Tensor) else [*queries.weights, *queries.biases]
     for folded, ff in layers:
         flat += [*folded, *ff]
     return [*flat, head.norm_weight, head.norm_bias, *head.weights, *head.biases]
@@ -48,7 +50,7 @@ def decoder_tensors(
 class LossInputs:
     """What a tile needs. Targets, pixel weights and masks carry no gradient."""
 
-    queries: Tensor  # [B or 1, L, D]
+    queries: Tensor | QueryMlp  # [B or 1, L, D], or what makes them
     layers: list[tuple[FoldedProjections, FeedForward]]
     head: OutputHead
     target: Tensor  # [B, L, C]
@@ -58,13 +60,22 @@ class LossInputs:
     interaction_weight: float | Tensor
     eps: float = 1e-5
 
+    def with_queries(self) -> LossInputs:
+        """The same inputs with queries that are made already."""
+        return self if isinstance(self.queries, Tensor) else replace(self, queries=self.queries.queries())
+
     def differentiable(self) -> list[Tensor]:
         return decoder_tensors(self.queries, self.layers, self.head)
 
     def with_tensors(self, flat: list[Tensor]) -> LossInputs:
         """The same inputs with ``flat`` in the places of ``differentiable()``."""
         it = iter(flat)
-        queries = next(it)
+        queries: Tensor | QueryMlp
+        if isinstance(self.queries, Tensor):
+            queries = next(it)
+        else:
+            weights = [next(it) for _ in self.queries.weights]
+            queries = QueryMlp(self.queries.code, weights, [next(it) for _ in self.queries.biases])
         layers = []
         for folded, ff in self.layers:
             layers.append((FoldedProjections(*(next(it) for _ in folded)), FeedForward(*(next(it) for _ in ff))))
@@ -76,13 +87,18 @@ class LossInputs:
     def pixels(self, start: int, stop: int) -> LossInputs:
         """The same inputs for pixels start..stop alone."""
         weight = None if self.pixel_weight is None else self.pixel_weight[:, start:stop]
-        target = self.target[:, start:stop]
-        return replace(self, queries=self.queries[:, start:stop], target=target, pixel_weight=weight)
+        target, queries = self.target[:, start:stop], self.queries
+        if isinstance(queries, Tensor):
+            queries = queries[:, start:stop]
+        else:
+            queries = queries._replace(code=queries.code[start:stop])
+        return replace(self, queries=queries, target=target, pixel_weight=weight)
 
 
 def _loss(inputs: LossInputs) -> tuple[Tensor, Tensor]:
     """(recon, interaction) of these pixels, untiled."""
-    pixels, slot_map = reference.decode(inputs.queries, inputs.layers, inputs.head, inputs.slot_mask, inputs.eps)
+    queries = inputs.with_queries().queries
+    pixels, slot_map = reference.decode(queries, inputs.layers, inputs.head, inputs.slot_mask, inputs.eps)
     recon = reference.reconstruction_error(pixels, inputs.target, inputs.pixel_weight)
     return recon, reference.interaction_penalty(slot_map, inputs.pixel_weight)
 
@@ -99,25 +115,25 @@ def reference_decoder_loss(
     recon = inputs.target.new_zeros((), dtype=torch.promote_types(inputs.target.dtype, torch.float32))
     interaction = torch.zeros_like(recon)
     leaves = [t.detach().requires_grad_(need) for t, need in zip(inputs.differentiable(), need_grads, strict=True)]
-    query_grad = torch.zeros_like(leaves[0]) if need_grads[0] else None
-    weights, any_grad = leaves[1:], any(need_grads)
+    # Queries that are given differ from tile to tile: each tile's gradient has its own place.
+    given, weights = (leaves[:1], leaves[1:]) if isinstance(inputs.queries, Tensor) else ([], leaves)
+    given_grads = [torch.zeros_like(t) if t.requires_grad else None for t in given]
+    any_grad = any(need_grads)
     for start in range(0, L, step):
         tile = inputs.pixels(start, min(start + step, L))
-        queries = tile.queries.detach().requires_grad_(need_grads[0])
+        own = [t[:, start : start + step].detach().requires_grad_(t.requires_grad) for t in given]
         with torch.set_grad_enabled(any_grad):
-            tile_recon, tile_pairs = _loss(tile.with_tensors([queries, *weights]))
+            tile_recon, tile_pairs = _loss(tile.with_tensors([*own, *weights]))
             share = tile.target.shape[1] / L  # a mean over the tile's pixels is this share of the mean over all
             total = grad_scale * (inputs.recon_weight * tile_recon + inputs.interaction_weight * share * tile_pairs)
         recon += tile_recon.detach()
         interaction += share * tile_pairs.detach()
         if any_grad:
             total.backward()
-            if query_grad is not None:
-                assert queries.grad is not None
-                query_grad[:, start : start + step] = queries.grad
-    grads = [_grad_or_zeros(leaf) for leaf in leaves]
-    grads[0] = query_grad
-    return recon, interaction, grads
+        for t, grad in zip(own, given_grads, strict=True):
+            if grad is not None:
+                grad[:, start : start + step] = t.grad
+    return recon, interaction, [*given_grads, *(_grad_or_zeros(leaf) for leaf in weights)]
 
 
 def _grad_or_zeros(leaf: Tensor) -> Tensor | None:
@@ -161,10 +177,21 @@ def decoder_loss(inputs: LossInputs, grad_scale: float | Tensor = 1.0, backend: 
     Inside forward AD, a functorch transform or ``torch.compile`` the untiled reference is traced instead, which is
     right in every mode.
     """
-    flat = inputs.differentiable()
     if is_traced():
         recon, interaction = _loss(inputs)
         total = inputs.recon_weight * recon + inputs.interaction_weight * interaction
         return DecoderLossTerms(total, recon.detach(), interaction.detach())
-    name = backends.select("decoder_loss", flat, backend)
+    name = _serve(inputs, backend)
+    if name != "reference" and not getattr(backends.load(name), "MAKES_QUERIES", False):
+        inputs = inputs.with_queries()
+    flat = inputs.differentiable()
     return DecoderLossTerms(*_TiledLoss.apply(inputs, grad_scale, name, *flat))
+
+
+def _serve(inputs: LossInputs, backend: str) -> str:
+    """Name of the backend; queries that are not made yet are asked for by their shape."""
+    queries, tensors = inputs.queries, inputs.differentiable()
+    if isinstance(queries, QueryMlp):
+        last = queries.weights[-1]
+        tensors = [last.new_empty(1, 0, len(last)), *tensors[2 * len(queries.weights) :]]
+    return backends.select("decoder_loss", tensors, backend)

@@ -44,7 +44,11 @@ struct DecoderArgs {
   const int64_t* ff_widths;   // [layer_count]
   const int64_t* head_rows;   // [head_count] rows of each linear map of the head; the last is C
 
-  const T* queries;                       // [query_batch, L, D]
+  const T* queries;                       // [query_batch, L, D]; null: the query MLP makes them, for all images
+  const T* code;                          // [L, code_width] position codes, without gradient
+  int64_t code_width, query_map_count;    // 0 where queries are given
+  const int64_t* query_map_rows;          // [query_map_count]; the last is D
+  const LinearArrays<const T*>* query_maps;
   const LayerArrays<const T*>* layers;    // [layer_count]
   const T* head_norm_weight;              // [D]
   const T* head_norm_bias;                // [D]
@@ -61,6 +65,7 @@ struct DecoderLossArgs : DecoderArgs<T> {
   const T* pixel_weight;                  // [B, L] or null
 
   T* queries_grad;
+  const LinearArrays<T*>* query_map_grads;  // null: not asked for
   const LayerArrays<T*>* layer_grads;     // null: forward only
   T* head_norm_weight_grad;
   T* head_norm_bias_grad;

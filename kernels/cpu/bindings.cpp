@@ -45,86 +45,119 @@ LayerArrays<P> layer_arrays(Get get, int64_t B, int64_t D, int64_t H, int64_t K,
 
 constexpr int64_t kLayerArrays = 10;
 
-// A decoder out of a list: queries, ten arrays a layer, head norm weight and bias, head weights, head biases.
+// Weights, then biases, of linear maps from `columns` on: arrays first .. first + 2·count of `inputs`. Moves `first` on.
 template <typename T>
-struct DecoderArrays {
-  std::vector<LayerArrays<const T*>> layers;
-  std::vector<LinearArrays<const T*>> head;
-  std::vector<int64_t> ff_widths, head_rows;
+struct MapArrays {
+  std::vector<LinearArrays<const T*>> maps;
+  std::vector<int64_t> rows;
 
-  void take(Arrays<T>& arrays, nb::list inputs, int64_t layer_count, nb::handle slot_mask, DecoderArgs<T>& args) {
-    const int64_t head_first = head_at(layer_count), total = int64_t(inputs.size());
-    args.layer_count = layer_count;
-    args.head_count = (total - head_first - 2) / 2;
-    if (layer_count < 1 || args.head_count < 1 || total != head_first + 2 + 2 * args.head_count) {
-      throw nb::value_error("inputs: expected queries, ten arrays a layer, and a norm and linear maps of the head");
+  void take(Arrays<T>& arrays, nb::list inputs, int64_t& first, int64_t count, int64_t columns, const std::string& name) {
+    const std::string weights = name + ".weights", biases = name + ".biases";
+    for (int64_t i = 0; i < count; ++i, columns = rows.back()) {
+      rows.push_back(arrays.shape_of(inputs[first + i], weights.c_str(), 2)[0]);
+      maps.push_back({arrays.input(inputs[first + i], weights.c_str(), {rows.back(), columns}),
+                      arrays.input(inputs[first + count + i], biases.c_str(), {rows.back()})});
     }
-    if (layer_count > kMostMaps || args.head_count > kMostMaps) throw nb::value_error("more than 16 layers");
-    const Shape G = arrays.shape_of(inputs[1], "G", 4), queries = arrays.shape_of(inputs[0], "queries", 3);
-    args.batch = G[0], args.width = G[1], args.heads = G[2], args.slots = G[3];
-    args.query_batch = queries[0], args.pixels = queries[1];
-    if (args.query_batch != args.batch && args.query_batch != 1) {
-      throw nb::value_error("queries: batch must be 1 or that of G");
-    }
-    args.queries = arrays.input(inputs[0], "queries", {kAny, kAny, args.width});
-    for (int64_t i = 0; i < layer_count; ++i) {
-      int64_t at = 1 + i * kLayerArrays;
-      ff_widths.push_back(arrays.shape_of(inputs[at + 6], "w1", 2)[0]);
-      layers.push_back(layer_arrays<const T*>(
-          [&](const char* name, const Shape& shape) { return arrays.input(inputs[at++], name, shape); }, args.batch,
-          args.width, args.heads, args.slots, ff_widths.back()));
-    }
-    args.head_norm_weight = arrays.input(inputs[head_first], "head.norm_weight", {args.width});
-    args.head_norm_bias = arrays.input(inputs[head_first + 1], "head.norm_bias", {args.width});
-    int64_t columns = args.width;
-    for (int64_t i = 0; i < args.head_count; ++i) {
-      const int64_t at = head_first + 2 + i;
-      const int64_t rows = arrays.shape_of(inputs[at], "head.weights", 2)[0];
-      head.push_back({arrays.input(inputs[at], "head.weights", {rows, columns}),
-                      arrays.input(inputs[at + args.head_count], "head.biases", {rows})});
-      head_rows.push_back(rows);
-      columns = rows;
-    }
-    args.slot_mask = arrays.mask(slot_mask, {args.batch, args.slots});
-    args.ff_widths = ff_widths.data(), args.head_rows = head_rows.data();
-    args.layers = layers.data(), args.head = head.data();
+    first += 2 * count;
   }
-
-  static int64_t head_at(int64_t layer_count) { return 1 + layer_count * kLayerArrays; }
 };
 
-// inputs: see DecoderArrays. grads is None for the forward alone, or holds an array or None for each input. Returns recon
-// and interaction, unweighted.
+// A decoder out of a list: the queries (or, where `code` is given, weights and biases of the MLP that makes them of it),
+// ten arrays a layer, head norm weight and bias, head weights, head biases.
+template <typename T>
+struct DecoderArrays {
+  MapArrays<T> query, head;
+  std::vector<LayerArrays<const T*>> layers;
+  std::vector<int64_t> ff_widths;
+
+  void take(Arrays<T>& arrays, nb::list inputs, int64_t layer_count, nb::handle code, int64_t query_maps,
+            nb::handle slot_mask, DecoderArgs<T>& args) {
+    const bool given = code.is_none();
+    const int64_t total = int64_t(inputs.size()), before = given ? 1 : 2 * query_maps;
+    args.layer_count = layer_count;
+    args.head_count = (total - before - layer_count * kLayerArrays - 2) / 2;
+    if (layer_count < 1 || args.head_count < 1 || query_maps < (given ? 0 : 1) ||
+        total != before + layer_count * kLayerArrays + 2 + 2 * args.head_count) {
+      throw nb::value_error("inputs: expected queries, ten arrays a layer, and a norm and linear maps of the head");
+    }
+    if (layer_count > kMostMaps || args.head_count > kMostMaps || query_maps > kMostMaps) {
+      throw nb::value_error("more than 16 layers");
+    }
+    const Shape G = arrays.shape_of(inputs[before], "G", 4);
+    args.batch = G[0], args.width = G[1], args.heads = G[2], args.slots = G[3];
+    int64_t at = 0;
+    if (given) {
+      const Shape queries = arrays.shape_of(inputs[0], "queries", 3);
+      args.query_batch = queries[0], args.pixels = queries[1];
+      if (args.query_batch != args.batch && args.query_batch != 1) {
+        throw nb::value_error("queries: batch must be 1 or that of G");
+      }
+      args.queries = arrays.input(inputs[at++], "queries", {kAny, kAny, args.width});
+    } else {
+      const Shape codes = arrays.shape_of(code, "code", 2);
+      args.query_batch = 1, args.pixels = codes[0], args.code_width = codes[1];
+      args.code = arrays.input(code, "code", codes);
+      query.take(arrays, inputs, at, query_maps, args.code_width, "query");
+      if (query.rows.back() != args.width) throw nb::value_error("query.weights: the last must have the rows of G");
+      args.query_map_count = query_maps;
+      args.query_maps = query.maps.data(), args.query_map_rows = query.rows.data();
+    }
+    const auto next = [&](const char* name, const Shape& shape) { return arrays.input(inputs[at++], name, shape); };
+    for (int64_t i = 0; i < layer_count; ++i) {
+      ff_widths.push_back(arrays.shape_of(inputs[at + 6], "w1", 2)[0]);
+      layers.push_back(layer_arrays<const T*>(next, args.batch, args.width, args.heads, args.slots, ff_widths.back()));
+    }
+    args.head_norm_weight = next("head.norm_weight", {args.width});
+    args.head_norm_bias = next("head.norm_bias", {args.width});
+    head.take(arrays, inputs, at, args.head_count, args.width, "head");
+    args.slot_mask = arrays.mask(slot_mask, {args.batch, args.slots});
+    args.ff_widths = ff_widths.data(), args.head_rows = head.rows.data();
+    args.layers = layers.data(), args.head = head.maps.data();
+  }
+};
+
+// inputs, code, query_maps: see DecoderArrays. grads is None for the forward alone, or holds an array or None for each
+// input. Returns recon and interaction, unweighted.
 template <typename T>
 std::tuple<double, double> decoder_loss(const std::string& isa, nb::list inputs, nb::object grads, int64_t layer_count,
-                                        nb::handle target, nb::handle pixel_weight, nb::handle slot_mask,
-                                        double recon_weight, double interaction_weight, double eps, int threads) {
+                                        nb::handle code, int64_t query_maps, nb::handle target, nb::handle pixel_weight,
+                                        nb::handle slot_mask, double recon_weight, double interaction_weight,
+                                        double eps, int threads) {
   const Kernels<T>& kernels = kernels_for<T>(isa);
   Arrays<T> arrays;
   DecoderLossArgs<T> args = {};
   DecoderArrays<T> decoder;
-  decoder.take(arrays, inputs, layer_count, slot_mask, args);
+  decoder.take(arrays, inputs, layer_count, code, query_maps, slot_mask, args);
   const int64_t B = args.batch, L = args.pixels, D = args.width;
   std::vector<LayerArrays<T*>> layer_grads;
-  std::vector<LinearArrays<T*>> head_grads;
+  std::vector<LinearArrays<T*>> query_grads, head_grads;
   if (!grads.is_none()) {
     nb::list outputs = nb::cast<nb::list>(grads);
     if (outputs.size() != inputs.size()) throw nb::value_error("grads: one entry for each input");
     int64_t at = 0;
     const auto next = [&](const char* name, const Shape& shape) { return arrays.output(outputs[at++], name, shape); };
-    args.queries_grad = next("queries", {args.query_batch, L, D});
+    const auto of_maps = [&](const MapArrays<T>& of, int64_t columns, std::vector<LinearArrays<T*>>& to) {
+      for (int64_t rows : of.rows) {
+        to.push_back({next("weights", {rows, columns}), nullptr});
+        columns = rows;
+      }
+      for (auto& map : to) map.bias = next("biases", {of.rows[&map - to.data()]});
+    };
+    if (args.code) {
+      of_maps(decoder.query, args.code_width, query_grads);
+      bool any = false;
+      for (const auto& map : query_grads) any |= map.weight || map.bias;
+      args.query_map_grads = any ? query_grads.data() : nullptr;
+    } else {
+      args.queries_grad = next("queries", {args.query_batch, L, D});
+    }
     for (int64_t F : decoder.ff_widths) layer_grads.push_back(layer_arrays<T*>(next, B, D, args.heads, args.slots, F));
     args.head_norm_weight_grad = next("head.norm_weight", {D});
     args.head_norm_bias_grad = next("head.norm_bias", {D});
-    int64_t columns = D;
-    for (int64_t rows : decoder.head_rows) {
-      head_grads.push_back({next("head.weights", {rows, columns}), nullptr});
-      columns = rows;
-    }
-    for (int64_t i = 0; i < args.head_count; ++i) head_grads[i].bias = next("head.biases", {decoder.head_rows[i]});
+    of_maps(decoder.head, D, head_grads);
     args.layer_grads = layer_grads.data(), args.head_grads = head_grads.data();
   }
-  args.target = arrays.input(target, "target", {B, L, decoder.head_rows.back()});
+  args.target = arrays.input(target, "target", {B, L, decoder.head.rows.back()});
   args.pixel_weight = pixel_weight.is_none() ? nullptr : arrays.input(pixel_weight, "pixel_weight", {B, L});
   args.recon_weight = recon_weight;
   args.interaction_weight = interaction_weight;
@@ -148,7 +181,7 @@ void slot_jacobian(const std::string& isa, nb::list inputs, nb::list tangents, n
   DecoderArrays<T> decoder;
   const int64_t layer_count = int64_t(tangents.size()) / kTangentArrays;
   if (int64_t(tangents.size()) != layer_count * kTangentArrays) throw nb::value_error("tangents: seven arrays a layer");
-  decoder.take(arrays, inputs, layer_count, slot_mask, args);
+  decoder.take(arrays, inputs, layer_count, nb::none(), 0, slot_mask, args);
   const int64_t B = args.batch, K = args.slots, D = args.width;
   const Shape keys = arrays.shape_of(tangents[5], "keys", 4);
   const int64_t Z = args.slot_width = keys[2], I = args.inner_width = keys[3];
@@ -303,9 +336,9 @@ std::vector<std::string> instruction_sets() {
 template <typename T>
 void bind(nb::module_& m, const std::string& suffix) {
   m.def(("decoder_loss_" + suffix).c_str(), &decoder_loss<T>, nb::arg("isa"), nb::arg("inputs"),
-        nb::arg("grads").none(), nb::arg("layers"), nb::arg("target"), nb::arg("pixel_weight").none(),
-        nb::arg("slot_mask").none(), nb::arg("recon_weight"), nb::arg("interaction_weight"), nb::arg("eps"),
-        nb::arg("threads"));
+        nb::arg("grads").none(), nb::arg("layers"), nb::arg("code").none(), nb::arg("query_maps"), nb::arg("target"),
+        nb::arg("pixel_weight").none(), nb::arg("slot_mask").none(), nb::arg("recon_weight"),
+        nb::arg("interaction_weight"), nb::arg("eps"), nb::arg("threads"));
   m.def(("slot_jacobian_" + suffix).c_str(), &slot_jacobian<T>, nb::arg("isa"), nb::arg("inputs"), nb::arg("tangents"),
         nb::arg("jacobian"), nb::arg("slot_mask").none(), nb::arg("eps"), nb::arg("threads"));
   m.def(("layer_" + suffix).c_str(), &layer<T>, nb::arg("isa"), nb::arg("x"), nb::arg("weights"), nb::arg("outputs"),

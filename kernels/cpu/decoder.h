@@ -3,6 +3,7 @@
 
 #include <initializer_list>
 
+#include "mlp.h"
 #include "weights.h"
 
 namespace fastslots::FASTSLOTS_ISA {
@@ -14,42 +15,45 @@ class PackedDecoder {
   const int64_t D, HK;
 
   explicit PackedDecoder(const DecoderArgs<T>& args)
-      : a(args), D(args.width), HK(args.heads * args.slots), packed_(measure()) {
-    Carver<T> carver{packed_.get()};
-    pack(carver);
+      : a(args), D(args.width), HK(args.heads * args.slots), packed_(pack(nullptr)), projection_size_(project(0, nullptr)),
+        projections_(args.batch * projection_size_) {
+    pack(packed_.get());
+    auto body = [&](int64_t b, int) { project(b, projections_.get() + b * projection_size_); };
+    parallel_for(a.batch, a.threads, body);
   }
 
-  const Linear<T>& head(int64_t i) const { return head_[i]; }
-  int64_t channels() const { return head_[a.head_count - 1].rows; }
-  int64_t widest() const { return widest_; }
+  const Mlp<T>& head() const { return head_; }
+  const Mlp<T>& query_mlp() const { return query_mlp_; }
+  bool makes_queries() const { return a.query_map_count > 0; }  // from position codes, the same for all images
 
   // One thread's tile: the weights that come of the image at hand, and the activations that its backward reads.
   struct Tile {
     Layer<T> layers[kMostMaps];
     LayerState<T> states[kMostMaps];
-    T *hidden[kMostMaps], *slope[kMostMaps];  // of the head
-    T *x, *map, *normed, *rstd;               // residual stream, slot map, and the head's norm
-    T *wide, *wide2, *narrow, *scratch;       // workspace
-    T* projections;
+    typename Mlp<T>::State head, query;
+    T *x, *map, *normed, *rstd;          // residual stream, slot map, and the head's norm
+    T *code;                             // position codes
+    T *wide, *wide2, *narrow, *scratch;  // workspace
   };
 
   void carve(Carver<T>& carver, int64_t panels, Tile& tile) const {
     const int64_t pixels = panels * kPanel<T>;
     for (int64_t i = 0; i < a.layer_count; ++i) tile.states[i].carve(carver, panels, D, HK, a.ff_widths[i]);
-    for (int64_t i = 0; i < a.head_count; ++i) {
-      tile.hidden[i] = carver.take(pixels * head_[i].rows);
-      tile.slope[i] = carver.take(pixels * head_[i].rows);
-    }
+    head_.carve(carver, pixels, tile.head);
+    query_mlp_.carve(carver, pixels, tile.query);
     for (T** part : {&tile.x, &tile.narrow, &tile.normed}) *part = carver.take(pixels * D);
-    for (T** part : {&tile.wide, &tile.wide2}) *part = carver.take(pixels * (widest_ > D ? widest_ : D));
+    int64_t widest = HK > D ? HK : D;
+    for (int64_t i = 0; i < a.layer_count; ++i) widest = a.ff_widths[i] > widest ? a.ff_widths[i] : widest;
+    for (int64_t width : {head_.widest(), query_mlp_.widest()}) widest = width > widest ? width : widest;
+    for (T** part : {&tile.wide, &tile.wide2}) *part = carver.take(pixels * widest);
     tile.map = carver.take(pixels * a.slots);
     tile.rstd = carver.take(pixels);
+    tile.code = carver.take(pixels * a.code_width);
     tile.scratch = carver.take(pixels * kPanel<T>);
-    tile.projections = carver.take(a.layer_count * 4 * (D * HK + 16));
   }
 
   void begin_image(int64_t b, Tile& tile) const {
-    Carver<T> carver{tile.projections};
+    Carver<T> carver{projections_.get() + b * projection_size_, 0, false};
     for (int64_t i = 0; i < a.layer_count; ++i) {
       tile.layers[i] = layers_[i];
       pack_projections<T>(a.layers[i], b, D, HK, carver, tile.layers[i]);
@@ -63,62 +67,70 @@ class PackedDecoder {
 
   int64_t query_row(int64_t b, int64_t start) const { return (a.query_batch == 1 ? 0 : b) * a.pixels + start; }
 
-  // -> the pixels [panels][C][W]; their slot map in tile.map.
-  const T* forward(const TileShape<T>& s, int64_t b, int64_t start, int64_t count, Tile& tile) const {
-    load_pixels<T>(a.queries + query_row(b, start) * D, D, count, D, s.panels, tile.x);
+  // The queries given for a tile of image b, into tile.x.
+  void load_queries(int64_t b, int64_t start, int64_t count, int64_t panels, Tile& tile) const {
+    load_pixels<T>(a.queries + query_row(b, start) * D, D, count, D, panels, tile.x);
+  }
+
+  // The queries of a tile, made: [panels][D][W].
+  const T* make_queries(int64_t start, int64_t count, int64_t panels, Tile& tile) const {
+    load_pixels<T>(a.code + start * a.code_width, a.code_width, count, a.code_width, panels, tile.code);
+    return query_mlp_.forward(tile.code, panels, tile.query);
+  }
+
+  // From the queries in tile.x to the pixels [panels][C][W]; their slot map in tile.map.
+  const T* forward(const TileShape<T>& s, Tile& tile) const {
     std::memset(tile.map, 0, size_t(s.panels * kPanel<T> * a.slots) * sizeof(T));
     for (int64_t i = 0; i < a.layer_count; ++i) forward_layer(tile.layers[i], s, tile.states[i], tile.x, tile.map);
     normalise<T>(tile.x, D, s.panels, s.eps, tile.normed, tile.rstd);
-    const T* in = tile.normed;
-    for (int64_t i = 0; i < a.head_count; in = tile.hidden[i], ++i) {
-      apply(head_[i], in, s.panels, false, tile.hidden[i]);
-      if (i + 1 < a.head_count) gelu<T>(tile.hidden[i], tile.slope[i], s.panels * head_[i].rows * kPanel<T>);
-    }
-    return in;
+    return head_.forward(tile.normed, s.panels, tile.head);
   }
 
-  // From the gradient of the pixels in tile.wide to that of the last layer's output, dx. sums: [head_count], or null.
+  // From the gradient of the pixels in tile.wide to that of the last layer's output, dx. sums: of the head, or null.
   void backward_head(const TileShape<T>& s, const LinearSums<T>* sums, Tile& tile, T* dx) const {
-    T *dy = tile.wide, *dinput = tile.wide2;
-    for (int64_t i = a.head_count - 1; i >= 0; --i) {
-      if (sums) accumulate(head_[i], dy, i ? tile.hidden[i - 1] : tile.normed, s.panels, tile.scratch, sums[i]);
-      apply_transposed(head_[i], dy, s.panels, dinput);
-      if (i) scale_by<T>(dinput, tile.slope[i - 1], s.panels * head_[i].columns * kPanel<T>);
-      T* const swap = dy;
-      dy = dinput, dinput = swap;
-    }
-    normalise_backward<T>(dy, tile.normed, tile.rstd, D, s.panels, false, dx);
+    const T* dnormed =
+        head_.backward(tile.normed, s.panels, tile.head, sums, true, tile.wide, tile.wide2, tile.scratch);
+    normalise_backward<T>(dnormed, tile.normed, tile.rstd, D, s.panels, false, dx);
   }
 
  private:
-  int64_t widest_ = 1;
   Layer<T> layers_[kMostMaps];  // what all images share: the feed-forwards
-  Linear<T> head_[kMostMaps];
+  Mlp<T> head_, query_mlp_;
   Block<T> packed_;
+  int64_t projection_size_;
+  Block<T> projections_;  // of each image
 
-  int64_t measure() {
-    Carver<T> carver{nullptr};
-    pack(carver);
-    return carver.used;
-  }
-
-  void pack(Carver<T>& carver) {
-    widest_ = HK;
+  // -> elements used; with a null base only these.
+  int64_t pack(T* base) {
+    Carver<T> carver{base};
     for (int64_t i = 0; i < a.layer_count; ++i) {
       const auto& w = a.layers[i];
       const int64_t F = a.ff_widths[i];
-      widest_ = F > widest_ ? F : widest_;
       layers_[i].widen = pack_normed<T>(w.w1, F, D, w.norm_weight, w.norm_bias, w.b1, carver);
       layers_[i].narrow = pack_linear<T>(w.w2, D, F, F, 1, w.b2, carver);
     }
+    head_.count = a.head_count;
     int64_t columns = D;
     for (int64_t i = 0; i < a.head_count; columns = a.head_rows[i], ++i) {
       const auto& w = a.head[i];
-      head_[i] = i == 0 ? pack_normed<T>(w.weight, a.head_rows[i], columns, a.head_norm_weight, a.head_norm_bias,
-                                         w.bias, carver)
-                        : pack_linear<T>(w.weight, a.head_rows[i], columns, columns, 1, w.bias, carver);
-      widest_ = a.head_rows[i] > widest_ ? a.head_rows[i] : widest_;
+      head_.maps[i] = i == 0 ? pack_normed<T>(w.weight, a.head_rows[i], columns, a.head_norm_weight, a.head_norm_bias,
+                                              w.bias, carver)
+                             : pack_linear<T>(w.weight, a.head_rows[i], columns, columns, 1, w.bias, carver);
     }
+    query_mlp_.count = a.query_map_count;
+    columns = a.code_width;
+    for (int64_t i = 0; i < a.query_map_count; columns = a.query_map_rows[i], ++i) {
+      const auto& w = a.query_maps[i];
+      query_mlp_.maps[i] = pack_linear<T>(w.weight, a.query_map_rows[i], columns, columns, 1, w.bias, carver);
+    }
+    return carver.used;
+  }
+
+  int64_t project(int64_t b, T* base) const {
+    Carver<T> carver{base};
+    Layer<T> layer;
+    for (int64_t i = 0; i < a.layer_count; ++i) pack_projections<T>(a.layers[i], b, D, HK, carver, layer);
+    return carver.used;
   }
 };
 

@@ -6,6 +6,8 @@
 
 namespace fastslots::FASTSLOTS_ISA {
 
+constexpr int64_t kBlockTiles = 8;  // tiles whose queries, made for all images, are held while these take turns
+
 template <typename T>
 class DecoderLoss {
  public:
@@ -36,7 +38,7 @@ class DecoderLoss {
     }
     a.recon = recon / double(a.batch > 0 ? a.batch : 1);
     a.interaction = pairs / pixel_count();
-    if (backward) reduce(tasks);
+    if (backward) reduce();
   }
 
  private:
@@ -53,9 +55,13 @@ class DecoderLoss {
 
   struct Sums {
     LayerSums<T> layers[kMostMaps];
-    LinearSums<T> head[kMostMaps];
+    LinearSums<T> head[kMostMaps], query[kMostMaps];
     int64_t used;
   };
+
+  static void carve_mlp(Carver<T>& carver, const Mlp<T>& mlp, LinearSums<T>* sums) {
+    for (int64_t i = 0; i < mlp.count; ++i) carve_sums<T>(carver, mlp.maps[i].rows, mlp.maps[i].columns, sums[i]);
+  }
 
   Sums shared_sums(T* base) const {
     Sums sums = {};
@@ -65,9 +71,8 @@ class DecoderLoss {
       carve_sums<T>(carver, a.ff_widths[i], D, sums.layers[i].widen);
       carve_sums<T>(carver, D, a.ff_widths[i], sums.layers[i].narrow);
     }
-    for (int64_t i = 0; i < a.head_count; ++i) {
-      carve_sums<T>(carver, decoder.head(i).rows, decoder.head(i).columns, sums.head[i]);
-    }
+    carve_mlp(carver, decoder.head(), sums.head);
+    if (a.query_map_grads) carve_mlp(carver, decoder.query_mlp(), sums.query);
     sums.used = carver.used;
     return sums;
   }
@@ -83,15 +88,17 @@ class DecoderLoss {
     return sums;
   }
 
-  // One thread's tile, and the losses' own part of it.
+  // One thread's tile, and the loss's own part of it.
   struct Workspace : PackedDecoder<T>::Tile {
-    T *dx, *dmap, *factor, *weight, *pairs;
+    T *dx, *dmap, *queries, *dqueries, *factor, *weight, *pairs;
     int64_t size;
     Workspace(const DecoderLoss& o, T* base) {
       Carver<T> carver{base};
       const int64_t pixels = o.plan.tile_pixels();
       o.decoder.carve(carver, o.plan.panels, *this);
       dx = carver.take(pixels * o.D);
+      queries = carver.take(o.decoder.makes_queries() ? kBlockTiles * pixels * o.D : 0);
+      dqueries = carver.take(o.a.query_map_grads ? kBlockTiles * pixels * o.D : 0);
       dmap = carver.take(pixels * o.a.slots);
       for (T** row : {&factor, &weight, &pairs}) *row = carver.take(pixels);
       size = carver.used;
@@ -101,36 +108,73 @@ class DecoderLoss {
   void run_task(int64_t task, Workspace& ws, double* losses) {
     losses[0] = losses[1] = 0;
     T* const shared = shared_base + task * shared_size;
+    T* const images = image_base + (plan.pixel_part(task) * a.batch) * image_size;
     std::memset(shared, 0, size_t(shared_size) * sizeof(T));
+    const int64_t first = plan.first_image(task), own = plan.last_image(task) - first;
+    std::memset(images + first * image_size, 0, size_t(own * image_size) * sizeof(T));
     Sums sums = shared_sums(shared);
-    plan.walk(
-        task,
-        [&](int64_t b) {
-          decoder.begin_image(b, ws);
-          T* const image = image_base + (plan.pixel_part(task) * a.batch + b) * image_size;
-          std::memset(image, 0, size_t(image_size) * sizeof(T));
-          const Sums own = image_sums(image);
-          for (int64_t i = 0; i < a.layer_count; ++i) {
-            sums.layers[i].scores = own.layers[i].scores;
-            sums.layers[i].values = own.layers[i].values;
-          }
+    const auto begin_image = [&](int64_t b) {
+      decoder.begin_image(b, ws);
+      const Sums of_image = image_sums(images + b * image_size);
+      for (int64_t i = 0; i < a.layer_count; ++i) {
+        sums.layers[i].scores = of_image.layers[i].scores;
+        sums.layers[i].values = of_image.layers[i].values;
+      }
+    };
+    if (!decoder.makes_queries()) {
+      plan.walk(task, begin_image, [&](int64_t b, int64_t start, int64_t count) {
+        const TileShape<T> s = decoder.shape(b, count);
+        decoder.load_queries(b, start, count, s.panels, ws);
+        run_tile(s, b, start, count, query_grad.grad != nullptr, sums, ws, losses);
+        if (!query_grad.grad) return;
+        T* const to = query_grad.of_task(plan, task) + decoder.query_row(b, start) * D;
+        store_pixels<T>(ws.dx, D, count, D, query_grad.adds(plan, task, b), to);
+      });
+      return;
+    }
+    const bool query_needed = a.query_map_grads != nullptr;
+    const int64_t tile_size = plan.tile_pixels() * D;
+    plan.walk_blocks(
+        task, kBlockTiles,
+        [&](int64_t start, int64_t count, int64_t place) {
+          const int64_t panels = decoder.shape(0, count).panels;
+          const T* made = decoder.make_queries(start, count, panels, ws);
+          std::memcpy(ws.queries + place * tile_size, made, size_t(panels * D * kPanel<T>) * sizeof(T));
+          if (query_needed) std::memset(ws.dqueries + place * tile_size, 0, size_t(tile_size) * sizeof(T));
         },
-        [&](int64_t b, int64_t start, int64_t count) {
+        begin_image,
+        [&](int64_t b, int64_t start, int64_t count, int64_t place) {
           const TileShape<T> s = decoder.shape(b, count);
-          forward_tile(s, b, start, count, ws, losses);
-          if (!backward) return;
-          backward_tile(s, sums, ws);
-          if (query_grad.grad) {
-            T* const to = query_grad.of_task(plan, task) + decoder.query_row(b, start) * D;
-            store_pixels<T>(ws.dx, D, count, D, query_grad.adds(plan, task, b), to);
-          }
+          std::memcpy(ws.x, ws.queries + place * tile_size, size_t(s.panels * D * kPanel<T>) * sizeof(T));
+          run_tile(s, b, start, count, query_needed, sums, ws, losses);
+          if (query_needed) add_to<T>(ws.dqueries + place * tile_size, ws.dx, s.panels * D * kPanel<T>);
+        },
+        [&](int64_t start, int64_t count, int64_t place) {
+          if (!query_needed) return;
+          const int64_t panels = decoder.shape(0, count).panels;
+          decoder.make_queries(start, count, panels, ws);  // again, for the activations inside the MLP
+          std::memcpy(ws.wide, ws.dqueries + place * tile_size, size_t(panels * D * kPanel<T>) * sizeof(T));
+          decoder.query_mlp().backward(ws.code, panels, ws.query, sums.query, false, ws.wide, ws.wide2, ws.scratch);
         });
   }
 
+  // From the queries in ws.x: adds the tile's losses and gradients; that of the queries is in ws.dx where needed.
+  void run_tile(const TileShape<T>& s, int64_t b, int64_t start, int64_t count, bool query_needed, const Sums& sums,
+                Workspace& ws, double* losses) const {
+    forward_tile(s, b, start, count, ws, losses);
+    if (!backward) return;
+    decoder.backward_head(s, sums.head, ws, ws.dx);
+    for (int64_t i = a.layer_count - 1; i >= 0; --i) {
+      backward_layer(ws.layers[i], sums.layers[i], s, ws.states[i], ws.dmap, i > 0 || query_needed, ws.dx, ws.wide,
+                     ws.narrow, ws.scratch);
+    }
+  }
+
   // Adds the tile's losses; leaves the gradient of its pixels in ws.wide and that of its map in ws.dmap.
-  void forward_tile(const TileShape<T>& s, int64_t b, int64_t start, int64_t count, Workspace& ws, double* losses) {
+  void forward_tile(const TileShape<T>& s, int64_t b, int64_t start, int64_t count, Workspace& ws,
+                    double* losses) const {
     constexpr int W = kPanel<T>;
-    const T* out = decoder.forward(s, b, start, count, ws);
+    const T* out = decoder.forward(s, ws);
     const T pair_factor = T(a.interaction_weight / pixel_count());
     for (int64_t i = 0; i < s.panels * W; ++i) {
       ws.weight[i] = i >= count ? T(0) : a.pixel_weight ? a.pixel_weight[b * a.pixels + start + i] : T(1);
@@ -139,15 +183,6 @@ class DecoderLoss {
     interaction<T>(ws.map, a.slots, s.panels, ws.factor, ws.pairs, backward ? ws.dmap : nullptr);
     for (int64_t i = 0; i < count; ++i) losses[1] += double(ws.pairs[i]) * double(ws.weight[i]);
     losses[0] += compare(out, b, start, count, s.panels, ws);
-  }
-
-  void backward_tile(const TileShape<T>& s, const Sums& sums, Workspace& ws) const {
-    decoder.backward_head(s, sums.head, ws, ws.dx);
-    for (int64_t i = a.layer_count - 1; i >= 0; --i) {
-      const bool input = i > 0 || query_grad.grad;
-      backward_layer(ws.layers[i], sums.layers[i], s, ws.states[i], ws.dmap, input, ws.dx, ws.wide, ws.narrow,
-                     ws.scratch);
-    }
   }
 
   // Σ weight·(out − target)², and its gradient into ws.wide (0 past the last pixel).
@@ -168,9 +203,9 @@ class DecoderLoss {
     return total;
   }
 
-  void reduce(int64_t tasks) {
+  void reduce() {
     const Sums shared = shared_sums(shared_base);
-    const Partials all{tasks, shared_size};
+    const Partials all{plan.tasks(), shared_size};
     for (int64_t i = 0; i < a.layer_count; ++i) {
       const auto& w = a.layers[i];
       const auto& to = a.layer_grads[i];
@@ -180,15 +215,10 @@ class DecoderLoss {
                        to.norm_weight, to.norm_bias);
       reduce_linear<T>(sums.narrow, all, D, a.ff_widths[i], to.w2, to.b2);
     }
-    for (int64_t i = 0; i < a.head_count; ++i) {
-      const auto& to = a.head_grads[i];
-      if (i == 0) {
-        reduce_normed<T>(shared.head[0], all, decoder.head(0).rows, D, a.head[0].weight, a.head_norm_weight, a.head_norm_bias,
-                         to.weight, to.bias, a.head_norm_weight_grad, a.head_norm_bias_grad);
-      } else {
-        reduce_linear<T>(shared.head[i], all, decoder.head(i).rows, decoder.head(i).columns, to.weight, to.bias);
-      }
-    }
+    reduce_normed<T>(shared.head[0], all, a.head_rows[0], D, a.head[0].weight, a.head_norm_weight, a.head_norm_bias,
+                     a.head_grads[0].weight, a.head_grads[0].bias, a.head_norm_weight_grad, a.head_norm_bias_grad);
+    reduce_mlp(decoder.head(), 1, shared.head, all, a.head_grads);
+    if (a.query_map_grads) reduce_mlp(decoder.query_mlp(), 0, shared.query, all, a.query_map_grads);
     const Partials parts{plan.pixel_parts, a.batch * image_size};
     auto body = [&](int64_t b, int) {
       const Sums sums = image_sums(image_base + b * image_size);
@@ -198,6 +228,13 @@ class DecoderLoss {
     };
     parallel_for(a.batch, a.threads, body);
     query_grad.finish(plan);
+  }
+
+  static void reduce_mlp(const Mlp<T>& mlp, int64_t first, const LinearSums<T>* sums, Partials all,
+                         const LinearArrays<T*>* to) {
+    for (int64_t i = first; i < mlp.count; ++i) {
+      reduce_linear<T>(sums[i], all, mlp.maps[i].rows, mlp.maps[i].columns, to[i].weight, to[i].bias);
+    }
   }
 };
 

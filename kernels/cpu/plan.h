@@ -43,8 +43,7 @@ struct Plan {
   void walk(int64_t task, BeginImage begin_image, Tile tile) const {
     const int64_t first = pixels * pixel_part(task) / pixel_parts;
     const int64_t last = pixels * (pixel_part(task) + 1) / pixel_parts;
-    const int64_t last_image = batch * (image_part(task) + 1) / image_parts;
-    for (int64_t image = first_image(task); image < last_image; ++image) {
+    for (int64_t image = first_image(task); image < last_image(task); ++image) {
       begin_image(image);
       for (int64_t start = first; start < last; start += tile_pixels()) {
         tile(image, start, last - start < tile_pixels() ? last - start : tile_pixels());
@@ -52,7 +51,32 @@ struct Plan {
     }
   }
 
+  // For what a tile's images share: blocks of `most` tiles, each begun, then walked for one image after the other, then
+  // ended. Tiles are told by (first pixel, count, place in the block).
+  template <typename BeginTile, typename BeginImage, typename Tile, typename EndTile>
+  void walk_blocks(int64_t task, int64_t most, BeginTile begin_tile, BeginImage begin_image, Tile tile,
+                   EndTile end_tile) const {
+    const int64_t first = pixels * pixel_part(task) / pixel_parts;
+    const int64_t last = pixels * (pixel_part(task) + 1) / pixel_parts;
+    for (int64_t block = first; block < last; block += most * tile_pixels()) {
+      const int64_t end = last - block < most * tile_pixels() ? last : block + most * tile_pixels();
+      const auto each_tile = [&](auto visit) {
+        int64_t place = 0;
+        for (int64_t start = block; start < end; start += tile_pixels(), ++place) {
+          visit(start, end - start < tile_pixels() ? end - start : tile_pixels(), place);
+        }
+      };
+      each_tile(begin_tile);
+      for (int64_t b = first_image(task); b < last_image(task); ++b) {
+        begin_image(b);
+        each_tile([&](int64_t start, int64_t count, int64_t place) { tile(b, start, count, place); });
+      }
+      each_tile(end_tile);
+    }
+  }
+
   int64_t first_image(int64_t task) const { return batch * image_part(task) / image_parts; }
+  int64_t last_image(int64_t task) const { return batch * (image_part(task) + 1) / image_parts; }
 };
 
 // The gradient of pixels that all images may share [shared ? 1 : B, L, D]: the first part of the images writes it, the

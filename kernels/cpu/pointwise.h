@@ -72,6 +72,11 @@ void gelu(T* x, T* slope, int64_t count) {
 }
 
 template <typename T>
+void add_to(T* sum, const T* x, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes<T>) store<T>(sum + i, load<T>(sum + i) + load<T>(x + i));
+}
+
+template <typename T>
 void scale_by(T* x, const T* factor, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes<T>) store<T>(x + i, load<T>(x + i) * load<T>(factor + i));
 }

@@ -20,7 +20,7 @@ class SlotJacobian {
  public:
   explicit SlotJacobian(const SlotJacobianArgs<T>& args)
       : a(args), decoder(args), D(args.width), H(args.heads), K(args.slots), Z(args.slot_width), I(args.inner_width),
-        d(I / H), channels(decoder.channels()), block(channels < kChannelBlock ? channels : kChannelBlock),
+        d(I / H), channels(decoder.head().outputs()), block(channels < kChannelBlock ? channels : kChannelBlock),
         plan(args.batch, args.pixels, 0, 0, args.threads, kJacobianPixels), packed(pack(nullptr)) {
     pack(packed.get());
   }
@@ -102,7 +102,8 @@ class SlotJacobian {
   void tile(int64_t b, int64_t start, int64_t count, Workspace& ws) const {
     constexpr int W = kPanel<T>;
     const TileShape<T> s = decoder.shape(b, count);
-    decoder.forward(s, b, start, count, ws);
+    decoder.load_queries(b, start, count, s.panels, ws);
+    decoder.forward(s, ws);
     std::memset(ws.sums, 0, size_t(s.panels * W * K) * sizeof(T));
     for (int64_t first = 0; first < channels; first += block) {
       const int64_t some = channels - first < block ? channels - first : block;

@@ -16,6 +16,7 @@ template <typename T>
 struct Carver {
   T* base;
   int64_t used = 0;
+  bool pack = true;  // false: the parts were packed before, and are only named again
   T* take(int64_t count) {
     T* part = base ? base + used : nullptr;
     used += (count + 15) / 16 * 16;

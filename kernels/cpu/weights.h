@@ -27,7 +27,7 @@ template <typename T>
 Linear<T> pack_forward(const T* weight, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride,
                        const T* bias, Carver<T>& carver) {
   T* packed = carver.take(rows * columns);
-  if (carver.base) pack_rows<T>(weight, rows, columns, row_stride, column_stride, packed);
+  if (carver.base && carver.pack) pack_rows<T>(weight, rows, columns, row_stride, column_stride, packed);
   return {rows, columns, packed, nullptr, bias};
 }
 

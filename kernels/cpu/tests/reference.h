@@ -9,16 +9,19 @@
 
 using Real = long double;
 using Row = std::vector<Real>;
-using Tensors = std::vector<Row>;  // in the order of fastslots.ops.tiled: queries, ten a layer, head
+using Tensors = std::vector<Row>;  // in the order of fastslots.ops.tiled: queries (or their MLP), ten a layer, head
 
 struct Problem {
   int64_t batch, query_batch, pixels, width, heads, slots;
-  std::vector<int64_t> ff_widths, head_rows;
+  std::vector<int64_t> ff_widths, head_rows, query_rows;  // query_rows: of the MLP's maps; empty where queries are given
+  int64_t code_width = 0;
+  std::vector<double> code;                  // [pixels, code_width]
   std::vector<double> target, pixel_weight;  // pixel_weight may be empty
   std::vector<uint8_t> slot_mask;            // may be empty
   double recon_weight = 1.3, interaction_weight = 0.7, eps = 1e-5;
   std::string name;
-  int64_t head_first() const { return 1 + 10 * int64_t(ff_widths.size()); }
+  int64_t layer_first() const { return query_rows.empty() ? 1 : 2 * int64_t(query_rows.size()); }
+  int64_t head_first() const { return layer_first() + 10 * int64_t(ff_widths.size()); }
 };
 
 inline Row normalised(const Row& x, Real eps) {
@@ -91,22 +94,34 @@ inline Row decoder_layer(Row x, const Row* weights, int64_t b, int64_t H, int64_
   return x;
 }
 
-// Pixel l of image b, C channels; adds the mean over layers of the weights to map.
-inline Row decode(const Problem& p, const Tensors& tensors, int64_t b, int64_t l, Row& map) {
-  const int64_t N = int64_t(p.ff_widths.size()), D = p.width, head = p.head_first();
-  const uint8_t* keep = p.slot_mask.empty() ? nullptr : &p.slot_mask[b * p.slots];
-  const auto query = tensors[0].begin() + ((p.query_batch == 1 ? 0 : b) * p.pixels + l) * D;
-  Row x(query, query + D);
-  for (int64_t i = 0; i < N; ++i) {
-    x = decoder_layer(x, &tensors[1 + 10 * i], b, p.heads, p.slots, keep, Real(1) / N, p.eps, map);
-  }
-  x = affine(normalised(x, p.eps), tensors[head], tensors[head + 1]);
-  const int64_t maps = int64_t(p.head_rows.size());
-  for (int64_t i = 0; i < maps; ++i) {
+// Linear maps with GELU between them: `count` weights from tensors[first] on, then as many biases.
+inline Row mlp(const Tensors& tensors, int64_t first, int64_t count, Row x) {
+  for (int64_t i = 0; i < count; ++i) {
     for (Real& v : x) v = i ? gelu(v) : v;
-    x = linear(tensors[head + 2 + i], tensors[head + 2 + maps + i], x);
+    x = linear(tensors[first + i], tensors[first + count + i], x);
   }
   return x;
+}
+
+inline Row query(const Problem& p, const Tensors& tensors, int64_t b, int64_t l) {
+  if (!p.query_rows.empty()) {
+    const auto code = p.code.begin() + l * p.code_width;
+    return mlp(tensors, 0, int64_t(p.query_rows.size()), Row(code, code + p.code_width));
+  }
+  const auto given = tensors[0].begin() + ((p.query_batch == 1 ? 0 : b) * p.pixels + l) * p.width;
+  return Row(given, given + p.width);
+}
+
+// Pixel l of image b, C channels; adds the mean over layers of the weights to map.
+inline Row decode(const Problem& p, const Tensors& tensors, int64_t b, int64_t l, Row& map) {
+  const int64_t N = int64_t(p.ff_widths.size()), head = p.head_first();
+  const uint8_t* keep = p.slot_mask.empty() ? nullptr : &p.slot_mask[b * p.slots];
+  Row x = query(p, tensors, b, l);
+  for (int64_t i = 0; i < N; ++i) {
+    x = decoder_layer(x, &tensors[p.layer_first() + 10 * i], b, p.heads, p.slots, keep, Real(1) / N, p.eps, map);
+  }
+  x = affine(normalised(x, p.eps), tensors[head], tensors[head + 1]);
+  return mlp(tensors, head + 2, int64_t(p.head_rows.size()), x);
 }
 
 struct Loss {
@@ -160,7 +175,15 @@ inline Tensors random_tensors(const Problem& p, std::mt19937& random) {
   const auto add = [&](int64_t count, double scale, double mean = 0) {
     tensors.push_back(as<Real>(as<float>(normal(random, size_t(count), scale, mean))));  // exact in fp32
   };
-  add(p.query_batch * p.pixels * D, 1);
+  const auto add_maps = [&](const std::vector<int64_t>& maps, int64_t columns) {
+    for (int64_t rows : maps) {
+      add(rows * columns, 1 / std::sqrt(double(columns)));
+      columns = rows;
+    }
+    for (int64_t rows : maps) add(rows, 0.1);
+  };
+  if (p.query_rows.empty()) add(p.query_batch * p.pixels * D, 1);
+  add_maps(p.query_rows, p.code_width);
   for (int64_t F : p.ff_widths) {
     add(B * D * HK, 1 / std::sqrt(double(D)));
     add(B * HK, 0.5);
@@ -175,12 +198,7 @@ inline Tensors random_tensors(const Problem& p, std::mt19937& random) {
   }
   add(D, 0.1, 1);
   add(D, 0.1);
-  int64_t columns = D;
-  for (int64_t rows : p.head_rows) {
-    add(rows * columns, 1 / std::sqrt(double(columns)));
-    columns = rows;
-  }
-  for (int64_t rows : p.head_rows) add(rows, 0.1);
+  add_maps(p.head_rows, D);
   return tensors;
 }
 
@@ -190,25 +208,42 @@ fastslots::LayerArrays<P> layer_of(Tensor at, int64_t first) {
           at(first + 5), at(first + 6), at(first + 7), at(first + 8), at(first + 9)};
 }
 
+// `count` weights from `first` on, then as many biases.
+template <typename P, typename Tensor>
+std::vector<fastslots::LinearArrays<P>> maps_of(Tensor at, int64_t first, size_t count) {
+  std::vector<fastslots::LinearArrays<P>> maps;
+  for (int64_t i = first; i < first + int64_t(count); ++i) maps.push_back({at(i), at(i + int64_t(count))});
+  return maps;
+}
+
 // A problem's tensors as a kernel takes them.
 template <typename T>
 struct Inputs {
   std::vector<std::vector<T>> tensors;
+  std::vector<T> code;
   std::vector<fastslots::LayerArrays<const T*>> layers;
-  std::vector<fastslots::LinearArrays<const T*>> linears;
+  std::vector<fastslots::LinearArrays<const T*>> query, head;
 
   Inputs(const Problem& p, const Tensors& given, int threads, fastslots::DecoderArgs<T>& args) {
     for (const Row& row : given) tensors.push_back(as<T>(row));
     const auto at = [&](int64_t i) -> const T* { return tensors[i].data(); };
-    const int64_t N = int64_t(p.ff_widths.size()), head = p.head_first(), maps = int64_t(p.head_rows.size());
-    for (int64_t i = 0; i < N; ++i) layers.push_back(layer_of<const T*>(at, 1 + 10 * i));
-    for (int64_t i = 0; i < maps; ++i) linears.push_back({at(head + 2 + i), at(head + 2 + maps + i)});
+    const int64_t N = int64_t(p.ff_widths.size()), head_at = p.head_first();
+    for (int64_t i = 0; i < N; ++i) layers.push_back(layer_of<const T*>(at, p.layer_first() + 10 * i));
+    query = maps_of<const T*>(at, 0, p.query_rows.size());
+    head = maps_of<const T*>(at, head_at + 2, p.head_rows.size());
+    code = as<T>(p.code);
     args.batch = p.batch, args.query_batch = p.query_batch, args.pixels = p.pixels;
     args.width = p.width, args.heads = p.heads, args.slots = p.slots;
-    args.layer_count = N, args.head_count = maps;
+    args.layer_count = N, args.head_count = int64_t(head.size());
     args.ff_widths = p.ff_widths.data(), args.head_rows = p.head_rows.data();
-    args.queries = at(0), args.layers = layers.data();
-    args.head_norm_weight = at(head), args.head_norm_bias = at(head + 1), args.head = linears.data();
+    args.layers = layers.data();
+    args.head_norm_weight = at(head_at), args.head_norm_bias = at(head_at + 1), args.head = head.data();
+    if (query.empty()) {
+      args.queries = at(0);
+    } else {
+      args.code = code.data(), args.code_width = p.code_width, args.query_map_count = int64_t(query.size());
+      args.query_map_rows = p.query_rows.data(), args.query_maps = query.data();
+    }
     args.slot_mask = p.slot_mask.empty() ? nullptr : p.slot_mask.data();
     args.eps = p.eps, args.threads = threads;
   }

@@ -19,16 +19,18 @@ static Run<T> run(const Kernels<T>& kernels, const Problem& p, const Tensors& te
   std::vector<std::vector<T>> grads;
   for (const Row& row : tensors) grads.emplace_back(row.size(), T(NAN));  // an element left unwritten shows
   const auto grad = [&](int64_t i) -> T* { return i == skip ? nullptr : grads[i].data(); };
-  const int64_t head = p.head_first(), maps = args.head_count;
+  const int64_t head = p.head_first();
   std::vector<LayerArrays<T*>> layer_grads;
-  for (int64_t i = 0; i < args.layer_count; ++i) layer_grads.push_back(layer_of<T*>(grad, 1 + 10 * i));
-  std::vector<LinearArrays<T*>> linear_grads;
-  for (int64_t i = 0; i < maps; ++i) linear_grads.push_back({grad(head + 2 + i), grad(head + 2 + maps + i)});
+  for (int64_t i = 0; i < args.layer_count; ++i) layer_grads.push_back(layer_of<T*>(grad, p.layer_first() + 10 * i));
+  auto query_grads = maps_of<T*>(grad, 0, p.query_rows.size());
+  auto head_grads = maps_of<T*>(grad, head + 2, p.head_rows.size());
   const std::vector<T> target = as<T>(p.target), weight = as<T>(p.pixel_weight);
   args.target = target.data();
   args.pixel_weight = weight.empty() ? nullptr : weight.data();
   if (!forward_only) {
-    args.queries_grad = grad(0), args.layer_grads = layer_grads.data(), args.head_grads = linear_grads.data();
+    if (query_grads.empty()) args.queries_grad = grad(0);
+    args.query_map_grads = query_grads.empty() || skip == 0 ? nullptr : query_grads.data();
+    args.layer_grads = layer_grads.data(), args.head_grads = head_grads.data();
     args.head_norm_weight_grad = grad(head), args.head_norm_bias_grad = grad(head + 1);
   }
   args.recon_weight = p.recon_weight, args.interaction_weight = p.interaction_weight;
@@ -49,6 +51,14 @@ static Problem problem(std::string name, int64_t B, int64_t Bq, int64_t L, int64
   return p;
 }
 
+// The same with queries that an MLP makes of position codes, `query` the rows of its maps.
+static Problem made(Problem p, int64_t code_width, std::vector<int64_t> query, std::mt19937& random) {
+  p.name = "made queries: " + p.name;
+  p.query_rows = query, p.code_width = code_width;
+  p.code = as<double>(as<float>(normal(random, size_t(p.pixels * code_width), 1)));
+  return p;
+}
+
 template <typename T>
 static bool same_bits(const Run<T>& a, const Run<T>& b) {
   return a.recon == b.recon && a.interaction == b.interaction && a.grads == b.grads;
@@ -63,7 +73,8 @@ static void test_repeats(const Kernels<T>& kernels, const Problem& p, const Tens
   const Run<T> forward = run(kernels, p, tensors, 1, true);
   check(forward.recon == once.recon && forward.interaction == once.interaction, p.name + ": forward alone");
   const Run<T> without = run(kernels, p, tensors, 1, false, 0);
-  check(without.grads[7] == once.grads[7], p.name + ": without the gradient of the queries");
+  const size_t w1 = size_t(p.layer_first()) + 6;
+  check(without.grads[w1] == once.grads[w1], p.name + ": without the gradient of the queries");
 }
 
 static void test(const Problem& p, std::mt19937& random) {
@@ -90,7 +101,7 @@ static void test(const Problem& p, std::mt19937& random) {
     check_close(found.interaction, double(exact.interaction), 2e-6, name + ": interaction");
     double worst = 0;
     for (size_t i = 0; i < tensors.size(); ++i) worst = std::max(worst, relative_error(found.grads[i], truth.grads[i]));
-    std::printf("%-28s largest gradient error %.1e\n", name.c_str(), worst);
+    std::printf("%-42s largest gradient error %.1e\n", name.c_str(), worst);
     check(worst < 2e-5, name + ": gradients");
     test_repeats(kernels, p, tensors, found);
   }
@@ -127,9 +138,14 @@ int main() {
            make("width one", 2, 1, 6, 1, 1, 2, Widths{1}, Widths{3}, false, false),
            make("no pixels", 2, 1, 0, 8, 2, 3, Widths{8}, Widths{3}, false, false),
            make("no images", 0, 1, 5, 8, 2, 3, Widths{8}, Widths{3}, false, false),
+           made(small, 6, Widths{30, 20}, random),
+           made(make("blocks of tiles", 3, 1, 3500, 4, 1, 2, Widths{3}, Widths{2}, true, true), 3, Widths{5, 4}, random),
+           made(make("parts of the images", 9, 1, 2, 12, 2, 3, Widths{8}, Widths{3}, false, true), 5, Widths{12}, random),
+           made(make("no pixels", 2, 1, 0, 8, 2, 3, Widths{8}, Widths{3}, false, false), 4, Widths{8}, random),
        }) {
     test(p, random);
   }
   test_nan(small, random);
+  test_nan(made(small, 6, Widths{30, 20}, random), random);
   return report("decoder_loss");
 }
