@@ -132,6 +132,7 @@ def reference_decoder_loss(
             total.backward()
         for t, grad in zip(own, given_grads, strict=True):
             if grad is not None:
+                assert t.grad is not None
                 grad[:, start : start + step] = t.grad
     return recon, interaction, [*given_grads, *(_grad_or_zeros(leaf) for leaf in weights)]
 
