@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import launch
-from ._pack import MAX_COLUMNS, MAX_SLOTS, round_up
+from ._pack import MAX_COLUMNS, MAX_SLOTS, padded_slots, round_up
 from ._tiles import INTERPRETED
 from .cross_attention import cross_attention_bwd, cross_attention_fwd
 from .decoder_layer import decoder_layer_bwd, decoder_layer_fwd
@@ -21,6 +21,8 @@ from .token_attention import MAX_CELLS, MAX_ROWS, padded_rows, token_attention_b
 
 MAX_IMAGES = 65535
 """Programs along the second and third axis of a CUDA grid."""
+SCRATCH_BYTES = 40960
+"""Shared memory of a kernel beside the weights of a head, when tiles are short and one is in flight: 36 KiB seen."""
 _LAYER = ("decoder_layer_", "folded_attention_", "feed_forward_")
 KERNELS = {"cross_attention": ("cross_attention_",), "folded_cross_attention": _LAYER[1:2], "decoder_layer": _LAYER,
            "decoder_loss": _LAYER, "token_attention": ("token_attention_",)}  # fmt: skip
@@ -52,8 +54,17 @@ def _fits_memory(op: str, device: torch.device, dtype: torch.dtype, width_class:
     return launch.has_entries(torch.empty(0, device=device, dtype=dtype), width_class, KERNELS[op])
 
 
+def _shared_memory(device: torch.device) -> int | None:
+    """Bytes of shared memory that a block may have; None where no GPU is asked."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+
+
 # Dynamo calls these, on constants, and traces the rest, on shapes that may be dynamic (ops.autograd.under_transform).
-_unserved._dynamo_marked_constant = _fits_memory._dynamo_marked_constant = True  # type: ignore[attr-defined]
+for _answer in (_unserved, _fits_memory, _shared_memory):
+    _answer._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _too_large(op: str, tensors: Sequence[Tensor]) -> str | None:
@@ -81,6 +92,11 @@ def _too_large(op: str, tensors: Sequence[Tensor]) -> str | None:
         return f"{slots} slots are more than {MAX_SLOTS}, the most that one tile holds"
     if heads * slots > MAX_COLUMNS:
         return f"{heads} heads x {slots} slots are more than {MAX_COLUMNS} columns"
+    # The weights of one head, in and out, lie in shared memory whole; block sizes of the table hold up to 16 slots.
+    needs = 2 * padded_slots(slots) * round_up(width, 64) * tensors[0].element_size() + SCRATCH_BYTES
+    has = _shared_memory(tensors[0].device)
+    if slots > 16 and has is not None and needs > has:
+        return f"{slots} slots of rows {width} wide need {needs >> 10} KiB of shared memory, this GPU has {has >> 10}"
     return None
 
 

@@ -195,6 +195,26 @@ def test_tools_leave_out_what_an_architecture_does_not_serve(arch):
     assert lines[-1] == "14 entries"
 
 
+def test_many_slots_of_wide_rows_are_refused_where_a_head_does_not_fit(monkeypatch):
+    """Bytes of shared memory a block: 99 KiB (sm_86, sm_89, sm_12x), 163 (sm_80), 227 (sm_90, sm_100)."""
+
+    def reason(dtype, width, slots):
+        tensors = [torch.empty(s, dtype=dtype, device="meta") for s in ((1, 4, width), (1, width, 8, slots))]
+        return triton_backend.why_not("decoder_layer", tensors)
+
+    kib = {}
+    monkeypatch.setattr(triton_backend, "_shared_memory", lambda device: kib["has"] * 1024)
+    for has, dtype, width, most in (
+        (99, torch.float32, 180, 32), (99, torch.bfloat16, 180, 64), (99, torch.bfloat16, 360, 32),
+        (163, torch.float32, 180, 64), (163, torch.float32, 360, 32), (227, torch.bfloat16, 360, 64),
+    ):  # fmt: skip
+        kib["has"] = has
+        assert reason(dtype, width, most) is None
+        if most < 64:
+            assert f"this GPU has {has}" in reason(dtype, width, 64)
+    assert reason(torch.float32, 360, 11) is None
+
+
 def test_more_images_than_a_grid_has_programs_are_refused():
     folded = [torch.empty(s, device="meta") for s in ((65536, 4, 1, 2), (65536, 1, 2), (65536, 1, 2, 4), (4,))]
     x = torch.empty(1, 1, 4, device="meta")
