@@ -126,7 +126,9 @@ def energy(run: Callable[[], Any], seconds: float = 1.0) -> tuple[float, int] | 
         return None
     try:
         import pynvml
-
+    except ImportError:
+        return None
+    try:
         pynvml.nvmlInit()
         board = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
         calls, before, stop = 0, pynvml.nvmlDeviceGetTotalEnergyConsumption(board), time.perf_counter() + seconds
@@ -136,6 +138,6 @@ def energy(run: Callable[[], Any], seconds: float = 1.0) -> tuple[float, int] | 
             calls += 1
         used = pynvml.nvmlDeviceGetTotalEnergyConsumption(board) - before  # millijoules
         clock = pynvml.nvmlDeviceGetClockInfo(board, pynvml.NVML_CLOCK_SM)
-    except (ImportError, AttributeError, pynvml.NVMLError):
+    except (AttributeError, pynvml.NVMLError):
         return None
     return used / 1e3 / calls, int(clock)

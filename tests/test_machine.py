@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastslots.bench import timing
 from fastslots.report import run_facts
 from fastslots.train import TrainConfig, fit
 from fastslots.train import machine as module
@@ -86,6 +87,12 @@ def test_gpus_are_found_by_their_identity(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     joules, source = energy_counter(torch.device("cuda", 1))
     assert joules() == 12 and source == "of 2 GPUs (NVML)"
+
+
+def test_benchmarks_do_without_nvml_too(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert timing.energy(lambda: None) is None
 
 
 def test_a_run_logs_both_and_a_resume_goes_on(tmp_path, packages):

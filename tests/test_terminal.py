@@ -58,9 +58,12 @@ def test_a_character_holds_two_pixels():
         assert max(map(len, rows)) <= max(width, 34), width
 
 
-@pytest.mark.parametrize("colours", ["truecolor", ""])
+@pytest.mark.parametrize("colours", ["truecolor", "", "none"])
 def test_what_stays_is_printed_above_the_view(colours, monkeypatch, tmp_path):
-    monkeypatch.setenv("COLORTERM", colours)
+    if colours == "none":
+        monkeypatch.setenv("NO_COLOR", "1")
+    else:
+        monkeypatch.setenv("COLORTERM", colours)
     stream = Terminal()
     progress = open_progress(10, 1, 0, stream, tmp_path / "none")
     assert isinstance(progress, LiveProgress)
@@ -72,7 +75,7 @@ def test_what_stays_is_printed_above_the_view(colours, monkeypatch, tmp_path):
     progress.close()
     text = stream.getvalue()
     assert "data [bold]x[/bold] /path\n" in text and "eval at step 1 on 4 images: recon 2" in text
-    assert ("▀" in text) == bool(colours)
+    assert ("▀" in text) == (colours == "truecolor")
     assert "step 10 of 10" in text and "J-ARI" in text and "▁" in text
     assert text.index("\x1b[?25l") < text.rindex("\x1b[?25h")
 

@@ -65,8 +65,9 @@ class LiveProgress:
         """The scores in a line, and where the terminal has 24-bit colours pictures under it."""
         self._add(step, scores, SCORES)
         self.say(evaluation_line(step, scores))
-        if tiles and self._console.color_system == "truecolor" and not self._console.options.ascii_only:
-            self._print(thumbnails(tiles, self._console.width))
+        console = self._console
+        if tiles and console.color_system == "truecolor" and not console.no_color and not console.options.ascii_only:
+            self._print(thumbnails(tiles, console.width))
             self._print(Text("input, reconstruction, slots by colour", style="dim"))
 
     def say(self, text: str) -> None:
