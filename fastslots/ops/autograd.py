@@ -1,11 +1,13 @@
 """Kernels as differentiable torch operators: the only file that registers ops with ``torch.library``.
 
-A ``custom_op`` with ``register_autograd`` works in eager mode, under ``torch.compile(fullgraph=True)`` and ``export``,
+An operator with ``register_autograd`` works in eager mode, under ``torch.compile(fullgraph=True)`` and ``export``,
 but answers forward-mode AD with *silent zeros*. So ``under_transform`` is asked first (api.py): inside forward AD or a
 functorch transform (jvp, vmap, jacfwd, ...) the reference runs, which is right in every mode.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -30,6 +32,25 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or under_transform()
 
 
+def _operator(function: Callable) -> Callable:
+    """Register ``function`` as an operator of its name -> what calls it.
+
+    ``torch.library.custom_op`` does the same and imports Dynamo at the first call, which takes seconds. A
+    backward refuses to be differentiated: left alone, torch would only warn, and drop its gradient.
+    """
+    name = f"fastslots::{function.__name__}"
+    schema = torch.library.infer_schema(function, mutates_args=())
+    torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(name, "default", function)
+    if name.endswith("_backward"):
+        torch.library.register_autograd(name, _refuse)
+    return getattr(torch.ops.fastslots, function.__name__).default
+
+
+def _refuse(ctx, *grads):
+    raise RuntimeError("kernels have no autograd formula of their backward: take second derivatives by the reference")
+
+
 def _map_like(x: Tensor, batch: int, pixels: int, slots: int) -> Tensor:
     return x.new_empty(batch, pixels, slots, dtype=torch.promote_types(x.dtype, torch.float32))
 
@@ -42,19 +63,19 @@ def _or_zeros(grad: Tensor | None, like: Tensor) -> Tensor:
 # ---- cross_attention -------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fastslots::cross_attention", mutates_args=())
+@_operator
 def cross_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, slot_mask: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     return backends.load(backend).cross_attention_fwd(q, k, v, scale, slot_mask)
 
 
-@cross_attention.register_fake
+@torch.library.register_fake("fastslots::cross_attention")
 def _(q, k, v, scale, slot_mask, backend):
     return torch.empty_like(q, memory_format=torch.contiguous_format), _map_like(q, q.shape[0], q.shape[2], k.shape[2])
 
 
-@torch.library.custom_op("fastslots::cross_attention_backward", mutates_args=())
+@_operator
 def cross_attention_backward(
     dout: Tensor,
     dslot_map: Tensor,
@@ -68,7 +89,7 @@ def cross_attention_backward(
     return backends.load(backend).cross_attention_bwd(dout, dslot_map, q, k, v, scale, slot_mask)
 
 
-@cross_attention_backward.register_fake
+@torch.library.register_fake("fastslots::cross_attention_backward")
 def _(dout, dslot_map, q, k, v, scale, slot_mask, backend):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
 
@@ -87,33 +108,35 @@ def _cross_attention_vjp(ctx, dout, dslot_map):
     return dq, dk, dv, None, None, None
 
 
-cross_attention.register_autograd(_cross_attention_vjp, setup_context=_cross_attention_setup)
+torch.library.register_autograd(
+    "fastslots::cross_attention", _cross_attention_vjp, setup_context=_cross_attention_setup
+)
 
 
 # ---- folded_cross_attention ------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fastslots::folded_cross_attention", mutates_args=())
+@_operator
 def folded_cross_attention(
     x: Tensor, G: Tensor, g: Tensor, U: Tensor, b: Tensor, slot_mask: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     return backends.load(backend).folded_cross_attention_fwd(x, G, g, U, b, slot_mask)
 
 
-@folded_cross_attention.register_fake
+@torch.library.register_fake("fastslots::folded_cross_attention")
 def _(x, G, g, U, b, slot_mask, backend):
     B, K = g.shape[0], g.shape[2]
     return x.new_empty(B, x.shape[1], x.shape[2]), _map_like(x, B, x.shape[1], K)
 
 
-@torch.library.custom_op("fastslots::folded_cross_attention_backward", mutates_args=())
+@_operator
 def folded_cross_attention_backward(
     dy: Tensor, dslot_map: Tensor, x: Tensor, G: Tensor, g: Tensor, U: Tensor, slot_mask: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return backends.load(backend).folded_cross_attention_bwd(dy, dslot_map, x, G, g, U, slot_mask)
 
 
-@folded_cross_attention_backward.register_fake
+@torch.library.register_fake("fastslots::folded_cross_attention_backward")
 def _(dy, dslot_map, x, G, g, U, slot_mask, backend):
     like = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, G, g, U))
     return (*like, U.new_empty(U.shape[3]))
@@ -132,26 +155,26 @@ def _folded_vjp(ctx, dy, dslot_map):
     return (*folded_cross_attention_backward(dy, dslot_map, x, G, g, U, slot_mask, ctx.backend), None, None)
 
 
-folded_cross_attention.register_autograd(_folded_vjp, setup_context=_folded_setup)
+torch.library.register_autograd("fastslots::folded_cross_attention", _folded_vjp, setup_context=_folded_setup)
 
 
 # ---- decoder_layer ---------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fastslots::decoder_layer", mutates_args=())
+@_operator
 def decoder_layer(
     x: Tensor, folded: list[Tensor], ff: list[Tensor], slot_mask: Tensor | None, eps: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     return backends.load(backend).decoder_layer_fwd(x, *folded, *ff, slot_mask, eps)
 
 
-@decoder_layer.register_fake
+@torch.library.register_fake("fastslots::decoder_layer")
 def _(x, folded, ff, slot_mask, eps, backend):
     B, K = folded[1].shape[0], folded[1].shape[2]
     return x.new_empty(B, x.shape[1], x.shape[2]), _map_like(x, B, x.shape[1], K)
 
 
-@torch.library.custom_op("fastslots::decoder_layer_backward", mutates_args=())
+@_operator
 def decoder_layer_backward(
     dy: Tensor,
     dslot_map: Tensor,
@@ -166,7 +189,7 @@ def decoder_layer_backward(
     return list(backends.load(backend).decoder_layer_bwd(dy, dslot_map, x, *folded, *ff, slot_mask, eps))
 
 
-@decoder_layer_backward.register_fake
+@torch.library.register_fake("fastslots::decoder_layer_backward")
 def _(dy, dslot_map, x, folded, ff, slot_mask, eps, backend):
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, *folded, *ff)]
 
@@ -187,32 +210,32 @@ def _layer_vjp(ctx, dy, dslot_map):
     return dx, grads[: ctx.num_folded], grads[ctx.num_folded :], None, None, None
 
 
-decoder_layer.register_autograd(_layer_vjp, setup_context=_layer_setup)
+torch.library.register_autograd("fastslots::decoder_layer", _layer_vjp, setup_context=_layer_setup)
 
 
 # ---- token_attention -------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fastslots::token_attention", mutates_args=())
+@_operator
 def token_attention(rows: Tensor, tokens: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """-> gathered and the log-sum-exp of each row's scores, which the backward needs and no public op returns."""
     return backends.load(backend).token_attention_fwd(rows, tokens)
 
 
-@token_attention.register_fake
+@torch.library.register_fake("fastslots::token_attention")
 def _(rows, tokens, backend):
     gathered = torch.empty_like(rows, memory_format=torch.contiguous_format)
     return gathered, rows.new_empty(rows.shape[:2], dtype=torch.promote_types(rows.dtype, torch.float32))
 
 
-@torch.library.custom_op("fastslots::token_attention_backward", mutates_args=())
+@_operator
 def token_attention_backward(
     dgathered: Tensor, rows: Tensor, tokens: Tensor, gathered: Tensor, lse: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
     return backends.load(backend).token_attention_bwd(dgathered, rows, tokens, gathered, lse)
 
 
-@token_attention_backward.register_fake
+@torch.library.register_fake("fastslots::token_attention_backward")
 def _(dgathered, rows, tokens, gathered, lse, backend):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (rows, tokens))
 
@@ -230,4 +253,6 @@ def _token_attention_vjp(ctx, dgathered, _dlse):
     return *grads, None
 
 
-token_attention.register_autograd(_token_attention_vjp, setup_context=_token_attention_setup)
+torch.library.register_autograd(
+    "fastslots::token_attention", _token_attention_vjp, setup_context=_token_attention_setup
+)

@@ -97,7 +97,7 @@ class LossInputs:
 
 def _loss(inputs: LossInputs) -> tuple[Tensor, Tensor]:
     """(recon, interaction) of these pixels, untiled."""
-    queries = inputs.with_queries().queries
+    queries = inputs.queries if isinstance(inputs.queries, Tensor) else inputs.queries.queries()
     pixels, slot_map = reference.decode(queries, inputs.layers, inputs.head, inputs.slot_mask, inputs.eps)
     recon = reference.reconstruction_error(pixels, inputs.target, inputs.pixel_weight)
     return recon, reference.interaction_penalty(slot_map, inputs.pixel_weight)
