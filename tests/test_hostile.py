@@ -14,8 +14,11 @@ import pytest
 from PIL import Image
 
 from fastslots.cli import main
+from fastslots.data.features import FeatureDataset, Features, write_features
 from fastslots.data.multi_object import MultiObjectReader
 from fastslots.data.open import decoded
+from fastslots.data.packed import DatasetInfo
+from fastslots.data.packing import write_arrays
 from fastslots.data.pictures import ClevrReader
 from fastslots.data.tfrecord import masked_crc
 from fastslots.errors import UserError
@@ -107,6 +110,37 @@ def test_a_small_file_of_a_huge_record_is_refused_at_once(tmp_path, features):
     with pytest.raises(UserError, match=r"record 0 at byte 0 is damaged .its length is 1677"):
         MultiObjectReader(path)
     assert time.monotonic() - began < 2
+
+
+# ---- features --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def features(tmp_path) -> Path:
+    part = Features(np.ones((3, 4, 5), np.float32), np.zeros((3, 8, 8), np.uint8), np.ones(3, np.uint8))
+    info = DatasetInfo("sprites", "here", 3, 3, 8, True, False, None, "digest")
+    write_features(tmp_path / "f", info, {}, "float16", lambda a, b: part, lambda: {"x": np.zeros((3, 2))}, 3)
+    return tmp_path / "f"
+
+
+@pytest.mark.parametrize("field", [{"mask_size": -8}, {"mask_size": 1 << 40}, {"kind": []}, {"max_objects": "6"}])
+def test_features_that_describe_themselves_wrongly_are_refused(features, field):
+    meta = json.loads((features / "meta.json").read_text())
+    (features / "meta.json").write_text(json.dumps(meta | field))
+    with pytest.raises(UserError, match=next(iter(field))):
+        FeatureDataset(features)
+
+
+def test_features_of_nested_json_are_refused(features):
+    (features / "meta.json").write_bytes(DEEP)
+    with pytest.raises(UserError, match="describes no features"):
+        FeatureDataset(features)
+
+
+def test_factors_of_other_images_are_refused(features):
+    write_arrays(features / "factors.npz", {"x": np.zeros((2, 2))})
+    with pytest.raises(UserError, match=r"x has shape \[2, 2\] for 3 images"):
+        FeatureDataset(features)
 
 
 # ---- a run's own files -----------------------------------------------------------------------------------------------

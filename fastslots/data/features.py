@@ -31,6 +31,7 @@ DTYPES = {"float16": "<f2", "float32": "<f4"}
 FLUSH_EVERY = 256  # images
 MEND = "remove that folder and run `fastslots data features` again"
 _SHAPE = ("count", "side", "channels")
+_META_TYPES = {"kind": str, "dtype": str, "digest": str, "published_split": bool, "made_by": dict}
 
 
 class Features(NamedTuple):
@@ -66,6 +67,9 @@ class FeatureDataset:
         self._rows = np.flatnonzero(self.objects <= max_objects) if max_objects else np.arange(n)
         path = folder / "factors.npz"
         self._factors = read_arrays(path) if path.exists() else {}
+        for name, values in self._factors.items():
+            if values.shape[:1] != (n,):
+                raise UserError(f"{path}: {name} has shape {list(values.shape)} for {n} images: {MEND}")
         self.info = DatasetInfo(
             *(f"features of {meta['kind']}", str(folder), len(self._rows), n, meta["mask_size"] or self.side),
             *(self._masks is not None, meta["published_split"], max_objects or meta["max_objects"], meta["digest"]),
@@ -255,11 +259,16 @@ def read_meta(folder: Path) -> dict:
             raise UserError(f"{folder}: written by another version ({meta['version']}): {MEND}")
         if not all(type(meta[name]) is int and 1 <= meta[name] < 1 << 31 for name in _SHAPE):
             raise ValueError("count, side or channels is out of range")
-        if type(meta["mask_size"]) is not int or meta["dtype"] not in DTYPES or type(meta["made_by"]) is not dict:
-            raise ValueError("mask_size, dtype or made_by is malformed")
-        for name in ("kind", "digest", "published_split", "max_objects"):
-            meta[name]  # KeyError names what is missing
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if type(meta["mask_size"]) is not int or not 0 <= meta["mask_size"] < 1 << 14:
+            raise ValueError(f"mask_size is {meta['mask_size']!r}")
+        if meta["max_objects"] is not None and type(meta["max_objects"]) is not int:
+            raise ValueError(f"max_objects is {meta['max_objects']!r}")
+        for name, kind in _META_TYPES.items():
+            if type(meta[name]) is not kind:
+                raise ValueError(f"{name} is {meta[name]!r}")
+        if meta["dtype"] not in DTYPES:
+            raise ValueError(f"dtype is {meta['dtype']!r}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} describes no features ({error!r}): {MEND}") from None
