@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
@@ -14,6 +14,7 @@ from fastslots.models.config import SlotVAEConfig
 from fastslots.models.layers import FeedForwardLayer, grid, mlp, xavier_
 from fastslots.nn import AttentionProjections
 from fastslots.ops import decoder_layer
+from fastslots.ops.autograd import is_traced
 from fastslots.ops.reference import (
     FeedForward,
     FoldedProjections,
@@ -23,6 +24,8 @@ from fastslots.ops.reference import (
     output_head,
 )
 from fastslots.ops.tiled import DecoderLossTerms, LossInputs, decoder_loss
+
+CACHED_ROWS = 1024
 
 
 class DecoderLayer(nn.Module):
@@ -63,7 +66,7 @@ class Decoder(nn.Module):
 
     def queries(self) -> Tensor:
         """The pixels' queries, the same for every image: [1, L, query_width]."""
-        return self.query_mlp(self.position_code)[None]
+        return _by_rows(self.query_mlp, cast(Tensor, self.position_code))[None]
 
     def _queries_at(self, pixels: Tensor) -> Tensor:
         """Queries of each image's own pixels, [B, P] int64 -> [B, P, query_width]: by whichever is less work."""
@@ -86,7 +89,8 @@ class Decoder(nn.Module):
         for folded, ff in self.layers(slots):
             x, slot_map = decoder_layer(x, folded, ff, slot_mask=slot_mask)
             maps.append(slot_map)
-        pixels = output_head(x, self.head())
+        head = self.head()
+        pixels = _by_rows(lambda rows: output_head(rows, head), x)
         recon = pixels.transpose(1, 2).unflatten(-1, (self.resolution, self.resolution))
         return recon, torch.stack(maps).mean(0)
 
@@ -142,6 +146,18 @@ class Decoder(nn.Module):
         )
         terms = decoder_loss(inputs, grad_scale, backend)
         return terms._replace(recon=terms.recon * expansion)
+
+
+def _by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``function(x)``, which treats all rows [..., width] alike.
+
+    On a CPU and without gradients, part by part: hidden layers stay in cache (clevr6's queries take 41 ms, not 65) and
+    never exist for all rows.
+    """
+    if torch.is_grad_enabled() or x.device.type != "cpu" or is_traced():
+        return function(x)
+    parts = [function(part) for part in x.flatten(0, -2).split(CACHED_ROWS)]
+    return torch.cat(parts).unflatten(0, x.shape[:-1])
 
 
 def _linear_maps(mlp: nn.Sequential) -> tuple[list[Tensor], list[Tensor]]:
