@@ -193,6 +193,18 @@ def test_what_the_first_process_refuses_all_refuse(commands, tmp_path, one):
     assert all("already holds a run: add --resume" in p.said() for p in processes)
 
 
+def test_scaling_table(one, two, tmp_path):
+    """What ``python -m fastslots.bench.processes`` prints; its runs need a machine that does nothing else."""
+    from fastslots.bench.processes import difference, rate, table
+
+    assert 0 < difference(one, two) < BOUND
+    lines = [{"step": step, "images_per_s": 5.0 if step > 10 else 1e9} for step in range(1, 14)]
+    lines.append({"step": 13, "eval": "val"})
+    (tmp_path / "log").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert rate(tmp_path / "log") == 5.0
+    assert "| 2 | 15.0 | 75% | 5.0e-08 |" in table({1: 10.0, 2: 15.0}, {2: 5e-8})
+
+
 def test_fewer_images_than_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("RANK", "3")
