@@ -56,8 +56,8 @@ def padded_slots(K: int) -> int:
 
 
 def fit_slots(config: LaunchConfig, K: int) -> LaunchConfig:
-    """A group of columns holds at least one head: where that is over twice the table's columns, rows give way."""
-    over = padded_slots(K) // (2 * config.block_c)
+    """A group of columns holds at least one head: where that is more than the table's columns, rows give way."""
+    over = padded_slots(K) // config.block_c
     return config if over < 2 else replace(config, block_l=max(16, config.block_l // over))
 
 
