@@ -7,19 +7,23 @@ import json
 import shutil
 import struct
 import time
+import tracemalloc
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from PIL import Image
 
 from fastslots.cli import main
 from fastslots.data.features import FeatureDataset, Features, write_features
+from fastslots.data.hdf5 import Hdf5Reader
 from fastslots.data.multi_object import MultiObjectReader
+from fastslots.data.npz import MOST_BYTES, NpzReader
 from fastslots.data.open import decoded
 from fastslots.data.packed import DatasetInfo
 from fastslots.data.packing import write_arrays
-from fastslots.data.pictures import ClevrReader
+from fastslots.data.pictures import ClevrReader, FolderReader
 from fastslots.data.tfrecord import masked_crc
 from fastslots.errors import UserError
 from fastslots.testing import message
@@ -110,6 +114,42 @@ def test_a_small_file_of_a_huge_record_is_refused_at_once(tmp_path, features):
     with pytest.raises(UserError, match=r"record 0 at byte 0 is damaged .its length is 1677"):
         MultiObjectReader(path)
     assert time.monotonic() - began < 2
+
+
+# ---- sizes and other programs ----------------------------------------------------------------------------------------
+
+
+def test_pictures_start_no_other_program(tmp_path, monkeypatch):
+    """Pillow hands PostScript to Ghostscript, whatever the file's name."""
+    from PIL import EpsImagePlugin
+
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **_: started.append(args))
+    page = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n"
+    (tmp_path / "a.png").write_bytes(page)
+    with pytest.raises(UserError, match="cannot be read as a picture"):
+        list(FolderReader(tmp_path).scenes())
+    assert not started
+
+
+def test_rows_of_an_npz_are_read_within_bounds(tmp_path):
+    """65 kB of zeros, deflated, that claim an image of 67 MB; and many rows that are large together."""
+    np.savez_compressed(tmp_path / "a.npz", arr_0=np.zeros((1, 8200, 8200, 1), np.uint8))
+    with pytest.raises(UserError, match="over 67,108,864 bytes a row"):
+        NpzReader(tmp_path / "a.npz")
+    np.savez_compressed(tmp_path / "b.npz", arr_0=np.zeros((9, 2048, 2048, 3), np.uint8))
+    tracemalloc.start()
+    assert sum(1 for _ in NpzReader(tmp_path / "b.npz").scenes()) == 9
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2.5 * MOST_BYTES  # what is read, and a copy
+
+
+def test_chunks_of_hdf5_are_within_bounds(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("image", (1 << 12, 128, 128, 3), "u1", chunks=(1 << 11, 128, 128, 3), compression="gzip")
+    with pytest.raises(UserError, match="image has chunks of 100,663,296 bytes, too large"):
+        list(Hdf5Reader(tmp_path / "a.h5").scenes())
 
 
 # ---- features --------------------------------------------------------------------------------------------------------

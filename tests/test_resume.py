@@ -160,6 +160,13 @@ def test_a_damaged_newer_checkpoint_pushes_out_no_good_one(tmp_path, keep):
     assert len(list(tmp_path.iterdir())) == keep
 
 
+def test_what_a_kill_left_half_written_is_removed(tmp_path):
+    (tmp_path / ".step_00000007.safetensors.partial").write_bytes(b"half")
+    (tmp_path / ".best.safetensors.partial").write_bytes(b"another writer's")
+    save_checkpoint(tmp_path, checkpoint(9), keep=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".best.safetensors.partial", "step_00000009.safetensors"]
+
+
 def test_other_files_beside_the_checkpoints_are_left_alone(tmp_path):
     (tmp_path / "step_mine.safetensors").write_bytes(b"a copy of the user's")
     for step in (99_999_999, 100_000_000, 100_000_001):

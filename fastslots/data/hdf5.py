@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from fastslots.data.npz import to_labels, to_uint8
+from fastslots.data.npz import MOST_BYTES, to_labels, to_uint8
 from fastslots.data.scene import BadRecordError, Scene
 from fastslots.errors import UserError
 
 MAGIC = b"\x89HDF\r\n\x1a\n"
 ROWS = 64  # read at once: chunks hold several rows, and each read decodes whole chunks
-MOST_BYTES = 1 << 26  # read at once, whatever the header claims
 _NOT_FACTORS = ("image", "mask", "num_actual_objects")
 
 
@@ -57,6 +56,10 @@ class Hdf5Reader:
         row_bytes = sum(self._sets[name].dtype.itemsize * math.prod(self._sets[name].shape[1:]) for name in names)
         if row_bytes > MOST_BYTES:
             raise UserError(f"{self._path}: a scene of {row_bytes:,} bytes is too large: make the images smaller")
+        for name in names:  # a chunk is decoded whole, and a few kB may hold one of gigabytes
+            chunk = self._sets[name].dtype.itemsize * math.prod(self._sets[name].chunks or ())
+            if chunk > MOST_BYTES:
+                raise UserError(f"{self._path}: {name} has chunks of {chunk:,} bytes, too large: write smaller ones")
         at_once = max(1, min(ROWS, MOST_BYTES // max(row_bytes, 1)))
         for first in range(start, self._count, at_once):
             last = min(first + at_once, self._count)

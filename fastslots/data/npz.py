@@ -19,7 +19,8 @@ import numpy as np
 from fastslots.data.scene import BadRecordError, Scene
 from fastslots.errors import UserError
 
-ROWS = 64  # read at once
+ROWS = 64  # read at once,
+MOST_BYTES = 1 << 26  # but no more than this, whatever the header claims
 MEND = "save plain arrays with numpy.savez"
 # What zipfile, zlib and NumPy's parser of headers (which falls back to Python's tokenizer) raise on damaged bytes
 _DAMAGE: tuple[type[Exception], ...] = (ValueError, TypeError, SyntaxError, tokenize.TokenError, OverflowError)
@@ -58,6 +59,8 @@ class Member:
             raise ValueError("it is in Fortran order")
         if not shape or not shape[0]:
             raise ValueError(f"its shape is {list(shape)}")
+        if math.prod(shape[1:]) * dtype.itemsize > MOST_BYTES:
+            raise ValueError(f"its shape is {list(shape)} of {dtype}, over {MOST_BYTES:,} bytes a row")
         return shape, dtype
 
     def read(self) -> np.ndarray:
@@ -71,8 +74,9 @@ class Member:
             with zipfile.ZipFile(self._path) as archive, archive.open(self._name) as file:
                 self._header(file)
                 file.seek(start * width, 1)
-                for first in range(start, len(self), ROWS):
-                    rows = min(ROWS, len(self) - first)
+                at_once = max(1, min(ROWS, MOST_BYTES // max(width, 1)))
+                for first in range(start, len(self), at_once):
+                    rows = min(at_once, len(self) - first)
                     data = file.read(rows * width)
                     yield from np.frombuffer(data, self.dtype).reshape(rows, *self.shape[1:])
                 file.read(1)  # the end, where zipfile compares checksums

@@ -14,6 +14,13 @@ from fastslots.data.scene import BadRecordError, Scene
 from fastslots.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "MPO",
+    "BMP",
+    "WEBP",
+)  # whatever a file is named: for PostScript, Pillow starts another program
 MAX_PIXELS = 1 << 26  # a picture that claims more is refused before it is decoded,
 MAX_RATIO = 4096  # as is one that claims more pixels a byte of its file: DEFLATE gives at most 1,032 bytes a byte
 # Codes count from 1 in the order of the CLEVR generator's table; 0 = background or no object
@@ -30,7 +37,7 @@ MOST_OBJECTS = 254  # of a scene; every scene's factors have room for those of t
 def read_picture(path: Path) -> np.ndarray:
     """uint8 [H, W, 3]; transparency is dropped. UserError where it is no picture."""
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             pixels = picture.width * picture.height
             if pixels > MAX_PIXELS or pixels > (1 << 18) + MAX_RATIO * path.stat().st_size:
                 raise UserError(f"{path}: {picture.width} x {picture.height} pixels are too many: make it smaller")

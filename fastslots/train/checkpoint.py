@@ -68,7 +68,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     # Newer ones were damaged when this run went on from one before them: counted, they would push out good ones.
     newer = [other for step, other in _numbered(folder) if step > checkpoint.step]
     older = [other for step, other in _numbered(folder) if step <= checkpoint.step]
-    for other in [*newer, *older[:-keep]]:
+    torn = folder.glob(".step_*.partial")  # of a kill: each would take a checkpoint's room for good
+    for other in [*newer, *older[:-keep], *torn]:
         with contextlib.suppress(OSError):  # somebody else has removed it
             other.unlink()
     return path
