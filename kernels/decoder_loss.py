@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -167,15 +167,30 @@ def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
     return torch.full((), value, device=device, dtype=torch.float32)
 
 
+class _Needs(NamedTuple):
+    """Which gradients are needed, of each layer and of the head; the first layer that the backward has to reach."""
+
+    starts: range  # of the layers in the flat order
+    folded: list[bool]
+    feed_forward: list[bool]
+    head: bool
+    first: int
+
+
+def _needs(inputs: Any, need: Sequence[bool]) -> _Needs:
+    size = sum(map(len, inputs.layers[0]))
+    stop = 1 + size * len(inputs.layers)
+    starts = range(1, stop, size)
+    folded = [any(need[at : at + len(f)]) for at, (f, _) in zip(starts, inputs.layers, strict=True)]
+    feed_forward = [any(need[at + len(f) : at + size]) for at, (f, _) in zip(starts, inputs.layers, strict=True)]
+    some = [need[0] or any(need[1 : at + size]) for at in starts]  # of this layer or one before
+    return _Needs(starts, folded, feed_forward, any(need[stop:]), some.index(True) if any(some) else len(some))
+
+
 def _run(inputs: Any, need: Sequence[bool], grad_scale: float | Tensor, rows: int, dtype: torch.dtype) -> list[Tensor]:
     """-> recon, interaction and the gradients that are needed, in fp32. The backward ends at the first of them."""
     flat = inputs.differentiable()
-    size = 4 + len(inputs.layers[0][1])
-    starts = range(1, 1 + size * len(inputs.layers), size)
-    need_folded = [any(need[at : at + 4]) for at in starts]
-    need_feed_forward = [any(need[at + 4 : at + size]) for at in starts]
-    need_head = any(need[1 + size * len(inputs.layers) :])
-    first = 0 if need[0] else next((i for i, at in enumerate(starts) if any(need[at : at + size])), len(starts))
+    needs = _needs(inputs, need)
     B, L, _ = inputs.target.shape
     queries, layers, head = inputs.queries.to(dtype), inputs.layers, inputs.head
     D, shared = queries.shape[2], queries.shape[0] != B
@@ -211,17 +226,17 @@ def _run(inputs: Any, need: Sequence[bool], grad_scale: float | Tensor, rows: in
         dmap = dmap * (grad_scale * inputs.interaction_weight)
         if weight is not None:
             dout, dmap = dout * weight.flatten()[:, None], dmap * weight[..., None]
-        dx, head_grads = _head_backward(dout.to(dtype), last, norm, weights, saved, need_head)
+        dx, head_grads = _head_backward(dout.to(dtype), last, norm, weights, saved, needs.head)
         dx = dx.view(-1, pixels.stop - pixels.start, D)
         _add(grads[len(flat) - len(head_grads) :], head_grads)
-        for i in reversed(range(first, len(layers))):
+        for i in reversed(range(needs.first, len(layers))):
             dx, dG, dg, dU, *shared_grads = decoder_layer_bwd(
                 dx, dmap, xs[i], *folded[i], **layers[i][1]._asdict(), slot_mask=mask, eps=inputs.eps,
-                need_folded=need_folded[i], need_feed_forward=need_feed_forward[i],
+                need_folded=needs.folded[i], need_feed_forward=needs.feed_forward[i],
             )  # fmt: skip
-            at = starts[i]
+            at = needs.starts[i]
             _add([None if g is None else g[images] for g in grads[at : at + 3]], (dG, dg, dU))
-            _add(grads[at + 3 : at + size], shared_grads)
+            _add(grads[at + 3 : at + 3 + len(shared_grads)], shared_grads)
         if grads[0] is not None:
             grads[0][slice(None) if shared else images, pixels] += dx
     return [recon, interaction, *(grad for grad in grads if grad is not None)]
