@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastslots.data.pictures import read_picture
+from fastslots.data.pictures import FORMATS, read_picture
 from fastslots.data.scene import BadRecordError, Scene
 from fastslots.errors import UserError
 
@@ -63,7 +63,7 @@ def _picture_of(mask: Path) -> Path:
 def _labels(path: Path) -> np.ndarray:
     """uint8 [H, W] labels, 0 = background; the colours of the palette mean nothing."""
     read_picture(path)  # refuses what is too large or damaged, with its mend
-    with Image.open(path) as picture:
+    with Image.open(path, formats=FORMATS) as picture:
         if picture.mode not in ("P", "L"):
             raise UserError(
                 f"{path} is a picture of mode {picture.mode}, expected a palette of labels: download it again"

@@ -69,7 +69,7 @@ def _grids(folder: Path) -> list[dict[str, Any]]:
     grids = []
     for path in paths:
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=("PNG",)) as image:
                 width, height = image.size
                 picture = data_uri(image.convert("RGB"), GRID_BYTES)
         except (OSError, ValueError, Image.DecompressionBombError):  # torn: the page shows the others

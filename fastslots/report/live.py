@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastslots.data.pictures import FORMATS
 from fastslots.models import SlotVAE
 from fastslots.report.pictures import by_colour, data_uri, grey, rgb
 
@@ -44,7 +45,7 @@ class Session:
         """A picture file, cropped to a centred square and resized. Raises BadRequestError for anything else."""
         R = self.model.config.resolution
         try:
-            with Image.open(io.BytesIO(data)) as picture:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
                 side = min(picture.size)
                 left, top = ((length - side) // 2 for length in picture.size)
                 square = picture.convert("RGB").crop((left, top, left + side, top + side))
