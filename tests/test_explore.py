@@ -7,7 +7,9 @@ import http.client
 import importlib.util
 import io
 import json
+import re
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -16,8 +18,10 @@ from PIL import Image
 
 from fastslots.cli import main
 from fastslots.models import SlotVAE, SlotVAEConfig
+from fastslots.report import server as server_module
 from fastslots.report.live import Session
 from fastslots.report.server import LARGEST_UPLOAD, serve
+from fastslots.train import TrainConfig, fit
 
 TINY = {
     **{"resolution": 16, "num_slots": 3, "slot_dim": 4, "cnn_channels": 8, "encoder_width": 16, "encoder_layers": 1},
@@ -110,6 +114,32 @@ def test_other_sites_and_other_machines_get_nothing(server):
 def test_a_port_in_use_is_an_error_of_its_own(session, server):
     with pytest.raises(OSError):
         serve(session, server.server_address[1])
+
+
+def test_the_command_serves_a_run_until_it_is_ended(tmp_path, monkeypatch, capsys):
+    small = dict(**TINY, output_hidden=(16,), pixels_per_step=0, steps=1, batch_size=4, eval_images=1, threads=1)
+    with open(tmp_path / "said", "w") as said:
+        fit(TrainConfig.preset("sprites-mini", **small), out=tmp_path / "run", stream=said)
+    servers: list = []
+    monkeypatch.setattr(server_module, "serve", lambda *given: servers.append(serve(*given)) or servers[-1])
+    codes: list[int] = []
+    command = ["explore", str(tmp_path / "run"), "--port", "0"]
+    thread = threading.Thread(target=lambda: codes.append(main(command)), daemon=True)
+    thread.start()
+    said, deadline = "", time.monotonic() + 60
+    while "Ctrl-C ends" not in said and thread.is_alive() and time.monotonic() < deadline:
+        said += capsys.readouterr().out
+        time.sleep(0.01)
+    port = int(re.match(r"http://127\.0\.0\.1:(\d+) ", said)[1])
+    status, page = ask(servers[0], "GET", "/")
+    assert status == 200 and port == servers[0].server_address[1]
+    facts = json.loads(page.split(b"id=facts>")[1].split(b"</script>")[0])
+    assert facts["name"] == "run" and len(facts["images"]) == 12
+    assert main(["explore", str(tmp_path / "run"), "--port", str(port)]) == 2
+    assert f"port {port} cannot be used (Address already in use)" in capsys.readouterr().err
+    servers[0].shutdown()
+    thread.join(20)
+    assert codes == [0]
 
 
 def test_without_flask_the_mend_is_named(tmp_path, monkeypatch, capsys):
