@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         server = serve(session, args.port)
     except OSError as error:
-        raise UserError(f"port {args.port} cannot be used ({os.strerror(error.errno or 0)}): name another --port") from None
+        reason = os.strerror(error.errno or 0)
+        raise UserError(f"port {args.port} cannot be used ({reason}): name another --port") from None
     print(f"http://127.0.0.1:{server.port}  (only this machine can open it; Ctrl-C ends)", flush=True)
     try:
         server.serve_forever()
