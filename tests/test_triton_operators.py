@@ -221,3 +221,21 @@ def test_weights_of_another_dtype_than_the_rows():
     for item in launches:
         compile.source(item)  # every pointer is of a type that kernels take
         assert item.args["bias_ptr"].dtype == item.args["b2_ptr"].dtype == torch.float32
+
+
+def test_autocast_reaches_the_kernels():
+    """As it reaches the reference's products: fp32 rows, as a norm leaves them, must not run as IEEE fp32 on a GPU."""
+    x, folded, _ = random_layer(SHAPE, torch.float32)
+    q, k, v = random_qkv(SHAPE, torch.float32)
+    seen = {}
+    for backend in ("triton", "reference"):
+        with torch.autocast("cpu", torch.bfloat16), Names() as names:
+            out = ops.cross_attention(q, k, v, backend=backend)
+            y = ops.folded_cross_attention(leaf(x), folded, backend)
+        seen[backend] = (*out, *y)
+        assert backend == "reference" or {"fastslots::cross_attention", "_to_copy"} <= names.seen
+    for a, r in zip(seen["triton"], seen["reference"], strict=True):
+        assert a.dtype == r.dtype
+        torch.testing.assert_close(a, r, atol=0.1, rtol=0.05)
+    wide = ops.folded_cross_attention(x, folded, "triton")
+    assert not torch.equal(seen["triton"][2], wide[0])

@@ -18,6 +18,14 @@ def _serve(op: str, tensors: tuple[Tensor, ...], backend: str) -> str:
     return backends.select(op, tensors, backend)
 
 
+def _under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's type where it is on, as it casts the operands of the reference's products."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
+
+
 def cross_attention(
     q: Tensor,
     k: Tensor,
@@ -51,6 +59,7 @@ def cross_attention(
     name = _serve("cross_attention", (q, k, v), backend)
     if name == "reference":
         return reference.cross_attention(q, k, v, scale, slot_mask)
+    q, k, v = _under_autocast(q, k, v)
     return autograd.cross_attention(q, k, v, scale, slot_mask, name)
 
 
@@ -106,7 +115,8 @@ def folded_cross_attention(
     name = _serve("folded_cross_attention", (x, *folded), backend)
     if name == "reference":
         return reference.folded_cross_attention(x, folded, slot_mask)
-    return autograd.folded_cross_attention(x, *folded, slot_mask, name)
+    y, slot_map = autograd.folded_cross_attention(*_under_autocast(x), *folded, slot_mask, name)
+    return y.to(x.dtype), slot_map
 
 
 def token_attention(rows: Tensor, tokens: Tensor, backend: str = "auto") -> Tensor:
@@ -130,10 +140,7 @@ def token_attention(rows: Tensor, tokens: Tensor, backend: str = "auto") -> Tens
     name = _serve("token_attention", (rows, tokens), backend)
     if name == "reference":
         return reference.token_attention(rows, tokens)
-    if torch.is_autocast_enabled(rows.device.type):
-        dtype = torch.get_autocast_dtype(rows.device.type)
-        rows, tokens = rows.to(dtype), tokens.to(dtype)
-    return autograd.token_attention(rows, tokens, name)[0]
+    return autograd.token_attention(*_under_autocast(rows, tokens), name)[0]
 
 
 def decoder_layer(
@@ -167,6 +174,4 @@ def decoder_layer(
     name = _serve("decoder_layer", (x, *folded, *ff), backend)
     if name == "reference":
         return reference.decoder_layer(x, folded, ff, slot_mask, eps)
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return autograd.decoder_layer(x, list(folded), list(ff), slot_mask, eps, name)
+    return autograd.decoder_layer(*_under_autocast(x), list(folded), list(ff), slot_mask, eps, name)
