@@ -56,7 +56,10 @@ def padded_slots(K: int) -> int:
 
 
 def fit_slots(config: LaunchConfig, K: int) -> LaunchConfig:
-    """A group of columns holds at least one head: where that is more than the table's columns, rows give way."""
+    """A group of columns holds at least one head: where that is more than the table's columns, rows give way.
+
+    (In ``cross_attention``, which takes a head at a time, the table's columns serve for this alone.)
+    """
     over = padded_slots(K) // config.block_c
     return config if over < 2 else replace(config, block_l=max(16, config.block_l // over))
 

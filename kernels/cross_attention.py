@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from ._pack import next_power, pad_rows, round_up
+from ._pack import fit_slots, next_power, pad_rows, round_up
 from ._tiles import (
     dot,
     load_map,
@@ -169,7 +169,7 @@ def cross_attention_fwd(
     """q [B,H,L,d] (rows contiguous or copied), k, v [B,H,K,d] -> out [B,H,L,d], slot_map [B,L,K] fp32."""
     B, H, L, d = q.shape
     q = _unit_rows(q)
-    config = launch.select(_cross_attention_fwd_kernel, q, d)
+    config = fit_slots(launch.select(_cross_attention_fwd_kernel, q, d), k.shape[2])
     args, values = _operands(q, k, v, scale, slot_mask, config)
     out, slot_map = q.new_empty(B, H, L, d), q.new_empty(B, L, k.shape[2], dtype=torch.float32)
     args |= {"out_ptr": out, "map_ptr": slot_map, "heads": H}
@@ -184,7 +184,7 @@ def cross_attention_bwd(
     B, H, L, d = q.shape
     K = k.shape[2]
     q, dout, dslot_map = _unit_rows(q), _unit_rows(dout.to(q.dtype)), dslot_map.float().contiguous()
-    config = launch.select(_cross_attention_bwd_kernel, q, d)
+    config = fit_slots(launch.select(_cross_attention_bwd_kernel, q, d), K)
     args, values = _operands(q, k, v, scale, slot_mask, config)
     parts, blocks = launch.split(L, config.block_l, B * H, target=2048)
     width, slots = args["k_ptr"].shape[3], values["KP"]

@@ -245,6 +245,11 @@ def test_rows_far_apart_are_copied_before_offsets_wrap():
 def test_many_slots_take_shorter_tiles(slots):
     """A group of columns is at least one head: 64 slots in a table's 16 columns must not grow a tile fourfold."""
     shape = replace(shipped.PRESETS["clevr6"], K=slots, H=8)
+    q = torch.empty(1, 2, 300, 43, dtype=torch.bfloat16, device="meta")
+    k = torch.empty(1, 2, slots, 43, dtype=torch.bfloat16, device="meta")
+    with launch.record("sm_90") as launches:
+        cross_attention_fwd(q, k, k, 1.0)
+    assert launches[0].constexprs["BLOCK_L"] * launches[0].constexprs["KP"] <= 128 * 32
     usual = {}
     for target, K in ((usual, 7), (many := {}, slots)):
         with launch.record("sm_90") as launches:
