@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from fastslots.cli import main
+from fastslots.data.pictures import read_picture
 from fastslots.models import SlotVAE, SlotVAEConfig
 from fastslots.report import server as server_module
 from fastslots.report.live import Session
@@ -75,6 +76,14 @@ def test_an_uploaded_picture_is_cropped_and_encoded(session, server):
     result = json.loads(body)
     assert status == 200 and np.array(result["z"]).shape == (3, 4)
     assert (pixels(result["input"]) == (0, 0, 255)).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "MPO", "BMP", "WEBP"])
+def test_pictures_of_every_known_format_are_taken(session, kind, tmp_path):
+    several = {"save_all": True, "append_images": [Image.new("RGB", (16, 16))]} if kind == "MPO" else {}
+    Image.new("RGB", (16, 16), "white").save(tmp_path / "picture.png", kind, **several)
+    assert (pixels(session.encode((tmp_path / "picture.png").read_bytes())["input"]) > 250).all()
+    assert (read_picture(tmp_path / "picture.png") > 250).all()
 
 
 @pytest.mark.parametrize(

@@ -257,6 +257,11 @@ def test_latents_are_decoded_live_and_pictures_taken_in(live, tmp_path):
 
     WebDriverWait(live, 20).until(lambda _: recon() and live.find_elements(By.ID, "shown0"))
     assert live.find_element(By.TAG_NAME, "h1").text == "<i>run</i>"
+    phone = {"width": 360, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    live.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    right = "return Math.max(...[...document.querySelectorAll('body *')].map(e => e.getBoundingClientRect().right))"
+    assert live.execute_script(right) <= 360
+    live.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     changes(lambda: live.find_element(By.ID, "z2").send_keys(Keys.END))  # a slider, by the keyboard
     changes(lambda: live.find_element(By.ID, "shown1").send_keys(Keys.SPACE))
     changes(lambda: live.find_element(By.CSS_SELECTOR, "[aria-label='image 2']").send_keys(Keys.SPACE))
