@@ -15,8 +15,8 @@ from fastslots.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
-"""Whatever a file is named: for PostScript Pillow would start another program. Its JPEG opens MPO, which it does not know
-by name when it opens files."""
+"""Whatever a file is named: for PostScript Pillow would start another program. MPO is opened as a JPEG: by its own name
+Pillow cannot open it."""
 MAX_PIXELS = 1 << 26  # a picture that claims more is refused before it is decoded,
 MAX_RATIO = 4096  # as is one that claims more pixels a byte of its file: DEFLATE gives at most 1,032 bytes a byte
 # Codes count from 1 in the order of the CLEVR generator's table; 0 = background or no object
