@@ -6,11 +6,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from fastslots.cli import main
 from fastslots.data.factors import factor_words
 from fastslots.data.holdout import Holdout
-from fastslots.data.sprites import FACTORS, SHAPES
+from fastslots.data.sprites import FACTORS, SHAPES, SpritesDataset
 from fastslots.errors import UserError
 from fastslots.models import SlotVAE
 from fastslots.train.config import TrainConfig, read_config
@@ -57,6 +58,13 @@ def test_training_never_shows_it_and_shows_its_parts():
     assert 0 < kept.sum() < 200 and (images[kept] == own[kept]).all() and (masks[kept] == own_masks[kept]).all()
 
 
+def test_what_most_scenes_show_is_kept_from_all_of_training():
+    source = open_source(TrainConfig.preset("sprites-mini", holdout="y=0:0.57"))  # nearly nine scenes in ten have one
+    dataset, rows = source.splits["train"]
+    factors = dataset.factors_of(rows[:2000])
+    assert not ((factors["shape"] > 0) & (factors["y"] < 0.57)).any()
+
+
 def test_unseen_scenes_are_the_first_that_have_it():
     dataset, rows = unseen(TrainConfig.preset("sprites-mini", holdout=RULE), 30)
     everything = np.arange(rows[-1] + 1)
@@ -91,6 +99,7 @@ def test_both_scores_from_the_command_line(tmp_path, capsys):
         ("shape=star", "'shape=star' is no condition .shape is one of circle, square, triangle."),
         ("hue=0.5", "'hue=0.5' is no condition"),
         ("hue=0.5:0.1", "'hue=0.5:0.1' is no condition"),
+        ("hue=0:0.9", "more than 9 in 10 scenes have such an object: narrow it"),
     ],
 )
 def test_bad_rules_are_named(rule, words):
@@ -149,6 +158,64 @@ def test_any_data_set_with_factors_can_hold_out(tmp_path):
             open_source(TrainConfig.preset("sprites-mini", holdout=rule), Mine())
     with pytest.raises(UserError, match="needs data that tell factors of their objects"):
         open_source(TrainConfig.preset("sprites-mini", holdout=RULE), [np.zeros((16, 16, 3), np.uint8)] * 3)
+
+
+def in_items(factors: dict[str, np.ndarray]) -> list[dict[str, object]]:
+    """A data set of the user's: ``factors`` name -> [n, ...], each image with its row of them."""
+    count = len(next(iter(factors.values())))
+    return [
+        {"image": np.zeros((16, 16, 3), np.uint8)} | {"factors": {k: v[i] for k, v in factors.items()}}
+        for i in range(count)
+    ]
+
+
+def kept_of(factors: dict[str, np.ndarray], rule: str) -> list[int]:
+    return open_source(TrainConfig.preset("sprites-mini", holdout=rule), in_items(factors)).splits["train"][1].tolist()
+
+
+def test_factors_in_a_column_and_factors_of_the_whole_image():
+    """As the object-centric-library keeps them, [objects, 1]; a camera's place is no factor of an object."""
+    n = 12
+    color = np.stack([[9, 1 + i % 3, 2] for i in range(n)])[..., None]
+    visible = np.tile([[1.0], [1.0], [0.0]], (n, 1, 1))
+    factors = {"color": color, "visibility": visible, "camera": np.ones((n, 2))}
+    assert kept_of(factors, "color=2") == [i for i in range(n) if i % 3 != 1]
+    del factors["visibility"]
+    with pytest.raises(UserError, match=r"camera has 2, color has 3.*visibility"):
+        kept_of(factors, "color=2")
+
+
+def test_part_of_a_set_counts_objects_as_the_set_does():
+    whole = SpritesDataset(1, 16, (2, 3), 100)
+    part = torch.utils.data.Subset(whole, range(100))
+    _, rows = open_source(TrainConfig.preset("sprites-mini", holdout="shape=square"), part).splits["train"]
+    assert rows.tolist() == [i for i in range(90) if not (whole[i]["factors"]["shape"] == 2).any()]
+
+
+def test_pictures_are_read_once_and_not_held():
+    alive = []
+
+    class Picture(np.ndarray):
+        def __del__(self):
+            alive.pop()
+
+    class Mine:
+        reads = most = 0
+
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, i):
+            alive.append(i)
+            self.reads, self.most = self.reads + 1, max(self.most, len(alive))
+            return {
+                "image": np.zeros((16, 16, 3), np.uint8).view(Picture),
+                "factors": {"color": np.array([0, 1 + i % 2])},
+            }
+
+    data = Mine()
+    open_source(TrainConfig.preset("sprites-mini", holdout="color=2"), data)
+    assert data.reads == 40 and data.most <= 2
 
 
 def test_codes_have_the_words_of_their_data():

@@ -16,22 +16,35 @@ _NOT_OF_OBJECTS = {"visibility", "latents"}  # whether there is an object; a tab
 
 def object_factors(dataset: Any, rows: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
     """name -> [n, objects, ...] of these images; {} where the data tell nothing of their objects."""
-    found = _all_factors(dataset, np.asarray(rows))
-    return {name: values for name, values in found.items() if name not in _NOT_OF_OBJECTS and values.ndim > 1}
+    return _of_objects(_all_factors(dataset, np.asarray(rows)))
 
 
-def present_objects(dataset: Any, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-    """bool [n, objects]: which rows of ``object_factors`` are an object, and neither background nor padding."""
+def numbered_objects(dataset: Any, rows: Sequence[int] | np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The factors that are one number an object, name -> [n, objects], and bool [n, objects]: which of those are an
+    object, neither background nor padding.
+
+    An object is what "visibility" says, or, without it, what has any factor that is not 0. Factors of another length
+    than "visibility" are none of objects. UserError where lengths differ and nothing tells which are.
+    """
     found = _all_factors(dataset, np.asarray(rows))
-    if "visibility" in found:
-        present = found["visibility"] > 0
+    factors, seen = _of_objects(found), found.get("visibility")
+    if seen is not None and seen.ndim == 2:
+        factors = {name: values for name, values in factors.items() if values.shape[1] == seen.shape[1]}
+        present = seen > 0
     else:
-        of_objects = [v for name, v in found.items() if name not in _NOT_OF_OBJECTS and v.ndim > 1]
-        present = np.any([(v != 0).reshape(*v.shape[:2], -1).any(2) for v in of_objects], 0)
+        lengths = {name: values.shape[1] for name, values in factors.items()}
+        if len(set(lengths.values())) > 1:
+            differ = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+            raise UserError(f"factors of an image differ in length ({differ}): give visibility, a number an object")
+        marks = [(values != 0).reshape(*values.shape[:2], -1).any(2) for values in factors.values()]
+        present = np.any(marks, 0) if marks else np.zeros((len(rows), 0), bool)
     if not counts_from_one(dataset):
-        present = present.copy()
-        present[:, 0] = False
-    return present
+        present[:, :1] = False
+    return {name: values for name, values in factors.items() if values.ndim == 2}, present
+
+
+def _of_objects(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: values for name, values in found.items() if name not in _NOT_OF_OBJECTS and values.ndim > 1}
 
 
 def counts_from_one(dataset: Any) -> bool:
@@ -47,20 +60,36 @@ def factor_words(dataset: Any) -> Mapping[str, tuple[str, ...]]:
 
 
 def _is_sprites(dataset: Any) -> bool:
-    return isinstance(dataset, SpritesDataset) or _kind(dataset).endswith("generated sprites")
+    return isinstance(_whole(dataset), SpritesDataset) or _kind(dataset).endswith("generated sprites")
 
 
 def _kind(dataset: Any) -> str:
-    return getattr(getattr(dataset, "info", None), "kind", "")
+    return getattr(getattr(_whole(dataset), "info", None), "kind", "")
+
+
+def _whole(dataset: Any) -> Any:
+    """What a torch ``Subset`` is part of."""
+    while hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    return dataset
 
 
 def _all_factors(dataset: Any, rows: np.ndarray) -> dict[str, np.ndarray]:
-    if hasattr(dataset, "factors_of"):
-        return dataset.factors_of(rows)
-    items = [dataset[int(row)] for row in rows]
-    given = [item.get("factors") or {} if isinstance(item, dict) else {} for item in items]
+    found = dataset.factors_of(rows) if hasattr(dataset, "factors_of") else _stacked(dataset, rows)
+    # The object-centric-library keeps numbers as columns, [objects, 1].
+    return {
+        name: values[..., 0] if values.ndim == 3 and values.shape[2] == 1 else values for name, values in found.items()
+    }
+
+
+def _stacked(dataset: Any, rows: np.ndarray) -> dict[str, np.ndarray]:
+    given = [_factors_of_item(dataset[int(row)]) for row in rows]  # not the items: their pictures may fill the memory
     names = set.intersection(*(set(factors) for factors in given)) if given else set()
     try:
         return {name: np.stack([factors[name] for factors in given]) for name in sorted(names)}
     except ValueError as error:
         raise UserError(f"the images' factors differ in shape ({error}): give every image the same") from None
+
+
+def _factors_of_item(item: Any) -> Mapping[str, Any]:
+    return item.get("factors") or {} if isinstance(item, dict) else {}

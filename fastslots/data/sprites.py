@@ -16,6 +16,7 @@ SHAPES = ("circle", "square", "triangle")
 RADIUS = (0.11, 0.19)  # of the picture's side
 MIN_VISIBLE = 0.35
 ATTEMPTS = 64
+AVOIDING = 16  # times as many attempts: leaves one scene in 10^20 of a rule that nine in ten break
 _DRAWS = 7  # random numbers a shape: y, x, radius, shape, hue, saturation, value
 # Factors of a scene: arrays [n, max objects], 0 beyond the scene's count
 FACTORS = ("y", "x", "radius", "shape", "hue", "saturation", "value")
@@ -73,14 +74,15 @@ class SpritesDataset:
         masks = np.zeros((n, self.size, self.size), np.uint8)
         factors = np.zeros((n, most, _DRAWS), np.float32)
         pending = np.arange(n)
-        for attempt in range(ATTEMPTS):
+        attempts = ATTEMPTS * (AVOIDING if self.avoid else 1)
+        for attempt in range(attempts):
             drawn, present = self._draw(indices[pending], attempt)
             owner, visible = self._paint(drawn, present)
             # The last attempt is taken as it is: reached by fewer than one scene in 10^9 at the default sizes.
             wanted = (visible | ~present).all(1)
             if self.avoid:
                 wanted &= ~self.avoid.matches(_named(drawn, present), present)
-            good = wanted | (attempt == ATTEMPTS - 1)
+            good = wanted | (attempt == attempts - 1)
             place = pending[good]
             images[place], masks[place] = self._render(owner[good], drawn[good])
             factors[place] = np.where(present[good, :, None], drawn[good], 0)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastslots.data import SpritesDataset, split_indices
-from fastslots.data.factors import factor_words, object_factors, present_objects
+from fastslots.data.factors import factor_words, numbered_objects
 from fastslots.data.features import FeatureDataset, is_features
 from fastslots.data.holdout import Holdout
 from fastslots.data.sampling import step_seed
@@ -67,7 +67,7 @@ def open_source(config: TrainConfig, dataset: Any = None) -> Source:
 def _builtin(config: TrainConfig) -> Source:
     """Scenes made on the fly. Validation and test scenes are the same for every seed of a run."""
     objects = _objects(config)
-    avoid = _builtin_holdout(config) if config.holdout else None
+    avoid = _avoidable(config) if config.holdout else None
 
     def sprites(seed: int, count: int) -> tuple[SpritesDataset, range]:
         return SpritesDataset(seed, config.resolution, objects, count, avoid), range(count)
@@ -104,7 +104,7 @@ def unseen(config: TrainConfig, count: int) -> tuple[Any, np.ndarray]:
     parts: list[np.ndarray] = []
     for first in range(0, len(dataset), HELD_OUT):
         scenes = np.arange(first, min(first + HELD_OUT, len(dataset)))
-        parts.append(scenes[holdout.matches(dataset.factors_of(scenes), present_objects(dataset, scenes))])
+        parts.append(scenes[holdout.matches(*numbered_objects(dataset, scenes))])
         if sum(map(len, parts)) >= count:
             return dataset, np.concatenate(parts)[:count]
     raise UserError(f"holdout {config.holdout!r}: fewer than one scene in {SEARCH} has such an object: widen it")
@@ -114,13 +114,20 @@ def _builtin_holdout(config: TrainConfig) -> Holdout:
     return Holdout.parse(config.holdout, FACTORS, factor_words(SpritesDataset()))
 
 
+def _avoidable(config: TrainConfig) -> Holdout:
+    """The holdout of a run on scenes made on the fly. UserError where ``SpritesDataset`` could not redraw them all."""
+    holdout, scenes = _builtin_holdout(config), SpritesDataset(0, 16, _objects(config))
+    if holdout.matches(*numbered_objects(scenes, range(HELD_OUT))).mean() > 0.9:
+        raise UserError(f"holdout {config.holdout!r}: more than 9 in 10 scenes have such an object: narrow it")
+    return holdout
+
+
 def _held_out(dataset: Any, rows: Any, holdout: str) -> np.ndarray:
     """bool: which images have an object with the combination. UserError where the data do not tell."""
-    found = object_factors(dataset, rows)
-    numbers = tuple(name for name, values in found.items() if values.ndim == 2)
-    if not numbers:
+    factors, present = numbered_objects(dataset, rows)
+    if not factors:
         raise UserError("holdout needs data that tell factors of their objects (shape, colour, ...): leave it out")
-    return Holdout.parse(holdout, numbers, factor_words(dataset)).matches(found, present_objects(dataset, rows))
+    return Holdout.parse(holdout, tuple(factors), factor_words(dataset)).matches(factors, present)
 
 
 def _objects(config: TrainConfig) -> tuple[int, int]:
