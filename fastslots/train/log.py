@@ -79,6 +79,9 @@ class Silent:
 
     energy_wh = 0.0
 
+    def sync(self) -> None:
+        pass
+
     def write(self, values: dict[str, object]) -> None:
         pass
 
