@@ -55,9 +55,9 @@ def last_step(out: Path) -> int:
     return json.loads(lines[-1])["step"] if lines and lines[-1].startswith(b"{") else 0
 
 
-def wait_until(true, process) -> bool:
+def wait_until(true, process, seconds: float = 120) -> bool:
     """Whether ``true()`` came to hold while the process ran."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, process.said()
         if not process.running():
@@ -84,9 +84,9 @@ def killed_at_random(commands, config: TrainConfig, folder: Path, kills: int, se
         process, way = commands.start(argv, folder / "err"), ("write", "step", "start")[number % 3]
         done = last_step(out)  # of the log, which a resume cuts back to its checkpoint
         goal = done + rng.randrange(1, max(2, 2 * (config.steps - done) // (kills - number + 2)))
-        alive = way == "start" or wait_until(lambda: last_step(out) >= goal, process)  # noqa: B023
+        alive = way == "start" or wait_until(lambda: last_step(out) >= goal, process, 3600)  # noqa: B023
         if alive and way == "write":
-            alive = wait_until(lambda: any((out / "checkpoints").glob(".step*.partial")), process)
+            alive = wait_until(lambda: any((out / "checkpoints").glob(".step*.partial")), process, 3600)
         if alive and way == "start":
             time.sleep(rng.uniform(0, 0.2))
         process.kill(signal.SIGKILL)

@@ -243,6 +243,14 @@ def test_two_processes_never_write_one_run(commands, tmp_path):
     assert third.wait() == 0, third.said()
 
 
+def test_a_resume_on_other_data_says_so(tmp_path):
+    images, said = torch.rand(50, 3, 8, 8), io.StringIO()
+    for steps, count in ((1, 40), (2, 40), (3, 50)):
+        data = torch.utils.data.TensorDataset(images[:count])
+        fit(config_of(steps=steps), data, tmp_path / "run", resume=True, stream=said)
+    assert said.getvalue().count("from here on: the run had TensorDataset of 40 images") == 1
+
+
 # ---- the clock -------------------------------------------------------------------------------------------------------
 
 

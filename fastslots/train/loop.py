@@ -24,7 +24,7 @@ from fastslots.report.data import MACHINE, OF_IMAGES, PACKAGES, versions
 from fastslots.report.pictures import encoded
 from fastslots.train.checkpoint import Checkpoint, Writer, latest_checkpoint, save_checkpoint, snapshot
 from fastslots.train.config import TrainConfig
-from fastslots.train.distributed import Group, StoppedError, StopSignals
+from fastslots.train.distributed import Group, LostProcessError, StoppedError, StopSignals
 from fastslots.train.evaluate import evaluate
 from fastslots.train.files import write_atomic
 from fastslots.train.grids import SlotPictures
@@ -137,9 +137,7 @@ class Trainer:
             batches, last, stop, done = iter(loader), time.perf_counter(), 0, False
             while self.step < config.steps and not stop:
                 images = self._next(batches)
-                values = training_step(
-                    self.model, self.optimizer, self.precision, config, self.step + 1, images, group
-                )  # the only host sync of a step is inside, where its losses are read
+                values = self._train_on(images)
                 self._stop_if_not_finite(values, images)
                 self.step, stop = self.step + 1, group.stop_signal()
                 now = time.perf_counter()
@@ -173,6 +171,18 @@ class Trainer:
             self._checkpoint()
             raise
 
+    def _train_on(self, images: torch.Tensor) -> dict[str, float]:
+        """A step. Where another process is lost on its way, the weights are those of the step before: saved, so that
+        nothing is lost with it."""
+        try:
+            return training_step(
+                self.model, self.optimizer, self.precision, self.config, self.step + 1, images, self.group
+            )  # the only host sync of a step is inside, where its losses are read
+        except LostProcessError:
+            if self.step:
+                self._checkpoint()
+            raise
+
     def _start(self, damaged: list[str]) -> bytes:
         """Make the folder; the newest good checkpoint in it, or nothing. ``damaged`` gets what is said of others."""
         self.folder.create()
@@ -191,6 +201,10 @@ class Trainer:
     def _announce(self) -> None:
         """What is about to happen, in a few lines."""
         config, say = self.config, self.progress.say
+        described = self.folder.path / "data.txt"
+        before = described.read_text(errors="replace").strip() if described.is_file() else ""
+        if self.step and before not in ("", self.source.description.strip()):
+            say(f"warning   other images than before from here on: the run had {before}")
         self._store("data.txt", f"{self.source.description}\n".encode())
         facts = self.meter.facts()
         self._store(MACHINE, json.dumps({**facts, "versions": versions(PACKAGES)}).encode())
