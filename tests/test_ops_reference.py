@@ -290,6 +290,11 @@ X, FOLDED, FF = random_layer(SMALL, torch.float32)
         ),
         (lambda: ops.folded_cross_attention(X, tuple(FOLDED)), TypeError, "folded must be what fold_projections"),
         (lambda: ops.decoder_layer(X, FOLDED, FF._replace(w2=FF.w1)), ValueError, r"ff.w2 has shape"),
+        (
+            lambda: ops.decoder_layer(X, FOLDED, FF._replace(w1=FF.w1[:0], b1=FF.b1[:0], w2=FF.w2[:, :0])),
+            ValueError,
+            "at least one unit",
+        ),
         (lambda: ops.decoder_layer(X, FOLDED, FF._replace(b2=FF.b2[:1])), ValueError, r"ff.b2 has shape \[1\]"),
         (lambda: ops.decoder_layer(X, FOLDED, FF._replace(b1=FF.b1.to("meta"))), ValueError, "ff.b1 is on meta"),
         (lambda: ops.decoder_layer(X, FOLDED, FF, eps=0.0), ValueError, "eps must be above 0"),

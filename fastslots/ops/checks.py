@@ -85,6 +85,8 @@ def folded(x: Tensor, f: FoldedProjections) -> None:
 def feed_forward(ff: FeedForward, width: int, device: torch.device) -> None:
     """Of rows of ``width`` elements."""
     units = tensor("ff.w1", ff.w1, 2, "[F, D]").shape[0]
+    if units == 0:
+        raise ValueError(f"ff.w1 has shape {list(ff.w1.shape)}: there must be at least one unit")
     shapes = {"w1": (units, width), "w2": (width, units), "norm_weight": (width,), "norm_bias": (width,),
               "b1": (units,), "b2": (width,)}  # fmt: skip
     for name, expected in shapes.items():
