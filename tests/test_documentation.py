@@ -115,6 +115,8 @@ def test_the_reference_is_made_as_printed(tmp_path):
     done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, cwd=tmp_path)
     assert not done.returncode, done.stderr
     page = (tmp_path / "fastslots" / "ops.html").read_text()
-    assert "cross_attention" in page and "slot_map" in page
+    assert (
+        "cross_attention" in page and "slot_map" in page and 'id="arguments"' in page
+    )  # sections of docstrings are read
     for name in words[words.index("-o") + 2 :]:
         assert (tmp_path / f"{name.replace('.', '/')}.html").exists(), name
