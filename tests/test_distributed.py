@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from fastslots.errors import UserError
 from fastslots.train import TrainConfig, fit
 from fastslots.train.checkpoint import latest_checkpoint
-from fastslots.train.distributed import Group
+from fastslots.train.distributed import Group, own_store
 from fastslots.train.log import read_metrics
 
 # 7 images a step: shares of 3 and 4, or of 1, 2, 2, 2. Adam, and clipping that acts, see the whole gradient.
@@ -166,6 +167,24 @@ def test_a_killed_process_ends_the_others_soon_and_is_named(commands, tmp_path, 
         assert f"process 1 (host {socket.gethostname()}, process id {processes[1].pid}) of the 2 has ended" in said
     saved = latest_checkpoint(tmp_path / "run" / "checkpoints")[0].step
     assert saved == steps_done(tmp_path / "run") if lost == 1 else saved > 0
+
+
+def test_a_restart_takes_nothing_for_its_own_that_an_earlier_start_left():
+    """torchrun keeps the store; whoever comes first must not meet those that have ended."""
+    store = torch.distributed.HashStore()
+
+    def start(rank: int, attempt: int):
+        time.sleep((0.0, 0.7, 0.2)[(rank + attempt) % 3])
+        own = own_store(store, rank, 3)
+        own.set(f"{rank}", f"of start {attempt}")
+        return own
+
+    for attempt in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            stores = list(pool.map(start, range(3), [attempt] * 3))
+        assert {own.get(f"{rank}") for own in stores for rank in range(3)} == {f"of start {attempt}".encode()}
+        assert not any(own.check(["roll call"]) for own in stores)
+        stores[0].set("roll call", "")
 
 
 def test_a_process_in_a_long_step_answers_the_roll_call():

@@ -18,6 +18,7 @@ import signal
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -78,6 +79,7 @@ class Group:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
             store, group.rank, _ = next(iter(rendezvous("env://", timeout=TIMEOUT)))
+            store = own_store(store, group.rank, size)
             group._store = dist.PrefixStore("fastslots", store)
             group._store.set(f"who/{group.rank}", f"host {socket.gethostname()}, process id {os.getpid()}")
             if device.type == "cuda":
@@ -160,7 +162,7 @@ class Group:
         """Answer no more; a thread inside the store would not survive the interpreter's end."""
         self._left.set()
         if self._listener.is_alive():
-            self._listener.join()
+            self._listener.join(ROLL_CALL)  # or the store does not answer
 
     def close(self) -> None:
         """Leave; after a failure the process ends without asking the others."""
@@ -200,6 +202,32 @@ class Group:
             f"{names or 'a process'} of the {self.size} has ended or does not answer ({reason}): go on with --resume; "
             f"torchrun --max-restarts 3 does so by itself"
         )
+
+
+def own_store(store: Any, rank: int, size: int) -> Any:
+    """A part of the store that this start of the group has for itself; all ``size`` processes call this.
+
+    torchrun keeps one store over its restarts. Without this, addresses of processes that have ended are taken for those
+    of new ones that are slower to start, and who answered an earlier roll call seems to answer the next. Its count of
+    restarts would not do: it may differ between machines.
+    """
+    if rank == 0:
+        name = uuid.uuid4().hex
+        own = dist.PrefixStore(name, store)
+        store.set("fastslots/start", name)
+        for other in range(1, size):
+            own.set(f"welcome/{own.get(f'here/{other}').decode()}", "")
+        return own
+    nonce, deadline = uuid.uuid4().hex, time.monotonic() + TIMEOUT.total_seconds()
+    while time.monotonic() < deadline:
+        own = dist.PrefixStore(store.get("fastslots/start").decode(), store)  # perhaps that of an earlier start
+        own.set(f"here/{rank}", nonce)
+        look_again = time.monotonic() + LISTEN
+        while time.monotonic() < look_again:
+            if own.check([f"welcome/{nonce}"]):
+                return own
+            time.sleep(0.01)
+    raise RuntimeError("process 0 does not answer")
 
 
 class StopSignals:
