@@ -196,7 +196,7 @@ def test_what_has_no_kernel_is_said():
     slots = draw_slots(decoder)
     with pytest.raises(ValueError, match="no kernel for slot_jacobian"):
         slot_jacobian(decoder, slots, backend="triton")
-    with pytest.raises(ValueError, match="no differentiable or unreduced Jacobian"):
+    with pytest.raises(ValueError, match="no differentiable, unreduced or traced Jacobian"):
         slot_jacobian(decoder, slots, reduction=None, backend="cpu")
     with pytest.raises(ValueError, match=r"takes a fastslots\.models Decoder, got function"):
         slot_jacobian(lambda z: decoder(z), slots, backend="cpu")

@@ -72,7 +72,7 @@ def test_queries_made_in_the_tile_are_the_same_queries(backend, images):
     model = tiny()
     slots, pictures = torch.randn(images, 3, 16).double().requires_grad_(), torch.rand(images, 3, 12, 12).double()
     weight = torch.rand(images, 144).double()
-    given, made = inputs_of(model, slots, pictures, pixel_weight=weight), None
+    given = inputs_of(model, slots, pictures, pixel_weight=weight)
     maps = [m for m in model.decoder.query_mlp if isinstance(m, torch.nn.Linear)]
     mlp = QueryMlp(model.decoder.position_code, [m.weight for m in maps], [m.bias for m in maps])
     made = replace(given, queries=mlp)

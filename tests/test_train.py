@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastslots.cli import main
 from fastslots.errors import UserError
 from fastslots.models import SlotVAE
 from fastslots.train import NonFiniteLossError, TrainConfig, fit
@@ -134,6 +135,15 @@ def test_any_map_style_dataset_trains(tmp_path):
     assert "j_ari" in fit(tiny(steps=2), torch.utils.data.TensorDataset(images, masks), tmp_path / "b").scores
     with pytest.raises(UserError, match=r"images of shape \[3, 16, 16\], the model expects \[3, 32, 32\]"):
         fit(tiny(resolution=32), torch.utils.data.TensorDataset(images), tmp_path / "c")
+
+
+def test_eval_of_a_run_on_a_python_data_set_asks_for_data(tmp_path, capsys):
+    """It scored the built-in scenes, which the run had never seen."""
+    run = fit(tiny(steps=2), torch.utils.data.TensorDataset(torch.rand(24, 3, 16, 16)), tmp_path / "run").out
+    assert main(["eval", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert "the run's images were a TensorDataset that Python code gave to fit: name a data set with --data" in said
+    assert main(["eval", str(run), "--data", "sprites", "--images", "4"]) == 0
 
 
 def test_accumulation_equals_the_whole_batch():

@@ -16,6 +16,10 @@ def option(help: str, default: object) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+MOST_LAYERS = 16
+"""Of a decoder, and linear layers of its head: what the C++ kernels hold (``kMostMaps``)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SlotVAEConfig:
     """Shape and loss weights of a ``SlotVAE``; the defaults are the published clevr6 model.
@@ -116,6 +120,9 @@ class SlotVAEConfig:
         )
         self._at_least(1, *positive)
         self._at_least(0, *zero_allowed, "alpha", "beta", "sigma", "jacobian_weight")
+        for name, layers in (("decoder_layers", self.decoder_layers), ("output_hidden", len(self.output_hidden) + 1)):
+            if layers > MOST_LAYERS:
+                raise UserError(f"{name} asks for {layers} layers, more than {MOST_LAYERS}: ask for fewer")
         if self.resolution < 2:
             raise UserError(f"resolution must be at least 2, got {self.resolution}")
         if self.resolution % self.cnn_stride:

@@ -35,6 +35,7 @@ from fastslots.models.broadcast import BroadcastDecoder
 from fastslots.models.decoder import Decoder, DecoderLayer
 from fastslots.models.second_order import second_order
 from fastslots.ops import backends
+from fastslots.ops.autograd import is_traced
 from fastslots.ops.reference import (
     FeedForward,
     FoldedProjections,
@@ -147,9 +148,11 @@ def _transformer(decoder: Decoder, slots: Tensor, request: Request) -> Tensor:
 
 def _backend(decoder: Decoder, slots: Tensor, queries: Tensor, request: Request) -> str:
     """Name of the backend that serves: kernels give the sum alone, without a gradient."""
-    if not request.reduce or request.differentiable:
+    if not request.reduce or request.differentiable or is_traced():
         if request.backend not in ("auto", "reference"):
-            raise ValueError(f"backend={request.backend!r} has no differentiable or unreduced Jacobian: use 'auto'")
+            raise ValueError(
+                f"backend={request.backend!r} has no differentiable, unreduced or traced Jacobian: use auto"
+            )
         return "reference"
     K, heads = slots.shape[1], _modules(decoder)[0].projections.heads
     G = slots.new_empty(0, queries.shape[2], heads, K)  # what the folded slots will be: only its shape is asked for

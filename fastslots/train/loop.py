@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from fastslots.train.machine import Meter
 from fastslots.train.optim import Optimizer
 from fastslots.train.report import write_explorer, write_report
 from fastslots.train.run import RunFolder, claim, next_run
-from fastslots.train.sources import check_shape, open_source
+from fastslots.train.sources import GIVEN, check_shape, open_source
 from fastslots.train.step import LEAST_SCALE, Precision, training_step
 from fastslots.train.trackers import open_trackers
 
@@ -75,6 +75,8 @@ def fit(
         UserError: bad data or configuration; LostProcessError (one of those): another process of the run has ended.
         NonFiniteLossError: the loss was NaN or infinite.
     """
+    if dataset is not None:
+        config = replace(config, data=f"{GIVEN}a {type(dataset).__name__} that Python code gave to fit")
     group = Group.join(config.torch_device(), config.batch_size)
     try:
         chosen = group.on_first(lambda: os.fsencode(claim(Path(out) if out else next_run(config.preset_name), resume)))

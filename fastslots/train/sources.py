@@ -19,6 +19,7 @@ from fastslots.train.config import TrainConfig
 
 _TRAIN, _VAL, _TEST = 11, 12, 13  # purposes of the built-in data's seeds
 HELD_OUT = 1_000  # built-in images in val and in test
+GIVEN = "python:"  # begins ``config.data`` of a run whose data set was handed to ``fit``
 SEARCH = 100  # scenes that are looked through for each with a held-out combination
 
 
@@ -38,6 +39,8 @@ def open_source(config: TrainConfig, dataset: Any = None) -> Source:
     """
     if dataset is not None:
         return _split(dataset, f"{type(dataset).__name__} of {len(dataset)} images", False, config.holdout)
+    if config.data.startswith(GIVEN):
+        raise UserError(f"the run's images were {config.data.removeprefix(GIVEN)}: name a data set with --data")
     if (config.input == "features") != is_features(config.data):
         raise UserError(
             f"this model reads features of a frozen network, and {config.data} holds none: make them with "
