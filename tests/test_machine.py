@@ -103,13 +103,13 @@ def test_a_run_logs_both_and_a_resume_goes_on(tmp_path, packages):
     (packages[0] / "energy_uj").write_text("900000000")
     with open(tmp_path / "said", "w") as said:
         fit(config(4), out=tmp_path / "run", stream=said)
-        lines, _ = read_metrics(tmp_path / "run" / "metrics.jsonl")
-        assert ["memory_mb" in line for line in lines] == [False, True, False, True]
-        lines[3]["energy_wh"] = 7.0
-        (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        lines, _ = read_metrics(tmp_path / "run" / "machine.jsonl")
+        assert [line["step"] for line in lines] == [2, 4] and all("memory_mb" in line for line in lines)
+        lines[1]["energy_wh"] = 7.0
+        (tmp_path / "run" / "machine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         fit(config(6), out=tmp_path / "run", resume=True, stream=said)
-    lines, _ = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert lines[5]["energy_wh"] == 7.0  # the counters of this test stand still
+    lines, _ = read_metrics(tmp_path / "run" / "machine.jsonl")
+    assert lines[2]["energy_wh"] == 7.0  # the counters of this test stand still
     facts = run_facts(tmp_path / "run")
     assert facts["training"]["energy_wh"]["step"] == [2, 4, 6] and "RAPL" in facts["machine"]["energy"]
     assert facts["versions_of"] == "trained the run" and facts["versions"]["torch"] == torch.__version__

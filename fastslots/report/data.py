@@ -19,6 +19,7 @@ GRIDS = 4  # pictures of evaluations a page holds: the first, the last, and some
 GRID_BYTES = 400_000  # of each; larger ones are stored lossily
 ROWS = 12  # evaluations in the table: the last ones
 EXPLORER = "explorer.json"
+MACHINE_LOG = "machine.jsonl"  # memory, power and energy by step
 MACHINE = "machine.json"  # what a run was trained on and with: its device, how memory and energy are counted, versions
 OF_IMAGES = "scores.json"  # the newest evaluation image by image
 
@@ -26,6 +27,7 @@ OF_IMAGES = "scores.json"  # the newest evaluation image by image
 def run_facts(run: Path, reader: MetricsReader | None = None) -> dict[str, Any]:
     """Everything a page says of a run, ready for JSON; ``reader``: one that has read its log before."""
     reader = (reader or MetricsReader(run / "metrics.jsonl")).update()
+    costs = MetricsReader(run / MACHINE_LOG).update().training
     config = _json(run / "config.json")
     machine = _json(run / MACHINE)
     trained_with = machine.pop("versions", None)
@@ -37,7 +39,7 @@ def run_facts(run: Path, reader: MetricsReader | None = None) -> dict[str, Any]:
         "fingerprint": _fingerprint(config),
         "evaluations": reader.evaluations[-ROWS:],
         "count": len(reader.evaluations),
-        "training": {name: curve.table() for name, curve in reader.training.items()},
+        "training": {name: curve.table() for name, curve in (reader.training | costs).items()},
         "scores": {name: curve.table() for name, curve in evaluation_curves(reader.evaluations).items()},
         "grids": _grids(run / "images"),
         "explorer": _json(run / EXPLORER),

@@ -1,4 +1,7 @@
-"""What a run writes and prints while it goes: metrics.jsonl, and plain lines (on a terminal: ``train.terminal``)."""
+"""What a run writes and prints while it goes: metrics.jsonl, machine.jsonl, and plain lines.
+
+On a terminal ``train.terminal`` stands for the lines.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +19,17 @@ import numpy as np
 from PIL.Image import Image
 
 from fastslots.errors import UserError
-from fastslots.report.curves import MetricsReader
+from fastslots.report.curves import MetricsReader, is_number
+from fastslots.report.data import MACHINE_LOG
 
 SILENCE = 10.0  # seconds without a line, after which one is printed whatever the step
 
 
-class MetricsLog:
-    """metrics.jsonl: one flushed JSON object a line. A resume first cuts what lies after its checkpoint."""
+class Lines:
+    """One flushed JSON object a line. A resume first cuts what lies after its checkpoint; ``last`` is what remains."""
 
-    def __init__(self, path: Path, last_step: int = 0, trackers: Sequence[Any] = ()):
-        self._trackers = [*trackers]
-        self.energy_wh = 0.0  # what a run that goes on had used
-        if path.exists():
-            self.energy_wh = _cut(path, last_step)
+    def __init__(self, path: Path, last_step: int = 0):
+        self.last = _cut(path, last_step) if path.exists() else {}
         # Unbuffered: Python's buffers lose what they hold when a write fails half-way on a full disk.
         self._file = open(path, "ab", buffering=0)
         self._pending = b""
@@ -39,6 +40,41 @@ class MetricsLog:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._pending += json.dumps(clean).encode() + b"\n"
         self._flush()
+
+    def sync(self) -> None:
+        """Bring to the disk what has been written."""
+        os.fsync(self._file.fileno())
+
+    def _flush(self) -> None:
+        while self._pending:
+            self._pending = self._pending[self._file.write(self._pending) :]
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # a disk still full, of which the run has said so
+            self._flush()
+        self._file.close()
+
+
+class MetricsLog:
+    """metrics.jsonl, which follows from the seed but for images_per_s; machine.jsonl, which does not; and trackers."""
+
+    def __init__(self, path: Path, last_step: int = 0, trackers: Sequence[Any] = ()):
+        self._trackers = [*trackers]
+        self._metrics, self._machine = (Lines(file, last_step) for file in (path, path.with_name(MACHINE_LOG)))
+        used = self._machine.last.get("energy_wh")
+        self.energy_wh = used if is_number(used) else 0.0  # what a run that goes on had used
+
+    def write(self, values: dict[str, object]) -> None:
+        """A step's losses, or an evaluation's scores. OSError and UserError: as ``Lines.write`` and ``_tell``."""
+        self._metrics.write(values)
+        self._track(values)
+
+    def cost(self, values: dict[str, object]) -> None:
+        """What the run costs its machine (``train.machine.Meter``)."""
+        self._machine.write(values)
+        self._track(values)
+
+    def _track(self, values: dict[str, object]) -> None:
         split, step = f"{values.get('eval', 'train')}/", values["step"]
         numbers = {split + name: v for name, v in values.items() if name != "step" and isinstance(v, int | float)}
         self._tell(lambda tracker: tracker.numbers(numbers, step))
@@ -59,16 +95,12 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Bring to the disk what has been written."""
-        os.fsync(self._file.fileno())
-
-    def _flush(self) -> None:
-        while self._pending:
-            self._pending = self._pending[self._file.write(self._pending) :]
+        self._metrics.sync()
+        self._machine.sync()
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # a disk still full, of which the run has said so
-            self._flush()
-        self._file.close()
+        self._metrics.close()
+        self._machine.close()
         for tracker in self._trackers:
             with contextlib.suppress(Exception):  # as above: the run itself is done
                 tracker.close()
@@ -83,6 +115,9 @@ class Silent:
         pass
 
     def write(self, values: dict[str, object]) -> None:
+        pass
+
+    def cost(self, values: dict[str, object]) -> None:
         pass
 
     def update(self, step: int, values: dict[str, float]) -> None:
@@ -104,19 +139,18 @@ class Silent:
         pass
 
 
-def _cut(path: Path, last_step: int) -> float:
-    """Remove what follows the lines up to ``last_step``; the newest ``energy_wh`` in those. In place, so that a kill
-    meanwhile, or a full disk, loses nothing; and a long log is never in memory."""
+def _cut(path: Path, last_step: int) -> dict[str, Any]:
+    """Remove what follows the lines up to ``last_step``; the last of those. In place, so that a kill meanwhile, or a
+    full disk, loses nothing; and a long log is never in memory."""
     place = end = 0
-    energy = 0.0
+    last = b"{}"
     with open(path, "r+b") as file:
         for line in file:
             place += len(line)
             if line.endswith(b"\n") and _step_of(line) <= last_step:
-                end = place
-                energy = json.loads(line)["energy_wh"] if b'"energy_wh"' in line else energy
+                end, last = place, line
         file.truncate(end)
-    return energy
+    return json.loads(last)
 
 
 def _step_of(line: bytes) -> float:

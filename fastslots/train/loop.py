@@ -144,8 +144,9 @@ class Trainer:
                 self.step, stop = self.step + 1, group.stop_signal()
                 now = time.perf_counter()
                 values["images_per_s"], last = config.batch_size / (now - last), now
-                cost = self.meter.read() if _due(self.step, config.log_every) else {}
-                self._record({"step": self.step, **values, **cost})
+                self._record({"step": self.step, **values})
+                if _due(self.step, config.log_every):
+                    self._or_warn(lambda: self.log.cost({"step": self.step, **self.meter.read()}))
                 self.progress.update(self.step, values)
                 done = self.step == config.steps
                 if done or _due(self.step, config.eval_every):

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-MEASURED = ("images_per_s", "memory_mb", "power_w", "energy_wh")  # in a training line; the rest follows from the seed
 POWERCAP = Path("/sys/class/powercap")
 Joules = Callable[[], float]  # counted since whenever
 

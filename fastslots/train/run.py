@@ -4,6 +4,7 @@ config.json           the resolved configuration
 data.txt              what the images are, and their split
 machine.json          the device, how memory and energy are counted, versions
 metrics.jsonl         a line a training step; evaluation lines carry "eval"
+machine.jsonl         memory, power and energy every log_every steps
 checkpoints/          step_NNNNNNNN.safetensors, best.safetensors
 model.safetensors     the last weights
 images/               a grid an evaluation
