@@ -61,7 +61,7 @@ class MetricsLog:
     def __init__(self, path: Path, last_step: int = 0, trackers: Sequence[Any] = ()):
         self._trackers = [*trackers]
         self._metrics, self._machine = (Lines(file, last_step) for file in (path, path.with_name(MACHINE_LOG)))
-        used = self._machine.last.get("energy_wh")
+        used: Any = self._machine.last.get("energy_wh")
         self.energy_wh = used if is_number(used) else 0.0  # what a run that goes on had used
 
     def write(self, values: dict[str, object]) -> None:
