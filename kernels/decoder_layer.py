@@ -225,16 +225,16 @@ def decoder_layer_bwd(
     folded = fold_norm(norm_weight, norm_bias, w1, b1)
     dz, db2 = _input_grad(dy, z, folded, w2, eps)
     dx, *dfolded = folded_attention_bwd(dz, dslot_map, x, G, g, U, slot_mask, True, eps, need_folded)
-    dfolded = [*dfolded[:3], dfolded[3].to(b.dtype)] if need_folded else [None] * 4
+    of_folded = [*dfolded[:3], dfolded[3].to(b.dtype)] if need_folded else [None] * 4
     if not need_feed_forward:
-        return dx, *dfolded, *[None] * 6
+        return dx, *of_folded, *[None] * 6
     dw, db1, dw2 = _weight_grads(dy, z, folded, w2, eps)
     dnorm_weight, dnorm_bias, dw1 = unfold_norm_grads(dw, db1, norm_weight, norm_bias, w1)
     grads = (dnorm_weight, dnorm_bias, dw1, db1, dw2, db2)
     likes = (norm_weight, norm_bias, w1, b1, w2, b2)
     # Contiguous: they are cut out of padded sums, and compiled code reads them by the strides of the fake.
     rest = (t.to(like.dtype).contiguous() for t, like in zip(grads, likes, strict=True))
-    return dx, *dfolded, *rest
+    return dx, *of_folded, *rest
 
 
 def _values(units: Packed, config: launch.LaunchConfig, dtype: torch.dtype, D: int) -> dict[str, object]:

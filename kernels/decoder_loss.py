@@ -230,11 +230,12 @@ def _run(inputs: Any, need: Sequence[bool], grad_scale: float | Tensor, rows: in
         dx = dx.view(-1, pixels.stop - pixels.start, D)
         _add(grads[len(flat) - len(head_grads) :], head_grads)
         for i in reversed(range(needs.first, len(layers))):
-            dx, dG, dg, dU, *shared_grads = decoder_layer_bwd(
+            dinput, dG, dg, dU, *shared_grads = decoder_layer_bwd(
                 dx, dmap, xs[i], *folded[i], **layers[i][1]._asdict(), slot_mask=mask, eps=inputs.eps,
                 need_folded=needs.folded[i], need_feed_forward=needs.feed_forward[i],
             )  # fmt: skip
-            at = needs.starts[i]
+            assert dinput is not None  # never left out
+            dx, at = dinput, needs.starts[i]
             _add([None if g is None else g[images] for g in grads[at : at + 3]], (dG, dg, dU))
             _add(grads[at + 3 : at + 3 + len(shared_grads)], shared_grads)
         if grads[0] is not None:
@@ -245,5 +246,5 @@ def _run(inputs: Any, need: Sequence[bool], grad_scale: float | Tensor, rows: in
 def _add(sums: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> None:
     """``sums += grads``, where there is a sum."""
     for total, grad in zip(sums, grads, strict=True):
-        if total is not None:
+        if total is not None and grad is not None:
             total += grad

@@ -64,7 +64,7 @@ def _shared_memory(device: torch.device) -> int | None:
 
 # Dynamo calls these, on constants, and traces the rest, on shapes that may be dynamic (ops.autograd.under_transform).
 for _answer in (_unserved, _fits_memory, _shared_memory):
-    _answer._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _answer._dynamo_marked_constant = True  # type: ignore[attr-defined, union-attr]
 
 
 def _too_large(op: str, tensors: Sequence[Tensor]) -> str | None:
@@ -109,6 +109,6 @@ def folded_cross_attention_fwd(
 
 def folded_cross_attention_bwd(
     dy: Tensor, dslot_map: Tensor, x: Tensor, G: Tensor, g: Tensor, U: Tensor, slot_mask: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """-> dx, dG, dg, dU, db."""
     return folded_attention_bwd(dy, dslot_map, x, G, g, U, slot_mask, norm=False)
