@@ -57,6 +57,8 @@ def check(row: dict) -> None:
     if row["precision"] != "fp32" and row["model"]["flops"]:  # the combining kernel has no product
         assert row["tensor_cores"], f"{name} has products but no tensor-core instruction"
     wide = "16 B" if row["precision"] in ("fp32", "tf32") else "8 B"  # rows of 180 bf16 are aligned to 8 bytes
+    if row["kernel"] == "token_attention_combine":
+        wide = "8 B"  # a row of 64 partial sums is 8 bytes a lane of one warp
     assert row["tma_loads"] or any(row["global_loads"].get(w) for w in (wide, "16 B")), f"{name} has no wide load"
 
 
