@@ -213,11 +213,11 @@ def test_no_tensor_of_all_pixels_but_the_queries_and_the_result(backend):
                 self.numel = max(self.numel, t.numel() if isinstance(t, torch.Tensor) else 0)
             return out
 
-    decoder = tiny(resolution=40)
+    decoder = tiny(resolution=20)
     slots = draw_slots(decoder)
     with Largest() as largest:
         slot_jacobian(decoder, slots, 100, backend=backend)
-    assert largest.numel == 40 * 40 * 12  # pixels x query_width; one channel's K·D numbers a pixel would be 21 wide
+    assert largest.numel == 20 * 20 * 12  # pixels x query_width; one channel's K·D numbers a pixel would be 21 wide
 
 
 def test_no_images():
