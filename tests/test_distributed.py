@@ -156,6 +156,10 @@ def test_a_killed_process_ends_the_others_soon_and_is_named(commands, tmp_path, 
     argv = [*flags(config, tmp_path), f"--out={tmp_path / 'run'}"]
     processes = start(commands, 2, argv, tmp_path)
     wait_for_steps(processes, tmp_path / "run", 3)
+    deadline = time.monotonic() + 60  # a checkpoint is written behind the steps
+    while lost == 0 and not latest_checkpoint(tmp_path / "run" / "checkpoints")[0]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     processes[lost].kill(signal.SIGKILL)
     began = time.monotonic()
     assert processes[lost].wait(10) == -signal.SIGKILL
