@@ -2,9 +2,9 @@
 
 Given the slots, pixels are independent and the loss is a sum over pixels. So each tile is decoded, compared with its
 target and differentiated before the next one starts; only the gradients of the weights and of the folded projections
-leave it. No activation outlives its tile, nothing is recomputed, memory does not grow with R²: even the queries of the
-first layer are made tile by tile, of position codes, where the backend can (``QueryMlp``); elsewhere, and where each
-image has its own, they are given, and their gradient leaves the tile.
+leave it. No activation outlives its tile, and memory does not grow with R²: even the first layer's queries are made
+tile by tile, of position codes, where the backend can (``QueryMlp``; their MLP is all that may be computed twice).
+Elsewhere, and where each image has its own, they are given, and their gradient leaves the tile.
 
     total = recon_weight · Σ (x − x̂)² / B  +  interaction_weight · mean_{b,l} Σ_{j<k} w_j w_k
 
@@ -60,9 +60,9 @@ class LossInputs:
     interaction_weight: float | Tensor
     eps: float = 1e-5
 
-    def with_queries(self) -> LossInputs:
-        """The same inputs with queries that are made already."""
-        return self if isinstance(self.queries, Tensor) else replace(self, queries=self.queries.queries())
+    def made_queries(self) -> Tensor:
+        """[B or 1, L, D]"""
+        return self.queries if isinstance(self.queries, Tensor) else self.queries.queries()
 
     def differentiable(self) -> list[Tensor]:
         return decoder_tensors(self.queries, self.layers, self.head)
@@ -97,7 +97,7 @@ class LossInputs:
 
 def _loss(inputs: LossInputs) -> tuple[Tensor, Tensor]:
     """(recon, interaction) of these pixels, untiled."""
-    queries = inputs.queries if isinstance(inputs.queries, Tensor) else inputs.queries.queries()
+    queries = inputs.made_queries()
     pixels, slot_map = reference.decode(queries, inputs.layers, inputs.head, inputs.slot_mask, inputs.eps)
     recon = reference.reconstruction_error(pixels, inputs.target, inputs.pixel_weight)
     return recon, reference.interaction_penalty(slot_map, inputs.pixel_weight)
@@ -184,7 +184,7 @@ def decoder_loss(inputs: LossInputs, grad_scale: float | Tensor = 1.0, backend: 
         return DecoderLossTerms(total, recon.detach(), interaction.detach())
     name = _serve(inputs, backend)
     if name != "reference" and not getattr(backends.load(name), "MAKES_QUERIES", False):
-        inputs = inputs.with_queries()
+        inputs = replace(inputs, queries=inputs.made_queries())
     flat = inputs.differentiable()
     return DecoderLossTerms(*_TiledLoss.apply(inputs, grad_scale, name, *flat))
 
