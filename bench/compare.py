@@ -38,10 +38,11 @@ class Change:
         return "faster" if self.change < -self.bound / (1 + self.bound) else "same"
 
 
-def setting(row: Row) -> Key:
-    """What two rows must share to be comparable, the provider left out."""
+def setting(row: Row, device: bool = True) -> Key:
+    """What two rows must share to be comparable, the provider left out; ``device=False``: wherever it was run."""
     axes = tuple(sorted(row.axes.items()))
-    return row.case, row.preset, axes, row.precision, row.run["device"], row.run["threads"], row.run["tiny"]
+    shared = row.case, row.preset, axes, row.precision, row.run["threads"], row.run["tiny"]
+    return (*shared, row.run["device"]) if device else shared
 
 
 def compare(before: Iterable[Row], after: Iterable[Row]) -> list[Change]:

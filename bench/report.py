@@ -43,7 +43,8 @@ GOALS = (
     Goal("layer", "clevr6", "published", 3, 3.7, images=4),
     Goal("layer", "clevr6", "published, compiled", 2.5, 3.2, images=4),
     Goal("layer", "clevr6", "folded", 1.5, 1.9, images=4),
-    Goal("step", "clevr6", "published", 1.8, 2.5),
+    Goal("step", "clevr6", "published", 1.8, 2.5, images=1),
+    Goal("step", "clevr6", "published", 1.8, 2.5, images=4),
     Goal("layer", "clevr6", "published", 8, 30, memory=True, images=4),
     Goal("jacobian", "sprites", "published", 40, 100),
     Goal("loader", "clevr6", "new iterator a step", 20, None),
@@ -52,7 +53,7 @@ GOALS = (
 
 
 class Run(NamedTuple):
-    """Rows of one setting: those of its last run, and of the run before it."""
+    """Rows of one setting: those of its last run, and of the run before it on the same device."""
 
     last: list[Row]
     before: list[Row]
@@ -63,14 +64,15 @@ def runs(rows: Iterable[Row]) -> dict[Key, Run]:
     found: dict[Key, dict[str, list[Row]]] = {}
     for row in rows:
         if not row.run["tiny"] and row.case in TITLES:
-            found.setdefault(setting(row), {}).setdefault(row.run["when"], []).append(row)
+            found.setdefault(setting(row, device=False), {}).setdefault(row.run["when"], []).append(row)
     order = list(TITLES)
     result = {}
-    for key in sorted(found, key=lambda key: (order.index(str(key[0])), str(key[4]), str(key))):
+    for key in sorted(found, key=lambda key: (order.index(str(key[0])), str(key[3]), str(key))):
         in_order = [found[key][when] for when in sorted(found[key])]
         peaks = {row.provider: row.peak_bytes for rows in in_order for row in rows if row.peak_bytes is not None}
         last = [dataclasses.replace(row, peak_bytes=peaks.get(row.provider)) for row in in_order[-1]]
-        result[key] = Run(last, in_order[-2] if len(in_order) > 1 else [])
+        before = [rows for rows in in_order[:-1] if rows[0].run["device"] == last[0].run["device"]]
+        result[key] = Run(last, before[-1] if before else [])
     return result
 
 
@@ -184,15 +186,16 @@ def details(seen: dict[Key, Run], rows: list[Row]) -> str:
 def _provenance(row: Row) -> str:
     run = row.run
     versions = ", ".join(f"{name} {run[name]}" for name in ("torch", "triton", "numpy", "python") if run[name])
-    isa = f", {run['isa']}" if run["isa"] else ""
-    return f"`{run['command']}`, commit {run['commit']}, {run['when']}, {versions}{isa}, {row.rounds or 'no'} rounds."
+    where = ", ".join(filter(None, (run["device"], run["isa"])))
+    rounds = f"{row.rounds or 'no'} rounds"
+    return f"`{run['command']}` on {where}; commit {run['commit']}, {run['when']}, {versions}, {rounds}."
 
 
 def goals(seen: dict[Key, Run]) -> str:
     """What was asked for, and whether the last run reached it; a goal that no run touches says so."""
     lines = []
     for goal in GOALS:
-        images = f", {goal.images} images" if goal.images else ""
+        images = f", {goal.images} image{'s' * (goal.images > 1)}" if goal.images else ""
         what = f"{TITLES[goal.case]}, {goal.preset}{images}" + ", memory it adds" * goal.memory
         aim = "" if goal.aim is None else times(goal.aim)
         reached = next((r for key, run in seen.items() if (r := _reached(goal, key, run))), None)
@@ -230,7 +233,8 @@ def second_run(seen: dict[Key, Run]) -> str:
     if not lines:
         return "No setting was run twice."
     head = ["setting", "provider", "first run", "second run", "change", "noise", ""]
-    return "Times the published algorithm's time, in each of the last two runs.\n\n" + markdown(head, lines)
+    text = "Times the published algorithm's time, in each of the last two runs on the device of the last.\n\n"
+    return text + markdown(head, lines)
 
 
 def cost_of_a_run(seen: dict[Key, Run]) -> str:

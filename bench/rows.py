@@ -27,6 +27,7 @@ import fastslots
 from fastslots.errors import UserError
 
 SCHEMA = 1
+CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass
@@ -99,14 +100,20 @@ def _command() -> str:
 
 
 def device_name(device: str) -> str:
-    """The GPU's name, or the processor's model."""
+    """The GPU's name, or the processor's; on x86 with family and model, since "AMD EPYC" alone is four generations."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+        text = CPUINFO.read_text()
     except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+        text = ""
+
+    def value(key: str) -> str:
+        found = re.search(rf"^{key}\s*:\s*(.+)$", text, re.M)
+        return found[1].strip() if found else ""
+
+    name = value("model name") or platform.processor() or platform.machine()
+    return name + f" (family {value('cpu family')}, model {value('model')})" * bool(value("cpu family"))
 
 
 def _isa() -> str:

@@ -229,6 +229,31 @@ def test_report_from_rows(tmp_path):
     assert (into / "README.md").read_text() == readme, "the same rows make the same text"
 
 
+def test_runs_of_two_machines_are_not_held_against_each_other(tmp_path):
+    made = []
+    for when, device, ours in (("00", "old", 1.0), ("01", "new", 1.0), ("02", "old", 3.0), ("03", "new", 1.0)):
+        made += made_up(when=f"2030-01-01T{when}:00:00Z", seed=int(when), ours=ours)
+        for row in made[-4:]:
+            row.run["device"] = device
+    write(made, checkout(tmp_path))
+    docs = (tmp_path / "docs/benchmarks.md").read_text()
+    assert docs.count("| layer clevr6 B 4 R 128 K 7 | fastslots, cpu |") == 1 and "| slower |" not in docs
+    assert "on new" in docs and "on old" not in docs, "tables are of the machine that ran last"
+    write(made[:8], tmp_path)
+    assert "No setting was run twice" in (tmp_path / "docs/benchmarks.md").read_text()
+
+
+def test_a_processor_is_named_by_what_tells_it_from_its_kin(monkeypatch, tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n")
+    monkeypatch.setattr(rows, "CPUINFO", cpuinfo)
+    assert rows.device_name("cpu") == "AMD EPYC (family 25, model 17)"
+    cpuinfo.write_text("model name\t: Neoverse\n")
+    assert rows.device_name("cpu") == "Neoverse"
+    cpuinfo.unlink()
+    assert rows.device_name("cpu")
+
+
 def test_tiny_rows_are_no_figures(tmp_path, capsys):
     made = made_up()
     for row in made:
