@@ -29,7 +29,8 @@ class Batch(NamedTuple):
 def to_float(images: Tensor) -> Tensor:
     """uint8 [b, R, R, 3] -> fp32 [b, 3, R, R] in [0, 1]; float [b, C, R, R] passes through as fp32."""
     if images.dtype == torch.uint8:
-        return images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 255
+        # Channels first while a pixel is a byte, then in place: half the time of a strided conversion and a quotient.
+        return images.permute(0, 3, 1, 2).contiguous().to(torch.float32).div_(255)
     return images.float()
 
 
