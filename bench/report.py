@@ -142,7 +142,10 @@ def summary(seen: dict[Key, Run], memory: bool) -> str:
         anchor = next((by_name[name] for name in ANCHORS if name in by_name), None)
         peers = [_time_and_memory(anchor), *(_time_and_memory(by_name.get(name)) for name in shown)]
         first = anchor.ratio if anchor is not None else None
-        lines.append([_title(ours), *peers, _time_and_memory(ours), "" if first is None else f"**{times(first)}**"])
+        # No published loader stands alone: what the first column then timed is named
+        against = f"; first column: {anchor.provider}" if anchor is not None and anchor.provider != "published" else ""
+        faster = "" if first is None else f"**{times(first)}**"
+        lines.append([_title(ours) + against, *peers, _time_and_memory(ours), faster])
     head = ["", "published, eager", "published, `torch.compile`", "folded, plain PyTorch", "fastslots", "faster"]
     last = next(iter(seen.values())).last[0].run
     text = [
