@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -182,6 +183,15 @@ def test_features_of_a_data_set(made, checkpoint, tmp_path, capsys):
     assert main(["data", "check", str(made), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["made_by"]["patch"] == PATCH
     assert main(features_command(tmp_path / "data", checkpoint, made)) == 2  # never written over
+
+
+def test_features_need_no_more_than_python_3_10(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.delattr(hashlib, "file_digest", raising=False)  # since 3.11
+    data, out = tmp_path / "data", tmp_path / "features"
+    assert main(["data", "generate", "sprites", str(data), "--count", "3", "--size", "28", "--objects", "2-2"]) == 0
+    assert main(features_command(data, checkpoint, out)) == 0
+    expected = hashlib.blake2b(checkpoint.read_bytes(), digest_size=16).hexdigest()
+    assert FeatureDataset(out).made_by["digest"] == expected
 
 
 def test_training_and_scores(made, tmp_path, capsys):

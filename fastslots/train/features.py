@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from fastslots.data import open_dataset, to_float
 from fastslots.data.features import Features, write_features
 from fastslots.data.open import Progress
+from fastslots.data.packed import digest
 from fastslots.models.vit import VisionTransformer, load_vit
 
 
@@ -42,7 +42,8 @@ def make_features(
     """
     vit = load_vit(checkpoint, heads, scale).to(device or torch.device("cpu"))
     dataset = open_dataset(data, max_objects, size)
-    made_by = {"checkpoint": checkpoint.name, "digest": _digest(checkpoint), "patch": vit.patch, "grid": grid}
+    made_by = {"checkpoint": checkpoint.name, "digest": digest(checkpoint.parent, [checkpoint.name])}
+    made_by |= {"patch": vit.patch, "grid": grid}
     made_by |= {"heads": vit.blocks[0].self_attn.num_heads, "scale": scale, "images": size}  # type: ignore[union-attr]
 
     def compute(start: int, stop: int) -> Features:
@@ -69,8 +70,3 @@ def encode(vit: VisionTransformer, images: Tensor, grid: int) -> Tensor:
 def _objects(dataset: Any, max_objects: int | None) -> np.ndarray:
     """Objects of the scenes that the filter leaves."""
     return dataset.objects[dataset.objects <= max_objects] if max_objects else dataset.objects
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
