@@ -20,7 +20,8 @@ GRID_BYTES = 400_000  # of each; larger ones are stored lossily
 ROWS = 12  # evaluations in the table: the last ones
 EXPLORER = "explorer.json"
 MACHINE_LOG = "machine.jsonl"  # memory, power and energy by step
-MACHINE = "machine.json"  # what a run was trained on and with: its device, how memory and energy are counted, versions
+MACHINE = "machine.json"
+"""What a run was trained on and with: device, versions, fingerprint of the data, how memory and energy are counted."""
 OF_IMAGES = "scores.json"  # the newest evaluation image by image
 
 
@@ -30,13 +31,13 @@ def run_facts(run: Path, reader: MetricsReader | None = None) -> dict[str, Any]:
     costs = MetricsReader(run / MACHINE_LOG).update().training
     config = _json(run / "config.json")
     machine = _json(run / MACHINE)
-    trained_with = machine.pop("versions", None)
+    trained_with, fingerprint = machine.pop("versions", None), machine.pop("digest", "")
     return {
         "name": run.resolve().name,
         "step": reader.last.get("step", 0),
         "steps": config.get("steps", 0),
         "data": _text(run / "data.txt"),
-        "fingerprint": _fingerprint(config),
+        "fingerprint": fingerprint,
         "evaluations": reader.evaluations[-ROWS:],
         "count": len(reader.evaluations),
         "training": {name: curve.table() for name, curve in (reader.training | costs).items()},
@@ -78,11 +79,6 @@ def _grids(folder: Path) -> list[dict[str, Any]]:
             continue
         grids.append({"step": int(path.stem.split("_")[1]), "width": width, "height": height, "uri": picture})
     return grids
-
-
-def _fingerprint(config: dict[str, Any]) -> str:
-    """The fingerprint of packed data, where they still lie where the run found them."""
-    return str(_json(Path(str(config.get("data", ""))) / "meta.json").get("fingerprint", ""))
 
 
 def _text(path: Path) -> str:

@@ -210,7 +210,8 @@ class Trainer:
             say(f"warning   other images than before from here on: the run had {before}")
         self._store("data.txt", f"{self.source.description}\n".encode())
         facts = self.meter.facts()
-        self._store(MACHINE, json.dumps({**facts, "versions": versions(PACKAGES)}).encode())
+        made_with = {"versions": versions(PACKAGES), "digest": self.source.digest}
+        self._store(MACHINE, json.dumps(facts | made_with).encode())
         count = sum(p.numel() for p in self.model.parameters())
         probe = torch.empty(1, device=self.device)
         say(f"run       {self.folder.path}" + (f" (resumed at step {self.step})" if self.step else ""))

@@ -30,6 +30,7 @@ class Source:
     description: str
     splits: dict[str, tuple[Any, Any]]  # train, val, test -> (data set, rows)
     warnings: list[str] = field(default_factory=list)  # what looks wrong (``fastslots data check``)
+    digest: str = ""  # fingerprint of a set on disk
 
 
 def open_source(config: TrainConfig, dataset: Any = None) -> Source:
@@ -51,7 +52,8 @@ def open_source(config: TrainConfig, dataset: Any = None) -> Source:
     if config.input == "features":
         features = FeatureDataset(Path(config.data), config.max_objects or None)
         made = f"{features.channels} x {features.side} x {features.side} by {features.made_by.get('checkpoint')}"
-        return _split(features, f"{features.info}; {made}", features.info.published_split, config.holdout)
+        source = _split(features, f"{features.info}; {made}", features.info.published_split, config.holdout)
+        return replace(source, digest=features.info.digest)
     if config.data == "sprites":
         return _builtin(config)
     from fastslots.data import open_dataset
@@ -64,7 +66,7 @@ def open_source(config: TrainConfig, dataset: Any = None) -> Source:
     report = check(config.data, max_objects, config.resolution, quick=far, on_bad_record=config.on_bad_record)
     opened = open_dataset(config.data, max_objects, config.resolution, config.on_bad_record)
     source = _split(opened, str(opened.info), opened.info.published_split, config.holdout)
-    return replace(source, warnings=report.warnings)
+    return replace(source, warnings=report.warnings, digest=opened.info.digest)
 
 
 def _builtin(config: TrainConfig) -> Source:
