@@ -12,6 +12,11 @@ class UserError(ValueError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first, or its type where it says nothing: for a message of one line."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
 def print_error(error: UserError) -> None:
     """On stderr, as every command says it: one line."""
     print(f"fastslots: error: {' '.join(str(error).split())}", file=sys.stderr)

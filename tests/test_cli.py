@@ -11,6 +11,7 @@ import pytest
 from fastslots.cli import build_parser, main
 from fastslots.cli.train import config_of
 from fastslots.train import TrainConfig
+from fastslots.train.config import read_config
 
 TINY = """--resolution 16 --num_slots 3 --slot_dim 4 --cnn_channels 8 --encoder_width 16 --encoder_layers 1
 --query_width 16 --query_hidden 16 --slot_width 16 --slot_hidden 16 --decoder_heads 2 --output_hidden 16
@@ -37,6 +38,21 @@ def test_every_field_is_a_flag(capsys):
     text = capsys.readouterr().out
     for field in dataclasses.fields(TrainConfig):
         assert field.name == "preset_name" or f"--{field.name}" in text, field.name
+
+
+def test_a_device_that_is_not_here_is_refused_before_anything_is_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(dataclasses.asdict(config("--data", "nowhere.npz")) | {"device": "cuda:99"}))
+    assert read_config(path).device == "cuda:99"  # what a run was trained on can be read anywhere
+    for argv in (
+        ["train", "--config", str(path)],
+        ["sweep", "--device", "cuda:99", "--out", "sweep"],
+        ["data", "features", "nowhere.npz", "--checkpoint", "no.pth", "--out", "out", "--device", "cuda:99"],
+    ):
+        assert main(argv) == 2
+        assert "device 'cuda:99' cannot be used" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_config_file_round_trip(tmp_path):

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastslots.data import SpritesDataset, read_batch, to_float
+from fastslots.cli import main
+from fastslots.data import SpritesDataset, open_dataset, read_batch, to_float
+from fastslots.data.open import pack
 from fastslots.metrics import jacobian_ari, slot_jacobian
 from fastslots.models import SlotVAE, SlotVAEConfig
 from fastslots.report import render, run_facts
@@ -202,6 +204,20 @@ def test_noise_is_stored_within_its_limit():
 # ---- page
 
 
+@pytest.mark.parametrize("kind", ["packed", "shards", "npz"])
+def test_the_page_names_the_data_by_their_fingerprint(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("FASTSLOTS_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / ("data.npz" if kind == "npz" else "data")
+    images = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8)
+    np.savez(tmp_path / "data.npz", images)
+    for number in range({"packed": 1, "shards": 2, "npz": 0}[kind]):
+        pack(tmp_path / "data.npz", data / f"shard-{number}" if kind == "shards" else data)
+    config = TrainConfig.preset("sprites-mini", **TINY, data=str(data), steps=1, batch_size=2, eval_images=2, threads=1)
+    fit(config, out=tmp_path / "run", stream=io.StringIO())
+    facts = run_facts(tmp_path / "run")
+    assert facts["fingerprint"] == open_dataset(data, size=16).info.digest != "" and "digest" not in facts["machine"]
+
+
 def test_the_page_has_no_way_out_and_text_cannot_become_markup(run):
     (run / "data.txt").write_text("</script><script>alert(1)</script>\u2028 <b>bold</b>")
     text = write_report([run], run / "evil.html", explorer=False).read_text()
@@ -216,6 +232,14 @@ def test_a_page_of_a_run_that_has_just_begun(tmp_path):
     (tmp_path / "scores.json").write_text("")  # torn
     page = write_report([tmp_path])
     assert page.stat().st_size < 100_000 and json.loads(page.read_text().split("id=facts>")[1].split("</script>")[0])
+
+
+@pytest.mark.parametrize("command", [["report"], ["eval", "--images", "2", "--json"]])
+def test_a_run_from_a_gpu_is_read_where_there_is_none(run, tmp_path, capsys, command):
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"device": "cuda:99"}))
+    assert main([command[0], str(tmp_path / "run"), *command[1:]]) == 0, capsys.readouterr().err
 
 
 def test_every_evaluation_leaves_the_scores_of_its_images(run):

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from fastslots.errors import UserError
-from fastslots.train.config import TrainConfig, read_config
+from fastslots.train.config import read_config
 
 
 def add_parser(commands) -> None:
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from fastslots.train.sources import open_source
 
     model = load_run(args.run_folder, args.weights)
-    config = read_config(args.run_folder / "config.json", TrainConfig, **({"data": args.data} if args.data else {}))
+    config = read_config(args.run_folder / "config.json", device="auto", **({"data": args.data} if args.data else {}))
     dataset, rows = open_source(config).splits[args.split]
     model.to(config.torch_device())
 

@@ -29,10 +29,10 @@ def run(args: argparse.Namespace) -> int:
     from fastslots.models.storage import load_run
     from fastslots.report.live import Session
     from fastslots.report.server import serve
-    from fastslots.train.config import TrainConfig, read_config
+    from fastslots.train.config import read_config
 
     model = load_run(args.run_folder, args.weights)
-    config = read_config(args.run_folder / "config.json", TrainConfig)
+    config = read_config(args.run_folder / "config.json", device="auto")
     if config.input != "pixels" or config.channels != 3:
         raise UserError(f"{args.run_folder} decodes features, not images: there is nothing to look at")
     session = Session(

@@ -101,6 +101,9 @@ def run(args: argparse.Namespace) -> int:
     also = [cell_of(text) for text in args.also]
     out = args.out.absolute()  # a Ray node has another working directory
     trials = make_trials(args.preset or DEFAULT_PRESET, varied, fixed, seeds or range(args.seeds or 1), out, also)
+    if args.engine != "ray":  # the cluster's nodes may have devices that this machine has not
+        for config in {trial.config.device: trial.config for trial in trials}.values():
+            config.torch_device()
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastslots.errors import UserError
+from fastslots.errors import UserError, first_line
 from fastslots.models.config import SlotVAEConfig, option
 from fastslots.train.trackers import TRACKERS
 
@@ -91,18 +91,16 @@ class TrainConfig(SlotVAEConfig):
             raise UserError(
                 f"optimizer must be muon or a class of torch.optim (adam, adamw, sgd, ...), got {self.optimizer!r}"
             )
-        try:
-            self.torch_device()
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(
-                f"device {self.device!r} cannot be used ({str(error).splitlines()[0]}): try --device cpu"
-            ) from None
 
     def torch_device(self) -> torch.device:
+        """UserError where this machine has no such device; a configuration as such is good on any machine."""
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        device = torch.device(self.device)
-        torch.empty(0, device=device)
+        try:
+            device = torch.device(self.device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"device {self.device!r} cannot be used ({first_line(error)}): try --device cpu") from None
         return device
 
     def trackers(self) -> list[str]:

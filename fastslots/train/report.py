@@ -35,7 +35,7 @@ def write_report(
         path = (run / "metrics.jsonl").resolve()
         reader = _readers.setdefault(path, MetricsReader(path)).update()
         if explorer:
-            write_explorer(run, read_config(run / "config.json", TrainConfig), progress=progress)
+            write_explorer(run, read_config(run / "config.json", device="auto"), progress=progress)
         facts.append(run_facts(run, reader))
     path = out or runs[0] / "report.html"
     write_atomic(path, render(facts).encode())
