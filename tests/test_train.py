@@ -15,10 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from fastslots.cli import main
+from fastslots.data import read_batch
 from fastslots.errors import UserError
 from fastslots.models import SlotVAE
 from fastslots.train import NonFiniteLossError, TrainConfig, fit
 from fastslots.train.checkpoint import latest_checkpoint
+from fastslots.train.evaluate import evaluate
 from fastslots.train.files import write_atomic
 from fastslots.train.log import read_metrics
 from fastslots.train.optim import Optimizer
@@ -79,21 +81,6 @@ CLI = [sys.executable, "-c", "from fastslots.cli import main; raise SystemExit(m
 FLAGS = [f"--{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in TINY.items()]
 
 
-def test_sigkill_then_resume_is_bit_identical(tmp_path):
-    flags = [*FLAGS, "--steps=200", "--checkpoint_every=20", "--eval_every=0"]
-    killed = subprocess.Popen([*CLI, *flags, f"--out={tmp_path / 'killed'}"], stderr=subprocess.DEVNULL, cwd=tmp_path)
-    checkpoints = tmp_path / "killed" / "checkpoints"
-    deadline = time.monotonic() + 60
-    while not list(checkpoints.glob("step_*")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert 0 < latest_checkpoint(checkpoints)[0].step < 200
-    for name in ("killed", "whole"):
-        subprocess.run([*CLI, *flags, f"--out={tmp_path / name}"], check=True, capture_output=True, cwd=tmp_path)
-    assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
-
-
 def test_sigterm_saves_a_checkpoint_and_exits_143(tmp_path):
     flags = [*FLAGS, "--steps=100000", "--checkpoint_every=0", "--eval_every=0"]
     run = subprocess.Popen([*CLI, *flags, f"--out={tmp_path}"], stderr=subprocess.PIPE, text=True, cwd=tmp_path)
@@ -104,6 +91,33 @@ def test_sigterm_saves_a_checkpoint_and_exits_143(tmp_path):
     assert "--resume" in run.stderr.read()
     step = latest_checkpoint(tmp_path / "checkpoints")[0].step
     assert step == read_metrics(tmp_path / "metrics.jsonl")[0][-1]["step"] > 0
+
+
+class SomeMasks(torch.utils.data.Dataset):
+    """Images of which those at even places have a mask, or the second half of them."""
+
+    def __init__(self, half: bool):
+        self.half = half
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, i: int):
+        masked = i >= 20 if self.half else i % 2 == 0
+        return {"image": np.full((16, 16, 3), i, np.uint8)} | ({"mask": np.eye(16, dtype=np.uint8)} if masked else {})
+
+
+def test_images_have_masks_all_or_none(tmp_path):
+    mend = "some images have a mask and others none: give all of them one, or none"
+    with pytest.raises(UserError, match=mend):
+        read_batch(SomeMasks(False), np.arange(4))
+    assert read_batch(SomeMasks(True), np.arange(4))[1] is None
+    with pytest.raises(UserError, match=mend):  # no batch is mixed
+        evaluate(SlotVAE(tiny()), SomeMasks(True), range(40), batch_size=4)
+    with pytest.raises(UserError, match=mend):
+        evaluate(SlotVAE(tiny()), SomeMasks(True), range(39, -1, -1), batch_size=4)
+    with pytest.raises(UserError, match=mend):
+        fit(tiny(), SomeMasks(False), tmp_path / "run")
 
 
 def test_nan_stops_with_the_batch_saved_and_good_weights(tmp_path):

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from fastslots.data.ranges import AHEAD
 from fastslots.data.sampling import batch_indices
+from fastslots.errors import UserError
 
 RESIDENT_SHARE = 0.4
 """Of a GPU's free memory, what images that stay there may take; a model and its step need the rest."""
+SOME_MASKS = "some images have a mask and others none: give all of them one, or none"
 
 
 class Batch(NamedTuple):
@@ -39,6 +41,8 @@ def read_batch(dataset, indices: np.ndarray) -> tuple[Tensor, Tensor | None]:
 
     Items of the latter may be an image, a tuple (image, mask, ...), or a dict with "image" and perhaps "mask"; an
     image is uint8 [R,R,3] or [3,R,R], or float [C,R,R] in [0, 1]; arrays or tensors.
+
+    Raises UserError where some of the images have a mask and others none.
     """
     if hasattr(dataset, "batch"):
         images, masks = dataset.batch(indices)
@@ -46,7 +50,9 @@ def read_batch(dataset, indices: np.ndarray) -> tuple[Tensor, Tensor | None]:
     items = [_image_and_mask(dataset[int(i)]) for i in indices]
     images = torch.stack([image for image, _ in items])
     masks = [mask for _, mask in items if mask is not None]
-    return images, torch.stack(masks) if len(masks) == len(items) else None
+    if 0 < len(masks) < len(items):
+        raise UserError(SOME_MASKS)
+    return images, torch.stack(masks) if masks else None
 
 
 def _image_and_mask(item) -> tuple[Tensor, Tensor | None]:

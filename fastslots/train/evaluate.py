@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from fastslots.data import read_batch, to_float
+from fastslots.data.loader import SOME_MASKS
 from fastslots.data.sampling import step_seed
+from fastslots.errors import UserError
 from fastslots.metrics import JacobianMeter, SegmentationMeter, slot_jacobian
 from fastslots.models import SlotVAE
 from fastslots.models.vae import SlotVAEOutput
@@ -49,6 +51,8 @@ def evaluate(
     the rows each and return the same scores. ``score_mode``: of ``JacobianMeter``; "paper" averages batch means, and
     then depends on ``batch_size``. ``progress`` is called with (images done, images), ``see`` as ``See``
     says. ``of_images``: also "of_images", J-ARI and FG-ARI of every image in the order of rows ({} without masks).
+
+    Raises UserError where some of the images have a mask and others none.
     """
     group, device = group or Group(), next(model.parameters()).device
     rows = rows[: images or None]
@@ -59,6 +63,8 @@ def evaluate(
     by_jacobian, by_map = JacobianMeter(score_mode), SegmentationMeter()
     for first in range(own.start, own.stop, batch_size):
         raw, masks = read_batch(dataset, np.asarray(rows[first : min(first + batch_size, own.stop)]))
+        if first > own.start and (masks is None) != (by_map.images == 0):
+            raise UserError(SOME_MASKS)
         x = to_float(raw.to(device))
         result = model(x, latent_noise(model, len(x), latent, seed, first, device))
         terms = model.loss(result, x)
