@@ -85,6 +85,30 @@ def test_shares_are_contiguous_and_even():
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+def test_a_process_group_of_somebody_else_is_refused(tmp_path):
+    """Alone in each of its processes, every one of them would compute the whole batch."""
+    code = """
+import sys
+import torch
+import torch.distributed as dist
+from fastslots.errors import UserError
+from fastslots.train.distributed import Group
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=int(sys.argv[3]))
+try:
+    print(Group.join(torch.device("cpu"), 4).size)
+except UserError as error:
+    print(error)
+dist.destroy_process_group()
+"""
+    for size, expected in ((2, "a process group is initialised already"), (1, "1\n")):
+        commands = [[sys.executable, "-c", code, str(rank), f"{tmp_path}/{size}", str(size)] for rank in range(size)]
+        processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+        for process in processes:
+            assert expected in process.communicate(timeout=120)[0]
+
+
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> Path:
     return fit(small(), out=tmp_path_factory.mktemp("one") / "run").out

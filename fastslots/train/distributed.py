@@ -63,7 +63,11 @@ class Group:
     def join(cls, device: torch.device, batch_size: int) -> Group:
         """Meet the others; alone where torchrun did not start this process. UserError where the group cannot work."""
         group, size = cls(), int(os.environ.get("WORLD_SIZE", "1"))
-        if size == 1 or "RANK" not in os.environ or dist.is_initialized():
+        if dist.is_available() and dist.is_initialized():
+            if dist.get_world_size() > 1:  # alone in each process, all would compute the whole batch
+                raise UserError("a process group is initialised already: call fit before, or destroy it")
+            return group
+        if size == 1 or "RANK" not in os.environ:
             return group
         group.size, group.local_rank = size, int(os.environ.get("LOCAL_RANK", "0"))
         if batch_size < size:
