@@ -20,6 +20,7 @@ import torch  # before _cpu, which takes its OpenMP symbols from the runtime tha
 from torch import Tensor
 
 from fastslots import _cpu  # type: ignore[attr-defined]
+from fastslots.errors import UserError
 
 MAX_SLOTS = 64
 MAX_COLUMNS = 512
@@ -33,10 +34,11 @@ _isa: str
 
 
 def set_isa(name: str | None) -> None:
-    """Use this instruction set from now on; None for the best. ValueError where the processor lacks it."""
+    """Use this instruction set from now on; None for the best. UserError where the processor lacks it."""
     global _isa
     if name is not None and name not in ISAS:
-        raise ValueError(f"instruction set {name!r} is not one that this processor serves: {', '.join(ISAS)}")
+        served = ", ".join(ISAS)
+        raise UserError(f"instruction set {name!r} is not one that this processor serves: name one of {served}")
     _isa = name or ISAS[0]
 
 

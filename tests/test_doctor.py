@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from fastslots.cli import doctor, main
+from fastslots.data.open import cache_folder
 
 
 @pytest.fixture
@@ -45,6 +50,36 @@ def test_a_wrong_kernel_or_a_failed_training_exits_1(capsys, monkeypatch):
     monkeypatch.setattr("fastslots.testing.errors", lambda *_: (0.5, 0.5))
     assert main(["doctor"]) == 1
     assert "self-check: FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("fastslots._cpu"), reason="the C++ module is not built")
+def test_an_instruction_set_that_is_none_is_named():
+    code = "from fastslots.cli import main; raise SystemExit(main(['doctor']))"
+    env = os.environ | {"FASTSLOTS_ISA": "foo"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "instruction set 'foo' is not one that this processor serves" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("value", [None, "", "~/elsewhere", "/tmp/there"])
+def test_the_cache_is_one_place(quick, capsys, monkeypatch, tmp_path, value):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("FASTSLOTS_CACHE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("FASTSLOTS_CACHE", value)
+    (tmp_path / "file").touch()
+    place = cache_folder(tmp_path / "file", 16).parent
+    assert place == (Path(value).expanduser() if value else tmp_path / ".cache" / "fastslots")
+    doctor._folders(doctor.Findings())
+    assert f"{place}, " in capsys.readouterr().out
+
+
+def test_an_error_without_words_goes_by_its_type(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError
+
+    monkeypatch.setattr("fastslots.train.fit", fail)
+    assert doctor._train_a_little() == (0.0, "FAILED: RuntimeError")
 
 
 def test_data_that_is_not_there(capsys):

@@ -142,8 +142,9 @@ def _backends(found: Findings) -> None:
 
 def _folders(found: Findings) -> None:
     """The places that fastslots writes to."""
-    cache = Path(os.environ.get("FASTSLOTS_CACHE", "~/.cache/fastslots")).expanduser()
-    for name, folder, flag in (("cache", cache, "FASTSLOTS_CACHE"), ("runs", Path("runs").absolute(), "--out")):
+    from fastslots.data.packing import cache_root
+
+    for name, folder, flag in (("cache", cache_root(), "FASTSLOTS_CACHE"), ("runs", Path("runs").absolute(), "--out")):
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free
         text = f"{folder}, {free / 2**30:.1f} GiB free"

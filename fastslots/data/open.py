@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from fastslots.data.packed import VERSION, PackedDataset, is_packed
-from fastslots.data.packing import write_packed
+from fastslots.data.packing import cache_root, write_packed
 from fastslots.data.remote import is_remote, openers
 from fastslots.data.scene import BadRecordError, Reader, Scene, default_size, preprocess
 from fastslots.data.shards import PackedShards, find_shards
@@ -231,10 +231,9 @@ def _recognise_file(path: Path) -> Reader:
 
 def cache_folder(path: Path, size: int, on_bad_record: str = "stop") -> Path:
     """Where the decoded form of a file or folder lies: keyed by path, size, time and preprocessing."""
-    root = Path(os.environ.get("FASTSLOTS_CACHE") or Path.home() / ".cache" / "fastslots")
     skip = ["skip"] if on_bad_record == "skip" else []  # added, so that caches made before there was a choice serve
     key = json.dumps([str(path.resolve()), _stamp(path), size, PREPROCESSING, VERSION, *skip])
-    return root / hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
+    return cache_root() / hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
 
 
 def _stamp(path: Path) -> list[int]:

@@ -24,6 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fastslots.data.packed import ARRAYS, PackedDataset, digest, parse_meta
+from fastslots.data.packing import cache_root
 from fastslots.data.ranges import RangedArray, filesystem
 from fastslots.errors import UserError
 
@@ -56,7 +57,7 @@ def openers(url: str, max_objects: int | None) -> list[Callable[[], PackedDatase
 
     Raises UserError where nothing packed is there, or it cannot be reached.
     """
-    root = Path(os.environ.get("FASTSLOTS_CACHE") or Path.home() / ".cache" / "fastslots") / "remote"
+    root = cache_root() / "remote"
     try:
         root.mkdir(parents=True, exist_ok=True)
         limit = _limit(root)
