@@ -42,7 +42,9 @@ def milliseconds(item: Launch) -> float | None:
             return_mode="median",
         )
     except (TritonError, RuntimeError):
-        return None
+        pass
+    torch.cuda.synchronize()  # raises where the launch has broken the device, which would fail every later one too
+    return None
 
 
 def neighbours(kernel: str, config: LaunchConfig) -> Iterator[list[LaunchConfig]]:
