@@ -11,7 +11,7 @@ import fastslots
 
 ROOT = Path(fastslots.__file__).parent
 # each layer may import those before it
-LAYERS = ("errors", "kernels", "ops", "nn", "models", "metrics", "data", "report", "train", "bench", "cli")
+LAYERS = ("errors", "kernels", "ops", "nn", "models", "interop", "metrics", "data", "report", "train", "bench", "cli")
 ALWAYS = {"errors"}
 FORBIDDEN = {
     "data": {"models", "metrics", "ops", "nn", "kernels"},
@@ -26,6 +26,8 @@ def imported_layers(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("fastslots."):
             names.add(node.module.split(".")[1])
+        elif isinstance(node, ast.ImportFrom) and node.module == "fastslots":
+            names |= {alias.name for alias in node.names} & {*LAYERS, "testing"}
         elif isinstance(node, ast.Import):
             names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("fastslots.")}
     return names
