@@ -42,7 +42,7 @@ def make_features(
     """
     vit = load_vit(checkpoint, heads, scale).to(device or torch.device("cpu"))
     dataset = open_dataset(data, max_objects, size)
-    made_by = {"checkpoint": checkpoint.name, "digest": digest(checkpoint.parent, [checkpoint.name])}
+    made_by: dict[str, object] = {"checkpoint": checkpoint.name, "digest": digest(checkpoint.parent, [checkpoint.name])}
     made_by |= {"patch": vit.patch, "grid": grid}
     made_by |= {"heads": vit.blocks[0].self_attn.num_heads, "scale": scale, "images": size}  # type: ignore[union-attr]
 
