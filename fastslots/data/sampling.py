@@ -6,9 +6,25 @@ than taken from a library, so that no version of one ever changes what a run has
 
 from __future__ import annotations
 
+from enum import IntEnum, unique
+
 import numpy as np
 
 _GOLDEN = 0x9E3779B97F4A7C15
+
+
+@unique
+class Purpose(IntEnum):
+    """What a seed is for: no two alike, or their random numbers would be. Values are frozen: each run's randomness
+    follows from them."""
+
+    NOISE = 1
+    PIXELS = 2
+    JACOBIAN = 3
+    TRAIN = 11  # built-in data of the splits
+    VAL = 12
+    TEST = 13
+    EVALUATION = 21
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -38,6 +54,6 @@ def batch_indices(seed: int, step: int, batch_size: int, n: int, start: int = 0)
     return ((draws >> np.uint64(32)) * np.uint64(n) >> np.uint64(32)).astype(np.int64)
 
 
-def step_seed(seed: int, step: int, purpose: int) -> int:
-    """A seed for torch's generator, of a step and one purpose (noise, pixel subsets, ...)."""
+def step_seed(seed: int, step: int, purpose: Purpose) -> int:
+    """A seed for torch's generator, of a step (or an image) and one purpose."""
     return int(random_u64(seed, step, purpose) >> np.uint64(1))

@@ -12,14 +12,13 @@ from torch import Tensor
 
 from fastslots.data import read_batch, to_float
 from fastslots.data.loader import SOME_MASKS
-from fastslots.data.sampling import step_seed
+from fastslots.data.sampling import Purpose, step_seed
 from fastslots.errors import UserError
 from fastslots.metrics import JacobianMeter, SegmentationMeter, slot_jacobian
 from fastslots.models import SlotVAE
 from fastslots.models.vae import SlotVAEOutput
 from fastslots.train.distributed import Group
 
-_NOISE = 21
 _OF_AN_IMAGE = ("j_ari", *SegmentationMeter.SCORES)  # scores that are means over images
 SHOWN = ("j_ari", "fg_ari")  # those that are also given image by image
 
@@ -111,5 +110,5 @@ def latent_noise(model: SlotVAE, count: int, latent: str, seed: int, first: int,
     shape = (model.config.num_slots, model.config.slot_dim)
     if latent == "mean":
         return torch.zeros(count, *shape, device=device)
-    generators = (torch.Generator().manual_seed(step_seed(seed, first + i, _NOISE)) for i in range(count))
+    generators = (torch.Generator().manual_seed(step_seed(seed, first + i, Purpose.EVALUATION)) for i in range(count))
     return torch.stack([torch.randn(*shape, generator=g) for g in generators]).to(device)

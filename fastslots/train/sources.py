@@ -12,12 +12,11 @@ from fastslots.data import SpritesDataset, split_indices
 from fastslots.data.factors import factor_words, numbered_objects
 from fastslots.data.features import FeatureDataset, is_features
 from fastslots.data.holdout import Holdout
-from fastslots.data.sampling import step_seed
+from fastslots.data.sampling import Purpose, step_seed
 from fastslots.data.sprites import FACTORS
 from fastslots.errors import UserError
 from fastslots.train.config import TrainConfig
 
-_TRAIN, _VAL, _TEST = 11, 12, 13  # purposes of the built-in data's seeds
 HELD_OUT = 1_000  # built-in images in val and in test
 GIVEN = "python:"  # begins ``config.data`` of a run whose data set was handed to ``fit``
 SEARCH = 100  # scenes that are looked through for each with a held-out combination
@@ -62,8 +61,8 @@ def open_source(config: TrainConfig, dataset: Any = None) -> Source:
 
     max_objects = config.max_objects or None
     # What is read by byte range is not read whole first; what is fetched was compared with its checksum then.
-    far = is_remote(config.data)
-    report = check(config.data, max_objects, config.resolution, quick=far, on_bad_record=config.on_bad_record)
+    quick = is_remote(config.data)
+    report = check(config.data, max_objects, config.resolution, quick=quick, on_bad_record=config.on_bad_record)
     opened = open_dataset(config.data, max_objects, config.resolution, config.on_bad_record)
     source = _split(opened, str(opened.info), opened.info.published_split, config.holdout)
     return replace(source, warnings=report.warnings, digest=opened.info.digest)
@@ -78,9 +77,9 @@ def _builtin(config: TrainConfig) -> Source:
         return SpritesDataset(seed, config.resolution, objects, count, avoid), range(count)
 
     splits = {
-        "train": sprites(step_seed(config.seed, 0, _TRAIN) >> 1, 1 << 31),
-        "val": sprites(step_seed(0, 0, _VAL) >> 1, HELD_OUT),
-        "test": sprites(step_seed(0, 0, _TEST) >> 1, HELD_OUT),
+        "train": sprites(step_seed(config.seed, 0, Purpose.TRAIN) >> 1, 1 << 31),
+        "val": sprites(step_seed(0, 0, Purpose.VAL) >> 1, HELD_OUT),
+        "test": sprites(step_seed(0, 0, Purpose.TEST) >> 1, HELD_OUT),
     }
     least, most = objects
     shapes = f"{least} to {most} coloured shapes at {config.resolution} x {config.resolution}"
@@ -105,7 +104,7 @@ def unseen(config: TrainConfig, count: int) -> tuple[Any, np.ndarray]:
             raise UserError(f"holdout {config.holdout!r}: no test image has such an object: widen it")
         return dataset, found[:count]
     holdout = _builtin_holdout(config)
-    dataset = SpritesDataset(step_seed(0, 0, _TEST) >> 1, config.resolution, _objects(config), SEARCH * count)
+    dataset = SpritesDataset(step_seed(0, 0, Purpose.TEST) >> 1, config.resolution, _objects(config), SEARCH * count)
     parts: list[np.ndarray] = []
     for first in range(0, len(dataset), HELD_OUT):
         scenes = np.arange(first, min(first + HELD_OUT, len(dataset)))
