@@ -18,12 +18,12 @@ from fastslots.cli import main
 from fastslots.data import read_batch
 from fastslots.errors import UserError
 from fastslots.models import SlotVAE
-from fastslots.train import NonFiniteLossError, TrainConfig, fit
+from fastslots.train import NonFiniteLossError, TrainConfig, fit, loop
 from fastslots.train.checkpoint import latest_checkpoint
 from fastslots.train.evaluate import evaluate
 from fastslots.train.files import write_atomic
 from fastslots.train.log import read_metrics
-from fastslots.train.optim import Optimizer
+from fastslots.train.optim import Optimizers
 from fastslots.train.step import Precision, draw, training_step
 
 TINY = {
@@ -120,6 +120,34 @@ def test_images_have_masks_all_or_none(tmp_path):
         fit(tiny(), SomeMasks(False), tmp_path / "run")
 
 
+def test_what_a_run_opened_is_closed_where_it_cannot_begin(tmp_path, monkeypatch):
+    closed = []
+    for name in ("MetricsLog", "Writer"):
+        monkeypatch.setattr(getattr(loop, name), "close", lambda self, name=name: closed.append(name))
+    monkeypatch.setattr(loop.Trainer, "_announce", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit(tiny(), out=tmp_path)
+    assert closed == ["Writer", "MetricsLog"]
+
+
+def test_a_run_that_has_learnt_nothing_leaves_no_checkpoint(tmp_path):
+    class Vanishing(torch.utils.data.Dataset):
+        reads = 0
+
+        def __len__(self) -> int:
+            return 40
+
+        def __getitem__(self, i: int):
+            self.reads += 1
+            if self.reads > 1:  # the first is to see its shape
+                raise OSError("the disk has gone")
+            return torch.rand(3, 16, 16)
+
+    with pytest.raises(OSError, match="the disk has gone"):
+        fit(tiny(), Vanishing(), tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
 def test_nan_stops_with_the_batch_saved_and_good_weights(tmp_path):
     class Poisoned(torch.utils.data.Dataset):
         def __len__(self):
@@ -167,7 +195,7 @@ def test_accumulation_equals_the_whole_batch():
         config = tiny(accumulate=parts, optimizer="sgd", lr=1e-3, pixels_per_step=20)
         model = SlotVAE(config)
         values = training_step(
-            model, Optimizer(model, config), Precision("fp32", torch.device("cpu")), config, 5, images
+            model, Optimizers(model, config), Precision("fp32", torch.device("cpu")), config, 5, images
         )
         results.append((values["loss"], torch.cat([p.detach().flatten() for p in model.parameters()])))
     (loss_1, whole), (loss_2, halves) = results

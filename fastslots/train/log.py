@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 from PIL.Image import Image
@@ -106,8 +106,26 @@ class MetricsLog:
                 tracker.close()
 
 
+class ProgressView(Protocol):
+    """What a run tells whoever watches it: ``Progress``, ``LiveProgress`` on a terminal, ``Silent``."""
+
+    def update(self, step: int, values: dict[str, float]) -> None:
+        """A step is done."""
+
+    def evaluated(self, step: int, scores: dict[str, Any], tiles: Sequence[Sequence[np.ndarray]]) -> None:
+        """The scores of an evaluation, and its pictures (``SlotPictures.tiles``)."""
+
+    def say(self, text: str) -> None:
+        """A line that is to stay."""
+
+    def note(self, text: str) -> None:
+        """What is being done between steps, where there has been silence for long."""
+
+    def close(self) -> None: ...
+
+
 class Silent:
-    """In place of MetricsLog and Progress on processes that write nothing."""
+    """In place of MetricsLog and of a ``ProgressView`` on processes that write nothing."""
 
     energy_wh = 0.0
 
@@ -190,7 +208,7 @@ class Progress:
         self.say(f"step {step}/{self._steps}  {losses}  R/H² {values['interaction_normalized']:.4f}  {rate}")
 
     def evaluated(self, step: int, scores: dict[str, Any], tiles: Sequence[Sequence[np.ndarray]]) -> None:
-        """The scores of an evaluation; its pictures (``SlotPictures.tiles``) are for terminals."""
+        """The scores; pictures are for terminals."""
         self.say(evaluation_line(step, scores))
 
     def say(self, text: str) -> None:
@@ -200,7 +218,6 @@ class Progress:
             self._stream.flush()
 
     def note(self, text: str) -> None:
-        """What is being done between steps, where there has been silence for long."""
         if time.monotonic() - self._shown > SILENCE:
             self.say(text)
 
@@ -208,7 +225,7 @@ class Progress:
         pass
 
 
-def open_progress(steps: int, log_every: int, first_step: int, stream: TextIO | None, log: Path) -> Any:
+def open_progress(steps: int, log_every: int, first_step: int, stream: TextIO | None, log: Path) -> ProgressView:
     """``LiveProgress`` where the stream (None: stderr) is a terminal that can move its cursor, else ``Progress``.
 
     log: the run's metrics.jsonl, as cut by a resume.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -28,9 +29,9 @@ from fastslots.train.distributed import Group, LostProcessError, StoppedError, S
 from fastslots.train.evaluate import evaluate
 from fastslots.train.files import write_atomic
 from fastslots.train.grids import SlotPictures
-from fastslots.train.log import MetricsLog, Silent, open_progress
+from fastslots.train.log import MetricsLog, ProgressView, Silent, open_progress
 from fastslots.train.machine import Meter
-from fastslots.train.optim import Optimizer
+from fastslots.train.optim import Optimizers
 from fastslots.train.report import write_explorer, write_report
 from fastslots.train.run import RunFolder, claim, next_run
 from fastslots.train.sources import GIVEN, check_shape, open_source
@@ -38,6 +39,7 @@ from fastslots.train.step import LEAST_SCALE, Precision, training_step
 from fastslots.train.trackers import open_trackers
 
 GRID_IMAGES = 8
+"""Rows of an evaluation's picture: enough to see whether slots follow objects, and it still fits on a screen."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -64,7 +66,7 @@ def fit(
     Args:
         config: e.g. ``TrainConfig.preset("clevr6", data="clevr.tfrecords", steps=1000)``.
         dataset: any map-style data set in place of ``config.data``: items are an image, a tuple (image, mask) or a
-            dict with "image" and perhaps "mask"; an image is uint8 [R,R,3] or float [C,R,R] in [0, 1].
+            dict with "image" and perhaps "mask"; an image is uint8 [R,R,3] or [3,R,R], or float [C,R,R] in [0, 1].
         out: the run's folder; None takes the next free one in runs/.
         resume: go on from the newest good checkpoint in ``out``, bit for bit; start fresh where there is none.
         stream: where progress goes (stderr).
@@ -78,26 +80,30 @@ def fit(
     if dataset is not None:
         config = replace(config, data=f"{GIVEN}a {type(dataset).__name__} that Python code gave to fit")
     group = Group.join(config.torch_device(), config.batch_size)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(group.leave)
         chosen = group.on_first(lambda: os.fsencode(claim(Path(out) if out else next_run(config.preset_name), resume)))
         folder = RunFolder(Path(os.fsdecode(chosen)))
-        try:
-            trainer = Trainer(config, dataset, folder, group, stream)
-            try:
-                result = trainer.run()
-            finally:
-                trainer.close()
-        finally:
-            folder.release()
-    finally:
-        group.leave()
+        stack.callback(folder.release)
+        result = Trainer(config, dataset, folder, stack, group, stream).run()
     group.close()
     return result
 
 
 class Trainer:
+    """A run from its folder to its last step: builds everything in ``__init__``, so that ``run`` is the loop alone.
+
+    stack: closes what is opened here, whatever ends the run.
+    """
+
     def __init__(
-        self, config: TrainConfig, dataset: Any, folder: RunFolder, group: Group | None = None, stream: Any = None
+        self,
+        config: TrainConfig,
+        dataset: Any,
+        folder: RunFolder,
+        stack: contextlib.ExitStack,
+        group: Group | None = None,
+        stream: Any = None,
     ):
         self.config, self.folder, self.group = config, folder, group or Group()
         self.device = self.group.device(config.torch_device())
@@ -109,7 +115,7 @@ class Trainer:
         self.precision = Precision(config.precision, self.device)
         torch.manual_seed(config.seed)
         self.model = _initial_model(config).to(self.device).train()
-        self.optimizer = Optimizer(self.model, config)
+        self.optimizers = Optimizers(self.model, config)
         self.step, self.best = 0, -float("inf")
         self.scores: dict[str, Any] = {}
         self._warned: set[str] = set()
@@ -120,12 +126,15 @@ class Trainer:
         self.group.on_first(self._store_config)
         first = self.group.first
         self.log = MetricsLog(folder.metrics, self.step, self._trackers()) if first else Silent()
+        stack.callback(self.log.close)
         paced = (config.steps, config.log_every, self.step, stream, folder.metrics)
-        self.progress = open_progress(*paced) if first else Silent()
+        self.progress: ProgressView = open_progress(*paced) if first else Silent()
+        stack.callback(self.progress.close)
         for reason in damaged:
             self.progress.say(f"{reason}: going back to the one before")
         self.meter = Meter(self.device, self.log.energy_wh)
         self.writer = Writer(self.progress.say)
+        stack.callback(self.writer.close)
         if config.compile:
             self.model.encoder.compile()
         if first:
@@ -161,17 +170,13 @@ class Trainer:
             self.progress.say(f"stopped by signal {stop} at step {self.step}: {rest}")
         return FitResult(self.model, self.folder.path, self.step, self.scores, stop, group.first)
 
-    def close(self) -> None:
-        self.writer.close()
-        self.log.close()
-        self.progress.close()
-
     def _next(self, batches: Iterator[Batch]) -> torch.Tensor:
         """A step's images on the device; where the data have become unreadable, what was learnt is saved first."""
         try:
             return to_float(next(batches).images.to(self.device, non_blocking=True))
         except Exception:  # a user's data set may raise anything
-            self._checkpoint()
+            if self.step:
+                self._checkpoint()
             raise
 
     def _train_on(self, images: torch.Tensor) -> dict[str, float]:
@@ -179,7 +184,7 @@ class Trainer:
         nothing is lost with it."""
         try:
             return training_step(
-                self.model, self.optimizer, self.precision, self.config, self.step + 1, images, self.group
+                self.model, self.optimizers, self.precision, self.config, self.step + 1, images, self.group
             )  # the only host sync of a step is inside, where its losses are read
         except LostProcessError:
             if self.step:
@@ -222,7 +227,8 @@ class Trainer:
         where = f"{self.device}" if self.group.size == 1 else f"{self.group.size} processes on {self.device.type}"
         how = f"{config.optimizer}, {config.precision}, {where}"
         say(f"training  {config.steps:,} steps of {config.batch_size} images, {how}")
-        say(str(backends.explain(probe, op="decoder_loss")))
+        name = backends.select("decoder_loss", [probe], "auto")  # explain would import every backend
+        say(f"kernels   {name if name != 'reference' else backends.explain(probe, op='decoder_loss')}")
         say(f"energy    {facts['energy']}")
 
     def _evaluate(self) -> None:
@@ -270,7 +276,7 @@ class Trainer:
         if not self.group.first:
             return
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        state, numbers = self.optimizer.state()
+        state, numbers = self.optimizers.state()
         tensors |= {f"optimizer.{name}": value for name, value in state.items()}
         extra = {"best": self.best, "scaler": self.precision.scaler.state_dict()}
         checkpoint, weights = Checkpoint(self.step, snapshot(tensors), numbers, extra), weights_bytes(self.model)
@@ -320,7 +326,7 @@ class Trainer:
         part = lambda prefix: {n.removeprefix(prefix): t for n, t in found.tensors.items() if n.startswith(prefix)}  # noqa: E731
         try:
             self.model.load_state_dict(part("model."))
-            self.optimizer.load_state(part("optimizer."), found.numbers)
+            self.optimizers.load_state(part("optimizer."), found.numbers)
             self.step, self.best = found.step, found.extra["best"]
             if found.extra["scaler"]:
                 self.precision.scaler.load_state_dict(found.extra["scaler"])
@@ -332,8 +338,8 @@ class Trainer:
             ) from None
 
     def _stop_if_not_finite(self, values: dict[str, float], images: torch.Tensor) -> None:
-        finite = values["loss"] - values["loss"] == 0
-        if finite and values["grad_norm"] - values["grad_norm"] == 0:
+        finite = math.isfinite(values["loss"])
+        if finite and math.isfinite(values["grad_norm"]):
             return
         scaler = self.precision.scaler
         if finite and scaler.is_enabled() and LEAST_SCALE < scaler.get_scale() < values["loss_scale"]:

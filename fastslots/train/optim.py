@@ -12,7 +12,7 @@ MUON_REST = 0.3
 """Share of muon's rate that AdamW gives to what is no matrix: convolutions, biases, norms, the learned queries."""
 
 
-class Optimizer:
+class Optimizers:
     """One or two of torch's optimisers behind one rate."""
 
     def __init__(self, model: nn.Module, config: TrainConfig):

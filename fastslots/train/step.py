@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastslots.data.sampling import step_seed
+from fastslots.data.sampling import Purpose, step_seed
 from fastslots.errors import UserError
 from fastslots.models import SlotVAE
 from fastslots.train.config import TrainConfig
 from fastslots.train.distributed import Group
-from fastslots.train.optim import Optimizer
+from fastslots.train.optim import Optimizers
 from fastslots.train.schedule import alpha_at, beta_at, jacobian_weight_at, lr_at
 
-_NOISE, _PIXELS, _JACOBIAN = 1, 2, 3  # purposes of a step's random numbers
 LEAST_SCALE = 2.0**-20
 """Of the fp16 loss scaler, which starts at 2^16 and halves where gradients overflow: below, they do so for another
 reason, and the run would go on without learning."""
@@ -38,27 +38,28 @@ def draw(config: TrainConfig, step: int, images: Tensor, start: int = 0) -> Draw
     images: [b, C, R, R], those of the global batch from ``start`` on; drawn are the numbers of the whole batch, so that
     image i gets its own whichever process computes it.
     """
-    B, device, own = config.batch_size, images.device, slice(start, start + len(images))
-    generator = torch.Generator().manual_seed(step_seed(config.seed, step, _NOISE))
-    noise = torch.randn(B, config.num_slots, config.slot_dim, generator=generator)[own].to(device)
-    at = None
+    B, L, P = config.batch_size, config.resolution**2, config.pixels_per_step
+    device, ours = images.device, slice(start, start + len(images))
+    generator = torch.Generator().manual_seed(step_seed(config.seed, step, Purpose.NOISE))
+    noise = torch.randn(B, config.num_slots, config.slot_dim, generator=generator)[ours].to(device)
+    jacobian_pixels = None
     if config.jacobian_weight:
-        generator.manual_seed(step_seed(config.seed, step, _JACOBIAN))
-        at = torch.randint(config.resolution**2, (B, config.jacobian_pixels), generator=generator)[own].to(device)
-    if not config.pixels_per_step:
-        return Draws(noise, None, None, at)
-    generator.manual_seed(step_seed(config.seed, step, _PIXELS))
-    L, P = config.resolution**2, config.pixels_per_step
+        generator.manual_seed(step_seed(config.seed, step, Purpose.JACOBIAN))
+        jacobian_pixels = torch.randint(L, (B, config.jacobian_pixels), generator=generator)[ours].to(device)
+    if not P:
+        return Draws(noise, None, None, jacobian_pixels)
+    generator.manual_seed(step_seed(config.seed, step, Purpose.PIXELS))
     if config.pixel_sampling == "uniform":
-        return Draws(noise, torch.randint(L, (B, P), generator=generator)[own].to(device), None, at)
+        pixels = torch.randint(L, (B, P), generator=generator)[ours].to(device)
+        return Draws(noise, pixels, None, jacobian_pixels)
     foreground = foreground_pixels(images).cpu().float()
     share = foreground / foreground.sum(1, keepdim=True).clamp_min(1)
     probability = torch.where(foreground.any(1, keepdim=True), 0.5 / L + 0.5 * share, 1 / L)
     # Every row takes P numbers from the generator: rows before this process's stand in for images it has not read.
-    rows = torch.cat([probability.new_full((start, L), 1 / L), probability])
-    pixels = torch.multinomial(rows, P, replacement=True, generator=generator)[start:]
+    probabilities = torch.cat([probability.new_full((start, L), 1 / L), probability])
+    pixels = torch.multinomial(probabilities, P, replacement=True, generator=generator)[start:]
     weight = 1 / (L * probability.gather(1, pixels))
-    return Draws(noise, pixels.to(device), weight.to(device), at)
+    return Draws(noise, pixels.to(device), weight.to(device), jacobian_pixels)
 
 
 def foreground_pixels(images: Tensor) -> Tensor:
@@ -69,7 +70,10 @@ def foreground_pixels(images: Tensor) -> Tensor:
 
 
 class Precision:
-    """Where 16 bits and TF32 are used; losses, folding, norms and softmax stay fp32 in all of them."""
+    """Where 16 bits and TF32 are used; losses, folding, norms and softmax stay fp32 in all of them.
+
+    Sets torch's process-wide TF32 switches on a GPU. UserError where the device lacks the precision.
+    """
 
     def __init__(self, name: str, device: torch.device):
         if name == "fp16" and device.type != "cuda":
@@ -87,7 +91,7 @@ class Precision:
 
 def training_step(
     model: SlotVAE,
-    optimizer: Optimizer,
+    optimizers: Optimizers,
     precision: Precision,
     config: TrainConfig,
     step: int,
@@ -103,39 +107,36 @@ def training_step(
     group = group or Group()
     lr, alpha, beta = lr_at(config, step), alpha_at(config, step), beta_at(config, step)
     draws, scaler = draw(config, step, images, group.share(config.batch_size).start), precision.scaler
-    optimizer.set_lr(lr)
-    optimizer.zero_grad()
+    optimizers.set_lr(lr)
+    optimizers.zero_grad()
     sums, scale = torch.zeros(4, device=images.device), scaler.get_scale()
     for rows in torch.arange(len(images), device=images.device).chunk(config.accumulate):
         share = len(rows) / config.batch_size
-        noise, pixels, weight, at = (None if t is None else t[rows] for t in draws)
+        part = Draws(*(None if drawn is None else drawn[rows] for drawn in draws))  # type: ignore[arg-type]
         with precision.autocast():
             terms = model.training_loss(
                 images[rows],
-                noise,
+                part.noise,
                 alpha,
                 beta=beta,
-                pixels=pixels,
-                pixel_weight=weight,
+                pixels=part.pixels,
+                pixel_weight=part.pixel_weight,
                 jacobian_weight=jacobian_weight_at(config, step),
-                jacobian_pixels=at,
+                jacobian_pixels=part.jacobian_pixels,
                 grad_scale=scale * share,
             )
         scaler.scale(terms.total * share).backward()
         sums += torch.stack([term.detach().float() for term in terms]) * share
     group.sum_step(model.parameters(), sums)
-    for part, _ in optimizer.parts:
-        scaler.unscale_(part)
+    for optimizer, _ in optimizers.parts:
+        scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or float("inf"))
     loss, recon, kl, interaction, grad_norm = torch.cat([sums, norm.reshape(1)]).tolist()
-    if loss - loss == 0 and grad_norm - grad_norm == 0:  # finite: asked of all, a scaler asks of each optimiser alone
-        for part, _ in optimizer.parts:
-            scaler.step(part)
+    if math.isfinite(loss) and math.isfinite(grad_norm):  # asked of all: a scaler asks of each optimiser alone
+        for optimizer, _ in optimizers.parts:
+            scaler.step(optimizer)
     scaler.update()  # lowers the scale where ``unscale_`` saw an overflow
     normalized = interaction / config.decoder_heads**2
     scaled = {"loss_scale": scale} if scaler.is_enabled() else {}
-    return {
-        **{"loss": loss, "recon": recon, "kl": kl, "interaction": interaction, "interaction_normalized": normalized},
-        **{"grad_norm": grad_norm, "lr": lr, "alpha": alpha, "beta": beta},
-        **scaled,
-    }
+    values = {"loss": loss, "recon": recon, "kl": kl, "interaction": interaction, "interaction_normalized": normalized}
+    return values | {"grad_norm": grad_norm, "lr": lr, "alpha": alpha, "beta": beta} | scaled

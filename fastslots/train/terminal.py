@@ -36,7 +36,7 @@ SIDES = (10, 24)  # pixels of a thumbnail; two lie in one character
 
 
 class LiveProgress:
-    """Drop-in for ``Progress`` where the output is a terminal that can move its cursor."""
+    """The ``ProgressView`` of a terminal that can move its cursor."""
 
     def __init__(self, steps: int, first_step: int, stream: TextIO, log: MetricsReader | None = None):
         """log: of a run that goes on, whose curves are shown from their beginning."""
