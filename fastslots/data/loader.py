@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -108,20 +108,29 @@ class Loader:
     """
 
     def __init__(
-        self, dataset, seed: int, batch_size: int, start_step: int = 1, indices=None, start=0, prefetch=2, device=None
+        self,
+        dataset: Any,
+        seed: int,
+        batch_size: int,
+        start_step: int = 1,
+        indices: range | np.ndarray | None = None,
+        start: int = 0,
+        prefetch: int = 2,
+        device: torch.device | None = None,
     ):
         self._dataset, self._seed, self._batch_size, self._start = dataset, seed, batch_size, start
         self._rows = range(len(dataset)) if indices is None else indices
         self._step = start_step
-        self._pin, self._held = device is not None and device.type == "cuda", None
-        if self._pin:
+        self._pin, self._held = False, None
+        if device is not None and device.type == "cuda":
+            self._pin = True
             self._held = hold_images(dataset, self._rows, device, RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0])
         self._closed = False
-        far = bool(prefetch and getattr(dataset, "ranged", None))
-        self._ahead = max(prefetch, AHEAD) if far else prefetch
-        self._threads = ThreadPoolExecutor(AHEAD if far else 1, "fastslots-loader") if prefetch else None
-        self._coming: deque[Future[Batch]] = deque()
-        self._ask()
+        ranged = bool(prefetch and getattr(dataset, "ranged", None))
+        self._ahead = max(prefetch, AHEAD) if ranged else prefetch
+        self._threads = ThreadPoolExecutor(AHEAD if ranged else 1, "fastslots-loader") if prefetch else None
+        self._batches: deque[Future[Batch]] = deque()
+        self._prefetch()
 
     def read(self, step: int) -> Batch:
         """The batch of any step, now."""
@@ -132,9 +141,9 @@ class Loader:
         images, masks = _read_images(self._dataset, rows)
         return Batch(step, images.pin_memory() if self._pin else images, masks)
 
-    def _ask(self) -> None:
-        while self._threads and len(self._coming) < self._ahead:
-            self._coming.append(self._threads.submit(self.read, self._step))
+    def _prefetch(self) -> None:
+        while self._threads and len(self._batches) < self._ahead:
+            self._batches.append(self._threads.submit(self.read, self._step))
             self._step += 1
 
     def __iter__(self) -> Iterator[Batch]:
@@ -146,11 +155,11 @@ class Loader:
                 self._step += 1
                 continue
             try:
-                batch = self._coming.popleft().result()
+                batch = self._batches.popleft().result()
             except BaseException:
                 self._closed = True
                 raise
-            self._ask()
+            self._prefetch()
             yield batch
 
     def close(self) -> None:

@@ -59,15 +59,15 @@ def open_dataset(
     """
     _check_arguments(path, max_objects, size, on_bad_record)
     if is_remote(path):
-        ways = [partial(_sized, opener, size) for opener in openers(str(path), max_objects)]
+        shards = [partial(_sized, opener, size) for opener in openers(str(path), max_objects)]
     else:
-        ways = [partial(_open_one, shard, max_objects, size, on_bad_record) for shard in find_shards(path)]
-    if len(ways) == 1:
-        return ways[0]()
+        shards = [partial(_open_one, shard, max_objects, size, on_bad_record) for shard in find_shards(path)]
+    if len(shards) == 1:
+        return shards[0]()
     parts, lost = [], 0
-    for way in ways:
+    for open_shard in shards:
         try:
-            parts.append(way())
+            parts.append(open_shard())
         except UserError as error:
             if on_bad_record == "stop":
                 raise
@@ -88,8 +88,8 @@ def _open_one(path: Path, max_objects: int | None, size: int | None, on_bad_reco
     return PackedDataset(folder, max_objects, str(path))
 
 
-def _sized(way: Callable[[], PackedDataset], size: int | None) -> PackedDataset:
-    dataset = way()
+def _sized(opener: Callable[[], PackedDataset], size: int | None) -> PackedDataset:
+    dataset = opener()
     if size not in (None, dataset.info.size):
         raise UserError(
             f"{dataset.info.path} was packed at {dataset.info.size} x {dataset.info.size}, not {size}: "
