@@ -12,12 +12,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastslots.errors import UserError
+from fastslots.errors import UserError, first_line
 
-PACKAGES = (
-    *("fastslots", "torch", "triton", "numpy", "safetensors", "pillow", "scipy"),
-    *("rich", "flask", "h5py", "tensorboard", "xformers", "nvidia-ml-py"),
-)
+OPTIONAL = ("rich", "flask", "h5py", "tensorboard", "xformers", "nvidia-ml-py")  # beside those that a run records
 TRAIN_STEPS = 40
 LITTLE_DATA = 4 << 20  # bytes that are read too soon to time
 READ_BYTES, READ_SECONDS = 1 << 28, 1.5
@@ -68,17 +65,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _versions(found: Findings) -> None:
-    from fastslots.report.data import versions
+    from fastslots.report.data import PACKAGES, versions
 
-    for package, text in versions(PACKAGES).items():
+    for package, text in versions(PACKAGES + OPTIONAL).items():
         found.say(package, text)
 
 
 def _processors(found: Findings) -> None:
     import torch
 
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = torch.get_num_threads()
+    from fastslots.train.machine import usable_cores
+
+    usable, threads = usable_cores(), torch.get_num_threads()
     text = f"{os.cpu_count()} processors, {usable} for this process, torch uses {threads} threads"
     if threads > usable:
         found.problem("cpu", text, f"more threads than processors slow each other down: --threads {usable}")
@@ -130,13 +128,17 @@ def _backends(found: Findings) -> None:
     import torch
 
     from fastslots.ops import explain
-    from fastslots.ops.backends import OPS
+    from fastslots.ops.backends import OPS, Explanation
 
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         print(f"\non {device}:")
         rows, tokens = torch.empty(1, 28, 128, device=device), torch.empty(1, 4096, 128, device=device)  # as at clevr6
+        alike: dict[tuple, list[str]] = {}  # ops that one backend serves, for the same reasons
         for op in OPS:
-            print(explain(rows, *([tokens] if op == "token_attention" else []), op=op))
+            found_for = explain(rows, *([tokens] if op == "token_attention" else []), op=op)
+            alike.setdefault((found_for.backend, tuple(found_for.reasons.items())), []).append(op)
+        for (name, reasons), ops in alike.items():
+            print(Explanation(", ".join(ops), name, dict(reasons)))
     print()
 
 
@@ -231,7 +233,7 @@ def _train_a_little() -> tuple[float, str]:
         try:
             fit(config, out=Path(folder) / "run", stream=silence)
         except (RuntimeError, UserError) as error:
-            return 0.0, f"FAILED: {str(error).splitlines()[0]}"
+            return 0.0, f"FAILED: {first_line(error)}"
         curves = MetricsReader(Path(folder) / "run" / "metrics.jsonl").update().training
     losses, speeds = curves["loss"].table()["mean"], sorted(curves["images_per_s"].table()["mean"])
     falls = sum(losses[-5:]) < sum(losses[:5])

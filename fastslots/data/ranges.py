@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastslots.errors import UserError
+from fastslots.errors import UserError, first_line
 
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before asking again for what did not come: a run outlives half a minute without a network, beside what the
@@ -34,9 +34,10 @@ def filesystem(url: str) -> tuple[Any, str]:
 
         return url_to_fs(url)
     except ImportError as error:
-        raise UserError(f"{url} needs a package that is not there ({_line(error)})") from None
+        raise UserError(f"{url} needs a package that is not there ({first_line(error)})") from None
     except Exception as error:  # each backend has errors of its own
-        raise UserError(f"{url} cannot be reached ({_line(error)}): check its scheme and your credentials") from None
+        reason = first_line(error)
+        raise UserError(f"{url} cannot be reached ({reason}): check its scheme and your credentials") from None
 
 
 class RangedArray:
@@ -102,10 +103,6 @@ def fetch(url: str, ranges: Sequence[Range]) -> dict[Range, bytes]:
                 place = f"{asked.path} at byte {asked.start}"
         if wrong is not None:
             if wait is None or isinstance(wrong, FileNotFoundError | PermissionError | ValueError):
-                raise UserError(f"{url}: {place} cannot be read ({_line(wrong)}): go on with --resume when it can")
+                raise UserError(f"{url}: {place} cannot be read ({first_line(wrong)}): go on with --resume when it can")
             time.sleep(wait)
     return got
-
-
-def _line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

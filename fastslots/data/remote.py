@@ -26,7 +26,7 @@ from typing import Any
 from fastslots.data.packed import ARRAYS, PackedDataset, digest, parse_meta
 from fastslots.data.packing import cache_root
 from fastslots.data.ranges import RangedArray, filesystem
-from fastslots.errors import UserError
+from fastslots.errors import UserError, first_line
 
 MEND = "upload the packed folder again"
 MOST_META = 1 << 20  # bytes of a meta.json that are read
@@ -103,8 +103,7 @@ def _find(url: str, root: Path) -> list[Shard]:
     except UserError:
         raise
     except Exception as error:  # each backend has errors of its own
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise UserError(f"{url} cannot be read ({reason}): check its name and your credentials") from None
+        raise UserError(f"{url} cannot be read ({first_line(error)}): check its name and your credentials") from None
     if not packed:
         what = "holds no packed data set" if listed else "is not there, or empty"
         raise UserError(f"{url} {what}: `fastslots data pack IN OUT` makes one to upload; check bucket and folder")
@@ -178,7 +177,7 @@ def _download(shard: Shard, names: list[str], expected: str | None) -> None:
 
 
 def _lost(shard: Shard, name: str, error: Exception) -> UserError:
-    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    reason = first_line(error)
     return UserError(f"{shard.url}/{name} cannot be read ({reason}): start again, what has been fetched stays")
 
 

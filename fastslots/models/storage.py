@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from fastslots.errors import UserError
+from fastslots.errors import UserError, first_line
 from fastslots.models.config import SlotVAEConfig
 from fastslots.models.vae import SlotVAE
 
@@ -37,17 +37,21 @@ def load_weights(path: Path) -> SlotVAE:
     except UserError:
         raise
     except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, MemoryError) as error:
-        reason = (str(error).splitlines() or ["unreadable"])[0]
-        raise UserError(f"{path} cannot be read as weights ({reason})") from None
+        raise UserError(f"{path} cannot be read as weights ({first_line(error)})") from None
     return model.eval()
+
+
+def check_run(run: Path) -> None:
+    """UserError where the folder holds no run."""
+    if not (run / "config.json").is_file():
+        raise UserError(f"{run} is no run directory (no config.json in it): name what `fastslots train --out` wrote")
 
 
 def weights_path(run: Path, weights: str) -> Path:
     """The weights file of a run: "best" (the last ones where no evaluation has been) or "last"."""
     if weights not in WEIGHTS:
         raise UserError(f"weights must be best or last, got {weights!r}")
-    if not (run / "config.json").is_file():
-        raise UserError(f"{run} is no run directory (no config.json in it): name what `fastslots train --out` wrote")
+    check_run(run)
     for name in (weights, "last"):
         if (run / WEIGHTS[name]).is_file():
             return run / WEIGHTS[name]
@@ -67,9 +71,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the readers raise half a dozen types on bad bytes
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{path} cannot be read as weights ({reason}): give a state_dict (.pth or .safetensors)"
+            f"{path} cannot be read as weights ({first_line(error)}): give a state_dict (.pth or .safetensors)"
         ) from None
     for wrapper in ("model_state_dict", "state_dict", "model"):  # a checkpoint that also holds the optimiser
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):

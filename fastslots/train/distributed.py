@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastslots.errors import UserError
+from fastslots.errors import UserError, first_line
 
 TIMEOUT = timedelta(minutes=10)
 """How long a process waits for another that is alive but silent; one that has ended is noticed at once."""
@@ -90,7 +90,7 @@ class Group:
                 torch.cuda.set_device(group.local_rank)
             dist.init_process_group(backend, store=store, rank=group.rank, world_size=size, timeout=TIMEOUT)
         except (RuntimeError, ValueError, OSError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"the {size} processes cannot meet ({reason}): check torchrun's rendezvous") from None
         group._listener.start()
         return group
@@ -193,7 +193,7 @@ class Group:
     def _lost(self, error: RuntimeError) -> LostProcessError:
         """Who is missing: those that do not answer a roll call, which each process holds whose exchange fails."""
         # gloo: [file of its source:line] what happened. Advice.
-        reason = re.sub(r"^\[[^]]*\] ", "", str(error).splitlines()[0]).split(". ")[0]
+        reason = re.sub(r"^\[[^]]*\] ", "", first_line(error)).split(". ")[0]
         try:
             self._store.set("roll call", "")
             self._store.set(f"alive/{self.rank}", "")

@@ -23,6 +23,7 @@ from fastslots.errors import UserError
 from fastslots.train.config import TrainConfig, read_config
 from fastslots.train.files import write_atomic
 from fastslots.train.log import read_metrics
+from fastslots.train.machine import usable_cores
 
 LOG = "sweep.log"  # what a trial printed
 SCORES = "sweep_scores.json"  # what `fastslots eval` gave, with the step and arguments that it was asked for
@@ -97,7 +98,7 @@ def run_trials(
     eval_arguments: of ``fastslots eval``, run on each finished trial; none: the scores are those of the run's own
     last evaluation. An exception here (Ctrl-C) asks the running trials to stop at a checkpoint, and waits for them.
     """
-    processes = Processes(max(1, _cores() // jobs))
+    processes = Processes(max(1, usable_cores() // jobs))
     results: dict[str, TrialResult] = {}
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(run_trial, trial, tuple(eval_arguments), processes) for trial in trials]
@@ -239,17 +240,12 @@ def progress_line(result: TrialResult, done: int, total: int) -> str:
     return f"[{done}/{total}] {result.trial.name}: " + (f"failed: {result.error}" if result.error else state)
 
 
-def _cores() -> int:
-    """Cores that this process may use, which in a container are fewer than the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def show(value: Any, between: str = ",") -> str:
+    """A field's value for people; ``between``: what stands between several widths."""
+    if isinstance(value, tuple):
+        return between.join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _slug(value: Any) -> str:
-    text = (
-        "x".join(map(str, value))
-        if isinstance(value, tuple)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
-    return re.sub(r"[^A-Za-z0-9.+]+", "_", text)[-40:]
+    return re.sub(r"[^A-Za-z0-9.+]+", "_", show(value, "x"))[-40:]

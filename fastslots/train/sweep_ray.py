@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastslots.errors import UserError
+from fastslots.errors import UserError, first_line
 from fastslots.train.sweep import Processes, Trial, TrialResult, progress_line, run_trial
 
 
@@ -57,9 +57,8 @@ def _connected() -> Any:
         try:
             ray.init(address="auto", log_to_driver=False)
         except (ConnectionError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
             raise UserError(
-                f"no Ray cluster is found ({reason}): start one (`ray start --head`) or set RAY_ADDRESS"
+                f"no Ray cluster is found ({first_line(error)}): start one (`ray start --head`) or set RAY_ADDRESS"
             ) from None
     return ray
 

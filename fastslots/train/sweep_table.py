@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastslots.train.files import write_atomic
-from fastslots.train.sweep import TrialResult
+from fastslots.train.sweep import TrialResult, show
 
 FIRST = ("j_ari", "jis", "fg_ari", "ari", "mbo", "miou", "attribute_r2_linear", "recon", "kl", "interaction_normalized")
 """Metrics in the order of the tables; others follow by name."""
@@ -162,12 +162,6 @@ def plot(metric: str, cells: Sequence[Cell]) -> str:
     size = f"width='{left + width + right}' height='{bottom + 28}'"
     style = "font-family='system-ui,sans-serif' font-size='12' fill='#666'"
     return f"<svg xmlns='http://www.w3.org/2000/svg' {size} {style}>{''.join(parts)}</svg>\n"
-
-
-def show(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _mean_std(values: Sequence[float]) -> str:
