@@ -12,7 +12,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -250,4 +250,5 @@ def split(rows: int, block_l: int, programs: int, target: int = 512) -> tuple[in
 
 
 def as_dict(config: LaunchConfig) -> dict[str, int]:
-    return {k: v for k, v in asdict(config).items() if k != "block_f" or v}
+    """As in the table: what has its default is left out."""
+    return {f.name: value for f in fields(config) if (value := getattr(config, f.name)) != f.default}

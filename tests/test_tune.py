@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastslots.kernels import tune
+from fastslots.kernels import launch, tune
 
 
 def raises(message: str):
@@ -25,3 +25,9 @@ def test_a_broken_device_is_no_launch_that_does_not_fit(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", raises("an illegal memory access was encountered"))
     with pytest.raises(RuntimeError, match="illegal memory access"):  # every later launch would fail as well
         tune.milliseconds(None)
+
+
+def test_what_has_its_default_is_left_out_of_the_table():
+    plain = {"block_l": 64, "block_c": 32, "num_warps": 4, "num_stages": 3}
+    for entry in (plain, plain | {"block_d": 16}, plain | {"block_f": 32}):
+        assert launch.as_dict(launch.LaunchConfig(**entry)) == entry
