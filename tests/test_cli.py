@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -99,6 +102,18 @@ def test_data_commands(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["info"]["kind"] == "generated sprites"
     assert main(["train", *TINY, "--data", out, "--out", str(tmp_path / "run")]) == 0
     assert main(["data", "generate", "sprites", out, "--count", "30"]) == 2
+
+
+def test_a_reader_that_has_gone_is_no_error(tmp_path):
+    """As in `fastslots ... | head`."""
+    np.savez(tmp_path / "data.npz", np.zeros((30, 8, 8, 3), np.uint8))
+    code = f"from fastslots.cli import main; raise SystemExit(main(['data', 'check', '{tmp_path}/data.npz']))"
+    reading, writing = os.pipe()
+    os.close(reading)
+    env = os.environ | {"FASTSLOTS_CACHE": str(tmp_path / "cache"), "PYTHONUNBUFFERED": ""}
+    done = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True, env=env)
+    os.close(writing)
+    assert done.returncode == 0 and "BrokenPipe" not in done.stderr, done.stderr
 
 
 def test_doctor(capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -43,12 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command -> exit code."""
     try:
         args = build_parser().parse_args(argv)
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()  # here, where a reader that has gone is no error
+        return code
     except UserError as error:
         print_error(error)
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `fastslots ... | head`
-        sys.stderr.close()
+    except BrokenPipeError:  # `fastslots ... | head`: what the interpreter flushes at its end must not raise once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -59,7 +59,7 @@ def _add_policy(parser: argparse.ArgumentParser) -> None:
 
 def _shape(args: argparse.Namespace) -> dict[str, int | None]:
     if args.max_objects < 0 or args.size < 0:
-        raise UserError("--max_objects and --size must be positive")
+        raise UserError("--max_objects and --size must not be negative")
     return {"max_objects": args.max_objects or None, "size": args.size or None}
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
+from fastslots.cli.common import progress_of
 from fastslots.errors import UserError
 from fastslots.train.config import read_config
 
@@ -61,16 +61,14 @@ def run(args: argparse.Namespace) -> int:
     config = read_config(args.run_folder / "config.json", device="auto", **({"data": args.data} if args.data else {}))
     dataset, rows = open_source(config).splits[args.split]
     model.to(config.torch_device())
-
-    def progress(done: int, total: int) -> None:
-        if sys.stderr.isatty():
-            print(f"\r{done}/{total} images", end="" if done < total else "\n", file=sys.stderr, flush=True)
-
+    asked = (model, dataset, rows, args.images, args.batch_size)
     scores = evaluate(
-        *(model, dataset, rows, args.images, args.batch_size, args.latent, config.seed, progress),
+        *asked,
+        latent=args.latent,
+        seed=config.seed,
+        progress=progress_of("images"),
         score_mode=args.score_mode,
     )
-    asked = (model, dataset, rows, args.images, args.batch_size)
     if args.interaction_order:
         scores |= analysis.order_scores(*asked)
     if args.attributes:

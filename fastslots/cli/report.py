@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from fastslots.errors import UserError
+from fastslots.cli.common import progress_of
 
 
 def add_parser(commands) -> None:
@@ -22,16 +21,11 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for folder in args.runs:
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"{folder} is no run directory (no config.json in it): name what `fastslots train --out` wrote"
-            )
+    from fastslots.models.storage import check_run
     from fastslots.train.report import write_report
 
-    def progress(done: int, total: int) -> None:
-        if sys.stderr.isatty():
-            print(f"\r{done}/{total} images decoded", end="" if done < total else "\n", file=sys.stderr, flush=True)
-
-    print(write_report(args.runs, args.out, explorer=not args.no_explorer, progress=progress))
+    for folder in args.runs:
+        check_run(folder)
+    explorer = not args.no_explorer
+    print(write_report(args.runs, args.out, explorer=explorer, progress=progress_of("images decoded")))
     return 0

@@ -47,7 +47,7 @@ def add_fields(parser: argparse.ArgumentParser, each: Callable = lambda field_ty
             default=argparse.SUPPRESS,
             type=each(str(field.type), _converter(field)),
             metavar=str(field.type).split("[")[0].upper(),
-            help=f"{field.metadata['help']} (clevr6-like default: {field.default})".replace("%", "%%"),
+            help=f"{field.metadata['help']} (default {field.default}; presets set their own)".replace("%", "%%"),
             nargs="?" if field.type == "bool" else None,
             const="true" if field.type == "bool" else None,  # a text, so that argparse converts it
         )

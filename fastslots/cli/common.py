@@ -1,0 +1,16 @@
+"""What several commands do alike."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+def progress_of(what: str) -> Callable[[int, int], None]:
+    """(done, total) -> one line on stderr that counts up, where that is a terminal."""
+
+    def show(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{done}/{total} {what}", end="" if done < total else "\n", file=sys.stderr, flush=True)
+
+    return show
