@@ -100,16 +100,3 @@ class Poison(TorchDispatchMode):
         if "empty" in func.name() and isinstance(out, Tensor) and out.is_floating_point():
             out.fill_(float("nan"))
         return out
-
-
-def varint(n: int) -> bytes:
-    """A protobuf number, as TFRecord examples hold them."""
-    out = b""
-    while n > 127:
-        out, n = out + bytes([n & 127 | 128]), n >> 7
-    return out + bytes([n])
-
-
-def message(number: int, body: bytes) -> bytes:
-    """A protobuf field of bytes."""
-    return varint(number << 3 | 2) + varint(len(body)) + body

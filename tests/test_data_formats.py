@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from wire import message
 
 from fastslots.data import SpritesDataset, open_dataset
 from fastslots.data.check import check
@@ -22,7 +23,6 @@ from fastslots.data.open import pack, recognise
 from fastslots.data.packed import PackedDataset
 from fastslots.data.tfrecord import Records, masked_crc, parse_example
 from fastslots.errors import UserError
-from fastslots.testing import message
 
 CLEVR = os.environ.get("FASTSLOTS_CLEVR")
 real = pytest.mark.skipif(not CLEVR, reason="set FASTSLOTS_CLEVR to a folder with CLEVR data")

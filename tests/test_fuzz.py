@@ -32,6 +32,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from wire import message
 
 from fastslots.data import SpritesDataset
 from fastslots.data.clevrtex import ClevrTexReader
@@ -49,7 +50,6 @@ from fastslots.errors import UserError
 from fastslots.models import SlotVAE
 from fastslots.models.storage import load_weights, read_state, weights_bytes
 from fastslots.report import render, run_facts
-from fastslots.testing import message
 from fastslots.train.checkpoint import Checkpoint, load_checkpoint
 from fastslots.train.config import TrainConfig, read_config
 from fastslots.train.log import MetricsLog, read_metrics

@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 import pytest
 from PIL import Image
+from wire import message
 
 from fastslots.cli import main
 from fastslots.data.features import FeatureDataset, Features, write_features
@@ -26,7 +27,6 @@ from fastslots.data.packing import write_arrays
 from fastslots.data.pictures import ClevrReader, FolderReader
 from fastslots.data.tfrecord import masked_crc
 from fastslots.errors import UserError
-from fastslots.testing import message
 from fastslots.train import TrainConfig, fit
 
 TINY = {
