@@ -268,12 +268,12 @@ def test_meter_pools_whatever_the_batches_and_paper_mode_does_not():
         pooled.update(jacobian[batch], masks[batch])
         paper.update(jacobian[batch], masks[batch])
     result = pooled.result()
-    assert result.jari == pytest.approx(jacobian_ari(jacobian, masks))
+    assert result.j_ari == pytest.approx(jacobian_ari(jacobian, masks))
     assert result.jis == pytest.approx(jacobian_interaction_score(jacobian, masks))
     assert (result.images, result.pixels) == (7, int((masks > 0).sum()))
     jari = [jacobian_ari(jacobian[b], masks[b]) for b in batches[:3]]
     jis = [jacobian_interaction_score(jacobian[b], masks[b]) for b in batches[:2]]
-    assert paper.result().jari == pytest.approx(sum(jari) / 3) != pytest.approx(result.jari)
+    assert paper.result().j_ari == pytest.approx(sum(jari) / 3) != pytest.approx(result.j_ari)
     assert paper.result().jis == pytest.approx(sum(jis) / 2) != pytest.approx(result.jis)
 
 

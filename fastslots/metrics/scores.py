@@ -19,6 +19,7 @@ from torch import Tensor
 from fastslots.errors import UserError
 from fastslots.metrics.rand_index import adjusted_rand_index
 from fastslots.metrics.segmentation import ari, check_masks, fg_ari, mean_best_overlap, mean_iou, resize_to, slot_labels
+from fastslots.models.jacobian import slot_share
 
 
 def jacobian_ari(jacobian: Tensor, masks: Tensor) -> float:
@@ -27,7 +28,7 @@ def jacobian_ari(jacobian: Tensor, masks: Tensor) -> float:
     jacobian: [B, K, R, R] as ``slot_jacobian`` gives it. masks: [B, R, R] integer labels, 0 = background.
     Raises TypeError, ValueError for other arguments, an empty batch, or a Jacobian that is negative or not finite.
     """
-    return _one_batch(jacobian, masks).jari
+    return _one_batch(jacobian, masks).j_ari
 
 
 def jacobian_interaction_score(jacobian: Tensor, masks: Tensor) -> float:
@@ -40,7 +41,7 @@ def jacobian_interaction_score(jacobian: Tensor, masks: Tensor) -> float:
 
 
 class JacobianScores(NamedTuple):
-    jari: float
+    j_ari: float
     jis: float
     images: int
     pixels: int  # foreground pixels whose Jacobian is not zero: what JIS is a mean of
@@ -64,7 +65,7 @@ class JacobianMeter:
 
     def update(self, jacobian: Tensor, masks: Tensor) -> None:
         """jacobian [B, K, R, R], masks [B, R, R]; an empty batch changes nothing."""
-        share = slot_share(jacobian, masks)
+        share = _share_of_masks(jacobian, masks)
         if not len(share):
             return
         agreement = adjusted_rand_index(masks, share.argmax(1), foreground_only=True)
@@ -82,13 +83,13 @@ class JacobianMeter:
         """Raises ValueError before the first image."""
         if not self._batches:
             raise ValueError("no images: J-ARI and JIS need at least one")
-        jari_sums, images, jis_sums, pixels = zip(*self._batches, strict=True)
+        j_ari_sums, images, jis_sums, pixels = zip(*self._batches, strict=True)
         if self.mode == "pooled":
-            jari, jis = sum(jari_sums) / sum(images), sum(jis_sums) / max(sum(pixels), 1)
+            j_ari, jis = sum(j_ari_sums) / sum(images), sum(jis_sums) / max(sum(pixels), 1)
         else:
-            jari = _mean(total / count for total, count in zip(jari_sums, images, strict=True))
+            j_ari = _mean(total / count for total, count in zip(j_ari_sums, images, strict=True))
             jis = _mean(total / count for total, count in zip(jis_sums, pixels, strict=True) if count)
-        return JacobianScores(jari, jis, sum(images), sum(pixels))
+        return JacobianScores(j_ari, jis, sum(images), sum(pixels))
 
 
 class SegmentationMeter:
@@ -117,17 +118,15 @@ class SegmentationMeter:
         return {name: total / self.images for name, total in self._sums.items()}
 
 
-def slot_share(jacobian: Tensor, masks: Tensor) -> Tensor:
-    """Each slot's share of a pixel's Jacobian, at the masks' size: [B, K, R, R] float64; zeros where all are zero."""
+def _share_of_masks(jacobian: Tensor, masks: Tensor) -> Tensor:
+    """``slot_share`` at the masks' size, in float64."""
     if jacobian.ndim != 4 or not jacobian.is_floating_point() or not jacobian.shape[1]:
         raise ValueError(f"jacobian must be float [B, K, R, R], got {jacobian.dtype} {list(jacobian.shape)}")
     check_masks(masks, len(jacobian))
     jacobian = jacobian.detach().double()
-    total = jacobian.sum(1, keepdim=True)
-    if not torch.isfinite(total).all() or (jacobian < 0).any():
+    if not torch.isfinite(jacobian.sum(1)).all() or (jacobian < 0).any():
         raise UserError("jacobian must be finite and not negative: has the model diverged? Try an earlier checkpoint")
-    share = torch.where(total > 0, jacobian / total.masked_fill(total == 0, 1.0), 0.0)
-    return resize_to(share, masks)
+    return resize_to(slot_share(jacobian), masks)
 
 
 def _one_batch(jacobian: Tensor, masks: Tensor) -> JacobianScores:

@@ -82,8 +82,12 @@ def jacobian_penalty(
     request = Request(pixels=pixels, differentiable=True)
     with torch.autocast(slots.device.type, enabled=False):
         jacobian = exact_jacobian(decoder, slots.to(torch.promote_types(slots.dtype, torch.float32)), request)
-    total = jacobian.sum(1, keepdim=True).clamp_min(torch.finfo(jacobian.dtype).tiny)
-    return interaction_penalty((jacobian / total).transpose(1, 2), pixel_weight)
+    return interaction_penalty(slot_share(jacobian).transpose(1, 2), pixel_weight)
+
+
+def slot_share(jacobian: Tensor) -> Tensor:
+    """Each slot's share of a pixel's Jacobian: [B, K, ...], of the same dtype; zeros where all are zero."""
+    return jacobian / jacobian.sum(1, keepdim=True).clamp_min(torch.finfo(jacobian.dtype).tiny)
 
 
 def exact_jacobian(decoder: Decoder | BroadcastDecoder, slots: Tensor, request: Request) -> Tensor:

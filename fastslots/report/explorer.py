@@ -26,6 +26,7 @@ from torch import Tensor
 from fastslots.metrics import adjusted_rand_index, slot_jacobian
 from fastslots.models import SlotVAE
 from fastslots.models.decoder import Decoder
+from fastslots.models.jacobian import slot_share
 from fastslots.report.pictures import by_colour, data_uri, grey, labels, rgb
 
 IMAGES = 6
@@ -143,12 +144,7 @@ def views(decoder: Any, slots: Tensor, heads: int) -> tuple[Tensor, Tensor, Tens
     """
     recon, slot_map = decoder(slots)
     maps = slot_map.transpose(1, 2).unflatten(-1, (decoder.resolution, decoder.resolution)) / heads
-    return recon.cpu(), maps.cpu(), shares(slot_jacobian(decoder, slots)).cpu()
-
-
-def shares(jacobian: Tensor) -> Tensor:
-    """[B, K, R, R] -> each slot's share of a pixel's Jacobian."""
-    return jacobian / jacobian.sum(1, keepdim=True).clamp_min(torch.finfo(jacobian.dtype).tiny)
+    return recon.cpu(), maps.cpu(), slot_share(slot_jacobian(decoder, slots)).cpu()
 
 
 def thinned(decoder: Any) -> Any:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastslots.metrics import slot_jacobian
 from fastslots.models import SlotVAE
+from fastslots.models.jacobian import slot_share
 from fastslots.models.vae import SlotVAEOutput
-from fastslots.report.explorer import shares
 from fastslots.report.pictures import by_colour, grey, rgb
 
 GAP = 2
@@ -37,7 +37,7 @@ class SlotPictures:
         n, R = len(images), images.shape[-1]
         maps = result.slot_map[:n].transpose(1, 2).unflatten(-1, (R, R)).cpu() / self._model.config.decoder_heads
         jacobian = slot_jacobian(self._model.decoder, result.slots[:n]) if jacobian is None else jacobian[:n]
-        parts = shares(jacobian).cpu()
+        parts = slot_share(jacobian).cpu()
         for i in range(n):
             row = [rgb(images[i]), rgb(result.recon[i]), by_colour(maps[i]), by_colour(parts[i])]
             self.tiles.append(row + [grey(values) for values in (*maps[i], *parts[i])])
