@@ -42,7 +42,9 @@ def train(processes: int, out: Path, flags: list[str]) -> None:
     settings = ["--threads=1", "--eval_every=0", "--eval_images=1", "--checkpoint_every=0", f"--out={out}"]
     run = subprocess.run(
         [sys.executable, *torchrun, "fastslots", "train", *flags, *settings],
-        **{"env": os.environ | {"OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
     )
     if run.returncode:
         sys.exit(f"{processes} processes ended with {run.returncode}:\n{run.stderr[-2000:]}")

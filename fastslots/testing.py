@@ -61,10 +61,9 @@ def random_layer(
     folded = FoldedProjections(
         draw(B, D, H, K, scale=2 * D**-0.5), draw(B, H, K), draw(B, H, K, D, scale=H**-0.5), draw(D)
     )
-    ff = FeedForward(
-        *(draw(D, scale=0.2, shift=1.0), draw(D, scale=0.2)),
-        *(draw(F, D, scale=D**-0.5), draw(F), draw(D, F, scale=F**-0.5), draw(D)),
-    )
+    norm_weight, norm_bias = draw(D, scale=0.2, shift=1.0), draw(D, scale=0.2)
+    w1, b1, w2, b2 = draw(F, D, scale=D**-0.5), draw(F), draw(D, F, scale=F**-0.5), draw(D)
+    ff = FeedForward(norm_weight, norm_bias, w1, b1, w2, b2)
     return x, folded, ff
 
 

@@ -129,11 +129,10 @@ def made_up(
 ) -> list[Row]:
     """Rows as a run writes them: published 4 s, folded 2 s, ours ``ours`` s, with noise and a row that can't."""
     noise = random.Random(seed)
-    run = {
-        **{"device": "A processor", "device_type": "cpu", "threads": 1, "tiny": False, "when": when, "isa": ""},
-        **{"torch": "2", "triton": "", "numpy": "2", "python": "3", "commit": "abc", "command": "fastslots bench"},
-        **{"sgemm_gflops": 70.0, "copy_gbs": 10.0},
-    }
+    run = dict(
+        device="A processor", device_type="cpu", threads=1, tiny=False, when=when, isa="", torch="2", triton="",
+        numpy="2", python="3", commit="abc", command="fastslots bench", sgemm_gflops=70.0, copy_gbs=10.0,
+    )  # fmt: skip
     preset = "sprites" if case == "jacobian" else "clevr6"
     made = []
     for provider, time in (("published", 4.0), ("folded", 2.0), ("fastslots, cpu", ours)):

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import MODEL_16
 
 from fastslots.errors import UserError
 from fastslots.train import TrainConfig, fit
@@ -24,13 +25,11 @@ from fastslots.train.distributed import Group, own_store
 from fastslots.train.log import read_metrics
 
 # 7 images a step: shares of 3 and 4, or of 1, 2, 2, 2. Adam, and clipping that acts, see the whole gradient.
-SMALL = {
-    **{"resolution": 16, "num_slots": 3, "slot_dim": 4, "cnn_channels": 8, "encoder_width": 16, "encoder_layers": 1},
-    **{"query_width": 16, "query_hidden": 16, "slot_width": 16, "slot_hidden": 16, "decoder_heads": 2, "octaves": 3},
-    **{"output_hidden": (16,), "batch_size": 7, "pixels_per_step": 20, "steps": 12, "eval_every": 6, "eval_images": 5},
-    **{"checkpoint_every": 4, "threads": 1, "warmup": 2, "alpha_start": 0, "alpha_warmup": 4, "beta_start": 0},
-    **{"optimizer": "adam", "lr": 1e-3, "schedule": "constant"},
-}
+SMALL = dict(
+    MODEL_16, octaves=3, pixels_per_step=20, batch_size=7, steps=12, threads=1, eval_every=6, eval_images=5,
+    checkpoint_every=4, optimizer="adam", lr=1e-3, schedule="constant",
+    warmup=2, alpha_start=0, alpha_warmup=4, beta_start=0,
+)  # fmt: skip
 BOUND = 2e-6
 """Relative difference of final weights that summing in another order may make in 12 steps of Adam (seen: 7e-8)."""
 
@@ -133,7 +132,10 @@ def two(tmp_path_factory) -> Path:
     argv = ["--nproc-per-node=2", "--no-python", sys.executable, "-m", "fastslots", *flags(small(), folder)]
     run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", *argv, f"--out={folder / 'run'}"],
-        **{"capture_output": True, "text": True, "cwd": folder, "timeout": 250},
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=250,
     )
     assert run.returncode == 0, run.stderr
     assert "2 processes on cpu" in run.stderr and run.stdout.count("12 steps done") == 1

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import MODEL_16
 
 from fastslots.cli import main
 from fastslots.data.pictures import read_picture
@@ -24,16 +25,13 @@ from fastslots.report.live import Session
 from fastslots.report.server import LARGEST_UPLOAD, serve
 from fastslots.train import TrainConfig, fit
 
-TINY = {
-    **{"resolution": 16, "num_slots": 3, "slot_dim": 4, "cnn_channels": 8, "encoder_width": 16, "encoder_layers": 1},
-    **{"query_width": 16, "query_hidden": 16, "slot_width": 16, "slot_hidden": 16, "decoder_heads": 2},
-}
+TINY = {name: value for name, value in MODEL_16.items() if name != "pixels_per_step"}  # fields of SlotVAEConfig
 
 
 @pytest.fixture(scope="module")
 def session() -> Session:
     torch.manual_seed(0)
-    model = SlotVAE(SlotVAEConfig.preset("sprites-mini", **TINY, output_hidden=(16,)))
+    model = SlotVAE(SlotVAEConfig.preset("sprites-mini", **TINY))
     return Session(model, torch.rand(2, 3, 16, 16), "<b>run</b>")
 
 
@@ -126,7 +124,7 @@ def test_a_port_in_use_is_an_error_of_its_own(session, server):
 
 
 def test_the_command_serves_a_run_until_it_is_ended(tmp_path, monkeypatch, capsys):
-    small = dict(**TINY, output_hidden=(16,), pixels_per_step=0, steps=1, batch_size=4, eval_images=1, threads=1)
+    small = dict(**MODEL_16, steps=1, batch_size=4, eval_images=1, threads=1)
     with open(tmp_path / "said", "w") as said:
         fit(TrainConfig.preset("sprites-mini", **small), out=tmp_path / "run", stream=said)
     servers: list = []

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import MODEL_8
 
 from fastslots.data import SpritesDataset
 from fastslots.errors import UserError
@@ -25,12 +26,7 @@ from fastslots.train.checkpoint import Writer, latest_checkpoint
 from fastslots.train.files import write_atomic
 from fastslots.train.log import read_metrics
 
-MINUTE = {
-    **{"resolution": 8, "num_slots": 2, "slot_dim": 2, "cnn_channels": 4, "encoder_width": 8, "encoder_layers": 1},
-    **{"query_width": 8, "query_hidden": 8, "slot_width": 8, "slot_hidden": 8, "decoder_heads": 2, "octaves": 2},
-    **{"output_hidden": (8,), "batch_size": 2, "pixels_per_step": 0, "eval_every": 0, "eval_images": 2},
-    **{"threads": 1, "warmup": 2, "optimizer": "adam", "lr": 1e-3},
-}
+MINUTE = dict(MODEL_8, batch_size=2, threads=1, warmup=2, optimizer="adam", lr=1e-3, eval_every=0, eval_images=2)
 
 
 def config_of(**overrides) -> TrainConfig:

@@ -119,9 +119,9 @@ def test_the_network_is_timms(tmp_path, side, layer_scale):
     timm = pytest.importorskip("timm", reason="compares with timm, which is not installed", exc_type=ImportError)
     torch.manual_seed(0)
     theirs = timm.models.VisionTransformer(
-        *(GRID * PATCH, PATCH),
-        **dict(embed_dim=128, depth=2, num_heads=2, num_classes=5, init_values=layer_scale, dynamic_img_size=True),
-    ).eval()
+        GRID * PATCH, PATCH, num_classes=5, embed_dim=128, depth=2, num_heads=2, init_values=layer_scale,
+        dynamic_img_size=True,
+    ).eval()  # fmt: skip
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     save_file(theirs.state_dict(), tmp_path / "vit.safetensors")

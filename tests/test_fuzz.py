@@ -423,7 +423,8 @@ def test_mutated_files_are_read_or_refused(name, tmp_path):
     @given(
         st.lists(
             st.tuples(st.integers(0, OPERATIONS - 1), st.floats(0, 1, exclude_max=True), st.integers(0, (1 << 16) - 1)),
-            **{"min_size": 1, "max_size": 6},
+            min_size=1,
+            max_size=6,
         )
     )
     def case(mutations: list[Mutation]) -> None:

@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import MODEL_8
 from wire import message
 
 from fastslots.cli import main
@@ -29,11 +30,7 @@ from fastslots.data.tfrecord import masked_crc
 from fastslots.errors import UserError
 from fastslots.train import TrainConfig, fit
 
-TINY = {
-    **{"resolution": 8, "num_slots": 2, "slot_dim": 2, "cnn_channels": 4, "encoder_width": 8, "encoder_layers": 1},
-    **{"query_width": 8, "query_hidden": 8, "slot_width": 8, "slot_hidden": 8, "decoder_heads": 2, "octaves": 2},
-    **{"output_hidden": (8,), "batch_size": 2, "pixels_per_step": 0, "eval_every": 0, "eval_images": 2, "threads": 1},
-}
+TINY = dict(MODEL_8, batch_size=2, threads=1, eval_every=0, eval_images=2)
 
 # ---- CLEVR's scenes file -------------------------------------------------------------------------------------------
 

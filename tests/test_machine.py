@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import MODEL_16
 
 from fastslots.bench import timing
 from fastslots.report import run_facts
@@ -19,10 +20,6 @@ from fastslots.train.log import read_metrics
 from fastslots.train.machine import Meter, energy_counter, memory_bytes
 
 CPU = torch.device("cpu")
-TINY = dict(
-    **dict(resolution=16, num_slots=3, slot_dim=4, cnn_channels=8, encoder_width=16, encoder_layers=1, query_width=16),
-    **dict(query_hidden=16, slot_width=16, slot_hidden=16, decoder_heads=2, output_hidden=(16,), pixels_per_step=0),
-)
 
 
 @pytest.fixture
@@ -98,7 +95,7 @@ def test_benchmarks_do_without_nvml_too(monkeypatch):
 def test_a_run_logs_both_and_a_resume_goes_on(tmp_path, packages):
     def config(steps: int) -> TrainConfig:
         small = dict(batch_size=4, eval_every=0, eval_images=1, log_every=2, threads=1)
-        return TrainConfig.preset("sprites-mini", **TINY, **small, steps=steps)
+        return TrainConfig.preset("sprites-mini", **MODEL_16, **small, steps=steps)
 
     (packages[0] / "energy_uj").write_text("900000000")
     with open(tmp_path / "said", "w") as said:

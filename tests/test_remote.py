@@ -13,6 +13,7 @@ import pytest
 import torch
 from fsspec.registry import known_implementations
 from safetensors.torch import load_file
+from tiny import MODEL_8
 
 from fastslots.cli import main
 from fastslots.data import open_dataset
@@ -25,12 +26,10 @@ from fastslots.train import TrainConfig, fit
 
 IMAGES, MASKS, FACTORS = SpritesDataset(5, 8, (2, 4), 40).scenes(range(40))
 SHARD = 20 * 8 * 8 * 4 + 20  # bytes of the arrays of one of two shards
-TINY = {
-    **{"resolution": 8, "num_slots": 2, "slot_dim": 2, "cnn_channels": 4, "encoder_width": 8, "encoder_layers": 1},
-    **{"query_width": 8, "query_hidden": 8, "slot_width": 8, "slot_hidden": 8, "decoder_heads": 2, "octaves": 2},
-    **{"output_hidden": (8,), "batch_size": 3, "pixels_per_step": 0, "eval_every": 0, "eval_images": 2},
-    **{"threads": 1, "warmup": 2, "optimizer": "adam", "lr": 1e-3, "checkpoint_every": 3},
-}
+TINY = dict(
+    MODEL_8, batch_size=3, threads=1, warmup=2, optimizer="adam", lr=1e-3,
+    eval_every=0, eval_images=2, checkpoint_every=3,
+)  # fmt: skip
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import MODEL_16
 
 from fastslots.cli import main
 from fastslots.data import SpritesDataset, open_dataset, read_batch, to_float
@@ -40,17 +41,14 @@ from fastslots.report.pictures import data_uri
 from fastslots.train import TrainConfig, fit, loop
 from fastslots.train.report import write_report
 
-TINY = dict(
-    **dict(resolution=16, num_slots=3, slot_dim=4, cnn_channels=8, encoder_width=16, encoder_layers=1, query_width=16),
-    **dict(query_hidden=16, slot_width=16, slot_hidden=16, decoder_heads=2, output_hidden=(16,), pixels_per_step=0),
-)
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """A finished run whose name and data text try to be markup."""
     folder = tmp_path_factory.mktemp("runs") / "<img src=x onerror=alert(1)>"
-    config = TrainConfig.preset("sprites-mini", **TINY, steps=12, batch_size=4, eval_every=4, eval_images=8, threads=1)
+    config = TrainConfig.preset(
+        "sprites-mini", **MODEL_16, steps=12, batch_size=4, eval_every=4, eval_images=8, threads=1
+    )
     with open(os.devnull, "w") as silence:
         fit(config, out=folder, stream=silence)
     return folder
@@ -121,7 +119,7 @@ def test_a_log_of_half_a_million_steps_gives_a_small_page(tmp_path):
 def tiny_model(**changes) -> SlotVAE:
     torch.manual_seed(0)
     return SlotVAE(
-        SlotVAEConfig.preset("sprites-mini", **{k: v for k, v in TINY.items() if k != "pixels_per_step"} | changes)
+        SlotVAEConfig.preset("sprites-mini", **{k: v for k, v in MODEL_16.items() if k != "pixels_per_step"} | changes)
     ).eval()
 
 
@@ -212,7 +210,9 @@ def test_the_page_names_the_data_by_their_fingerprint(tmp_path, monkeypatch, kin
     np.savez(tmp_path / "data.npz", images)
     for number in range({"packed": 1, "shards": 2, "npz": 0}[kind]):
         pack(tmp_path / "data.npz", data / f"shard-{number}" if kind == "shards" else data)
-    config = TrainConfig.preset("sprites-mini", **TINY, data=str(data), steps=1, batch_size=2, eval_images=2, threads=1)
+    config = TrainConfig.preset(
+        "sprites-mini", **MODEL_16, data=str(data), steps=1, batch_size=2, eval_images=2, threads=1
+    )
     fit(config, out=tmp_path / "run", stream=io.StringIO())
     facts = run_facts(tmp_path / "run")
     assert facts["fingerprint"] == open_dataset(data, size=16).info.digest != "" and "digest" not in facts["machine"]
@@ -251,7 +251,7 @@ def test_every_evaluation_leaves_the_scores_of_its_images(run):
 
 
 def test_images_given_in_python_are_explored_at_the_end_of_their_run(tmp_path):
-    config = TrainConfig.preset("sprites-mini", **TINY, steps=2, batch_size=4, eval_images=4, threads=1)
+    config = TrainConfig.preset("sprites-mini", **MODEL_16, steps=2, batch_size=4, eval_images=4, threads=1)
     images, said = torch.utils.data.TensorDataset(torch.rand(60, 3, 16, 16)), io.StringIO()
     fit(config, images, tmp_path, stream=said)
     shown = json.loads((tmp_path / "explorer.json").read_text())
@@ -282,7 +282,9 @@ def test_one_signal_ends_a_run_in_its_last_evaluation_or_explorer(tmp_path, monk
         return original(*args, **kwargs)
 
     monkeypatch.setattr(loop, while_in, interrupted)
-    config = TrainConfig.preset("sprites-mini", **TINY, steps=2, batch_size=4, eval_every=0, eval_images=1, threads=1)
+    config = TrainConfig.preset(
+        "sprites-mini", **MODEL_16, steps=2, batch_size=4, eval_every=0, eval_images=1, threads=1
+    )
     start, said = time.monotonic(), io.StringIO()
     result = fit(config, out=tmp_path, stream=said)
     assert result.stopped_by == number and result.step == 2 and time.monotonic() - start < 10

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import MODEL_8
 
 from fastslots.cli import main
 from fastslots.errors import UserError
@@ -24,12 +25,10 @@ from fastslots.train.files import write_atomic
 from fastslots.train.log import MetricsLog, read_metrics
 from fastslots.train.step import LEAST_SCALE, Precision
 
-TINY = {
-    **{"resolution": 8, "num_slots": 2, "slot_dim": 2, "cnn_channels": 4, "encoder_width": 8, "encoder_layers": 1},
-    **{"query_width": 8, "query_hidden": 8, "slot_width": 8, "slot_hidden": 8, "decoder_heads": 2, "octaves": 2},
-    **{"output_hidden": (8,), "batch_size": 2, "pixels_per_step": 0, "eval_every": 0, "eval_images": 2, "threads": 1},
-    **{"warmup": 2, "optimizer": "adam", "lr": 1e-3, "schedule": "constant"},
-}
+TINY = dict(
+    MODEL_8, batch_size=2, threads=1, eval_every=0, eval_images=2,
+    warmup=2, optimizer="adam", lr=1e-3, schedule="constant",
+)  # fmt: skip
 
 
 def config_of(**overrides) -> TrainConfig:

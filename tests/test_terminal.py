@@ -12,15 +12,12 @@ import time
 
 import numpy as np
 import pytest
+from tiny import MODEL_16
 
 from fastslots.train import TrainConfig, fit
 from fastslots.train.log import Progress, open_progress
 from fastslots.train.terminal import REDRAWS, LiveProgress, sparkline, thumbnails
 
-TINY = dict(
-    **dict(resolution=16, num_slots=3, slot_dim=4, cnn_channels=8, encoder_width=16, encoder_layers=1, query_width=16),
-    **dict(query_hidden=16, slot_width=16, slot_hidden=16, decoder_heads=2, output_hidden=(16,), pixels_per_step=0),
-)
 VALUES = {"loss": 3.0, "recon": 2.0, "kl": 1.0, "interaction_normalized": 0.25, "images_per_s": 99.0}
 SCORES = {"images": 4, "recon": 2.0, "kl": 1.0, "j_ari": 0.5, "jis": 0.25}
 
@@ -144,7 +141,7 @@ def test_a_run_in_a_real_terminal(tmp_path):
     reader.start()
     with os.fdopen(theirs, "w") as stream:
         config = TrainConfig.preset(
-            "sprites-mini", **TINY, steps=4, batch_size=4, eval_every=2, eval_images=4, threads=1
+            "sprites-mini", **MODEL_16, steps=4, batch_size=4, eval_every=2, eval_images=4, threads=1
         )
         fit(config, out=tmp_path / "run", stream=stream)
     reader.join(10)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import MODEL_16
 
 from fastslots.cli import main
 from fastslots.data import read_batch
@@ -26,12 +27,10 @@ from fastslots.train.log import read_metrics
 from fastslots.train.optim import Optimizers
 from fastslots.train.step import Precision, draw, training_step
 
-TINY = {
-    **{"resolution": 16, "num_slots": 3, "slot_dim": 4, "cnn_channels": 8, "encoder_width": 16, "encoder_layers": 1},
-    **{"query_width": 16, "query_hidden": 16, "slot_width": 16, "slot_hidden": 16, "decoder_heads": 2, "octaves": 3},
-    **{"output_hidden": (16,), "batch_size": 4, "pixels_per_step": 0, "steps": 6, "eval_every": 3, "eval_images": 4},
-    **{"checkpoint_every": 2, "threads": 1, "warmup": 2, "alpha_start": 0, "alpha_warmup": 4, "beta_start": 0},
-}
+TINY = dict(
+    MODEL_16, octaves=3, batch_size=4, steps=6, threads=1, eval_every=3, eval_images=4, checkpoint_every=2,
+    warmup=2, alpha_start=0, alpha_warmup=4, beta_start=0,
+)  # fmt: skip
 
 
 def tiny(**overrides) -> TrainConfig:

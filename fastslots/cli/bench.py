@@ -91,8 +91,16 @@ def _measure(wanted: list[str], args: argparse.Namespace) -> int:
     for name in wanted:
         preset = args.preset or ("sprites" if name == "jacobian" else "clevr6")
         options = Options(
-            *(preset, args.batch, args.threads, args.rounds, args.tiny, device, args.precision),
-            *(not args.no_memory, args.only, args.skip),
+            preset=preset,
+            batch=args.batch,
+            threads=args.threads,
+            rounds=args.rounds,
+            tiny=args.tiny,
+            device=device,
+            precision=args.precision,
+            memory=not args.no_memory,
+            only=args.only,
+            skip=args.skip,
         )
         slug = re.sub(r"[^a-z0-9]+", "-", files.device_name(device).lower()).strip("-")
         stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())

@@ -48,8 +48,17 @@ def run(args: argparse.Namespace) -> int:
 
     device = TrainConfig(device=args.device).torch_device()
     make_features(
-        *(args.source, args.checkpoint, args.out, args.grid, args.size, args.heads, args.scale, args.dtype),
-        *(args.max_objects or None, args.batch_size, device),
+        args.source,
+        args.checkpoint,
+        args.out,
+        grid=args.grid,
+        size=args.size,
+        heads=args.heads,
+        scale=args.scale,
+        dtype=args.dtype,
+        max_objects=args.max_objects or None,
+        batch=args.batch_size,
+        device=device,
     )
     print(FeatureDataset(args.out).info)
     return 0

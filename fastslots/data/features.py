@@ -71,8 +71,15 @@ class FeatureDataset:
             if values.shape[:1] != (n,):
                 raise UserError(f"{path}: {name} has shape {list(values.shape)} for {n} images: {MEND}")
         self.info = DatasetInfo(
-            *(f"features of {meta['kind']}", str(folder), len(self._rows), n, meta["mask_size"] or self.side),
-            *(self._masks is not None, meta["published_split"], max_objects or meta["max_objects"], meta["digest"]),
+            kind=f"features of {meta['kind']}",
+            path=str(folder),
+            count=len(self._rows),
+            total=n,
+            size=meta["mask_size"] or self.side,
+            has_masks=self._masks is not None,
+            published_split=meta["published_split"],
+            max_objects=max_objects or meta["max_objects"],
+            digest=meta["digest"],
         )
 
     def __reduce__(self):
@@ -316,9 +323,18 @@ def check_features(path: str | Path, max_objects: int | None = None, sample: int
     features, masks = dataset.batch(np.linspace(0, len(dataset) - 1, min(sample, len(dataset))).astype(int))
     info, values = dataset.info, features.astype(np.float64)
     return FeatureReport(
-        *(info.kind, info.path, info.count, info.total, dataset.side, dataset.channels),
-        *(0 if masks is None else info.size, float(values.mean()), float(values.std()), dataset.made_by),
-        *(str(split_indices(len(dataset), info.published_split)), info.digest),
+        kind=info.kind,
+        path=info.path,
+        count=info.count,
+        total=info.total,
+        side=dataset.side,
+        channels=dataset.channels,
+        mask_size=0 if masks is None else info.size,
+        mean=float(values.mean()),
+        std=float(values.std()),
+        made_by=dataset.made_by,
+        splits=str(split_indices(len(dataset), info.published_split)),
+        digest=info.digest,
     )
 
 

@@ -93,8 +93,16 @@ class PackedDataset:
         self._rows = np.flatnonzero(keep)
         self._factors: dict[str, np.ndarray] | None = None
         self.info = DatasetInfo(
-            *(meta["kind"], path or str(folder), len(self._rows), n, size, meta["has_masks"], meta["published_split"]),
-            *(max_objects or packed_with or None, meta["digest"], meta.get("skipped", 0)),
+            kind=meta["kind"],
+            path=path or str(folder),
+            count=len(self._rows),
+            total=n,
+            size=size,
+            has_masks=meta["has_masks"],
+            published_split=meta["published_split"],
+            max_objects=max_objects or packed_with or None,
+            digest=meta["digest"],
+            skipped=meta.get("skipped", 0),
         )
 
     def __reduce__(self):

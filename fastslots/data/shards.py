@@ -61,8 +61,16 @@ class PackedShards:
         self.objects = np.concatenate([part.objects for part in parts])
         fingerprint = hashlib.blake2b(" ".join(part.info.digest for part in parts).encode(), digest_size=16)
         self.info = DatasetInfo(
-            *(first.kind, path, len(self), sum(part.info.total for part in parts), first.size, first.has_masks),
-            *(False, first.max_objects, fingerprint.hexdigest(), lost + sum(part.info.skipped for part in parts)),
+            kind=first.kind,
+            path=path,
+            count=len(self),
+            total=sum(part.info.total for part in parts),
+            size=first.size,
+            has_masks=first.has_masks,
+            published_split=False,
+            max_objects=first.max_objects,
+            digest=fingerprint.hexdigest(),
+            skipped=lost + sum(part.info.skipped for part in parts),
         )
 
     def __len__(self) -> int:

@@ -113,11 +113,10 @@ class SlotVAEConfig:
         self._choice("cnn_stride", (1, 2, 4, 8, 16))
         zero_allowed = ("encoder_width", "token_hidden", "slot_attention_hidden")
         positive = (
-            *("resolution", "channels", "num_slots", "slot_dim", "cnn_channels", "encoder_layers", "encoder_heads"),
-            *("decoder_layers", "decoder_heads", "query_width", "query_hidden", "slot_width", "slot_hidden", "octaves"),
-            *("slot_attention_iterations", "broadcast_side", "broadcast_channels"),
-            "jacobian_pixels",
-        )
+            "resolution", "channels", "num_slots", "slot_dim", "cnn_channels", "encoder_layers", "encoder_heads",
+            "decoder_layers", "decoder_heads", "query_width", "query_hidden", "slot_width", "slot_hidden", "octaves",
+            "slot_attention_iterations", "broadcast_side", "broadcast_channels", "jacobian_pixels",
+        )  # fmt: skip
         self._at_least(1, *positive)
         self._at_least(0, *zero_allowed, "alpha", "beta", "sigma", "jacobian_weight")
         for name, layers in (("decoder_layers", self.decoder_layers), ("output_hidden", len(self.output_hidden) + 1)):

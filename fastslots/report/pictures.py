@@ -12,11 +12,11 @@ from torch import Tensor
 # Okabe and Ito's colours, told apart by colour-blind readers too; then lighter ones for sets with many slots
 COLOURS = np.array(
     [
-        *((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0), (240, 228, 66)),
-        *((150, 150, 150), (120, 94, 240), (100, 143, 40), (254, 97, 0), (0, 200, 200)),
+        (0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0), (240, 228, 66),
+        (150, 150, 150), (120, 94, 240), (100, 143, 40), (254, 97, 0), (0, 200, 200),
     ],
     dtype=np.uint8,
-)
+)  # fmt: skip
 QUALITIES = (85, 70, 50, 30)  # of lossy pictures: the first that fits
 
 
