@@ -235,7 +235,11 @@ class Trainer:
         config, (dataset, rows) = self.config, self.source.splits["val"]
         pictures = SlotPictures(self.model, GRID_IMAGES if self.group.first and config.input == "pixels" else 0)
         self.scores = evaluate(
-            *(self.model, dataset, rows, config.eval_images, config.eval_batch),
+            self.model,
+            dataset,
+            rows,
+            config.eval_images,
+            config.eval_batch,
             progress=lambda images, total: self.progress.note(f"evaluating: {images} of {total} images"),
             group=self.group,
             see=pictures.see,
