@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import json
 import math
@@ -98,6 +99,18 @@ def test_the_command_of_a_trial_gives_its_configuration(tmp_path):
     fixed = {"compile": True, "precision": "bf16", "steps": 7, "lr": 1e-30, "output_hidden": (8, 9)}
     [trial] = make_trials("clevr6", {}, fixed, [3], tmp_path)
     assert config_of(build_parser().parse_args(command(trial))) == trial.config
+
+
+@pytest.mark.parametrize("stored, asked", [(Path.absolute, Path), (Path, Path.absolute), (Path, Path)])
+def test_a_trial_is_found_whichever_way_its_data_are_named(tmp_path, monkeypatch, stored, asked):
+    monkeypatch.chdir(tmp_path)
+    fields = {"data": str(asked(Path("set.npz"))), "beta": 0.0}
+    [trial] = make_trials("sprites-mini", {}, fields, [3], tmp_path / "sweep")
+    (tmp_path / "sweep" / "other").mkdir(parents=True)
+    kept = dataclasses.replace(trial.config, data=str(stored(Path("set.npz"))))
+    (tmp_path / "sweep" / "other" / "config.json").write_text(kept.to_json())
+    [found] = make_trials("sprites-mini", {}, fields, [3], tmp_path / "sweep")
+    assert found.name == "other" and f"--data={tmp_path / 'set.npz'}" in command(found)
 
 
 def test_finished_means_evaluated_and_saved_at_the_last_step(tmp_path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 from fastslots.cli.common import progress_of
@@ -20,13 +22,14 @@ def add_parser(commands) -> None:
     parser.add_argument("--latent", choices=("mean", "sample"), default="mean", help="z: its mean, or drawn")
     parser.add_argument("--weights", choices=("best", "last"), default="best", help="default: best")
     parser.add_argument("--images", type=int, default=0, help="how many (0, the default: all of the split)")
-    parser.add_argument("--batch_size", "--batch-size", type=int, default=10, help="images at once")
+    parser.add_argument("--batch_size", "--batch-size", type=int, help="images at once (default: 10)")
     parser.add_argument(
         "--score-mode",
         "--score_mode",
         choices=("pooled", "paper"),
         default="pooled",
-        help="J-ARI and JIS over all images (pooled, the default), or as the mean of the batches' values (paper)",
+        help="J-ARI and JIS over all images (pooled, the default), or as published (paper): the mean of batches' "
+        "values, on val of the first 12 images of batches of 50, on test of batches of 10",
     )
     parser.add_argument(
         "--interaction-order",
@@ -45,30 +48,42 @@ def add_parser(commands) -> None:
         action="store_true",
         help="also scores of test images with and without the combination that the run's --holdout kept from it",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object (null: a score that needs masks)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.images < 0 or args.batch_size < 1:
+    if args.images < 0 or (args.batch_size is not None and args.batch_size < 1):
         raise UserError("--images must be at least 0 and --batch_size at least 1")
-    from fastslots.models.storage import load_run
+    from fastslots.models.storage import load_weights, weights_name, weights_path
     from fastslots.train import analysis
-    from fastslots.train.evaluate import evaluate
+    from fastslots.train.evaluate import PAPER, WITH_MASKS, evaluate
     from fastslots.train.sources import open_source
 
-    model = load_run(args.run_folder, args.weights)
-    config = read_config(args.run_folder / "config.json", device="auto", **({"data": args.data} if args.data else {}))
-    dataset, rows = open_source(config).splits[args.split]
+    path = weights_path(args.run_folder, args.weights)
+    model, weights = load_weights(path), weights_name(args.run_folder, path)
+    recorded = read_config(args.run_folder / "config.json", device="auto")
+    config = replace(recorded, data=args.data) if args.data else recorded
+    source = open_source(config)
+    dataset, rows = source.splits[args.split]
+    say(f"data      {source.description}")
+    for warning in source.warnings:
+        say(f"warning   {warning}")
+    if weights != args.weights:
+        say(f"warning   no evaluation has been, so there are no {args.weights} weights yet: scoring the {weights} ones")
     model.to(config.torch_device())
-    asked = (model, dataset, rows, args.images, args.batch_size)
+    asked = (model, dataset, rows, args.images, args.batch_size or 10)
+    paper_batch, counted = PAPER[args.split] if args.score_mode == "paper" else (0, 0)
+    batch = args.batch_size or paper_batch or 10
     scores = evaluate(
-        *asked,
+        *(model, dataset, rows, args.images, batch),
         latent=args.latent,
         seed=config.seed,
         progress=progress_of("images"),
         score_mode=args.score_mode,
+        jacobian_images=counted,
     )
+    scores |= {name: None for name in WITH_MASKS if name not in scores}
     if args.interaction_order:
         scores |= analysis.order_scores(*asked)
     if args.attributes:
@@ -76,14 +91,23 @@ def run(args: argparse.Namespace) -> int:
     if args.recombination:
         scores |= analysis.recombination_scores(*asked)
     if args.composition:
-        scores |= analysis.composition_scores(model, config, args.images, args.batch_size)
-    scores |= {"score_mode": args.score_mode} if args.score_mode != "pooled" else {}
-    scores |= {"split": args.split, "weights": args.weights, "data": config.data}
+        scores |= analysis.composition_scores(model, config, args.images, args.batch_size or 10)
+    if counted:
+        first = f", the first {counted} of each" if counted < batch else ""
+        scores |= {"score_mode": "paper", "score_batches": f"J-ARI and JIS: means over batches of {batch}{first}"}
+    scores |= {"split": args.split, "weights": weights, "data": config.data, "split_note": source.split_note}
+    own = config.resolved().data == recorded.resolved().data
+    scores["evaluated_on_training_images"] = own and source.on_training_images(args.split)
     if args.json:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in scores.items()}
         print(json.dumps(clean))
         return 0
     width = max(map(len, scores))
     for name, value in scores.items():
-        print(f"{name:<{width}}  {value:.5g}" if isinstance(value, float) else f"{name:<{width}}  {value}")
+        shown = "none: it needs masks" if value is None else f"{value:.5g}" if isinstance(value, float) else value
+        print(f"{name:<{width}}  {shown}")
     return 0
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

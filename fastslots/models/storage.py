@@ -58,6 +58,11 @@ def weights_path(run: Path, weights: str) -> Path:
     raise UserError(f"{run} holds no weights yet: wait for its first evaluation, or resume it")
 
 
+def weights_name(run: Path, path: Path) -> str:
+    """Which of a run's weights ``weights_path`` has found."""
+    return next(name for name, place in WEIGHTS.items() if run / place == path)
+
+
 def load_run(run: Path, weights: str = "best") -> SlotVAE:
     return load_weights(weights_path(run, weights))
 

@@ -16,6 +16,7 @@ from fastslots.train.trackers import TRACKERS
 
 SCHEDULES = ("constant", "cosine", "paper", "paper-clevrtex")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+GIVEN = "python:"  # begins ``data`` of a run whose data set was handed to ``fit``
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,14 @@ class TrainConfig(SlotVAEConfig):
             raise UserError(
                 f"optimizer must be muon or a class of torch.optim (adam, adamw, sgd, ...), got {self.optimizer!r}"
             )
+
+    def resolved(self) -> TrainConfig:
+        """The same with local paths that hold in every working directory."""
+        named = self.data in ("", "sprites") or "://" in self.data or self.data.startswith(GIVEN)
+        data = self.data if named else str(Path(self.data).absolute())
+        return dataclasses.replace(
+            self, data=data, init_from=str(Path(self.init_from).absolute()) if self.init_from else ""
+        )
 
     def torch_device(self) -> torch.device:
         """UserError where this machine has no such device; a configuration as such is good on any machine."""

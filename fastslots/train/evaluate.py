@@ -20,7 +20,11 @@ from fastslots.models.vae import SlotVAEOutput
 from fastslots.train.distributed import Group
 
 _OF_AN_IMAGE = ("j_ari", *SegmentationMeter.SCORES)  # scores that are means over images
+WITH_MASKS = (*_OF_AN_IMAGE, "jis")  # scores that there are only where the data has masks
 SHOWN = ("j_ari", "fg_ari")  # those that are also given image by image
+
+PAPER = {"val": (50, 12), "test": (10, 10)}
+"""Images of a batch, and how many of them, the first, have their Jacobian scored, as the authors evaluate a split."""
 
 # Called after each batch: images [B, C, R, R] on the model's device, what the model made of them, and the slot
 # Jacobian [B, K, R, R] on the CPU, None where there are no masks to score it by
@@ -41,6 +45,7 @@ def evaluate(
     score_mode: str = "pooled",
     see: See | None = None,
     of_images: bool = False,
+    jacobian_images: int = 0,
 ) -> dict[str, Any]:
     """Scores of a model on the first ``images`` rows (0: all) of a data set.
 
@@ -50,9 +55,13 @@ def evaluate(
     the rows each and return the same scores. ``score_mode``: of ``JacobianMeter``; "paper" averages batch means, and
     then depends on ``batch_size``. ``progress`` is called with (images done, images), ``see`` as ``See``
     says. ``of_images``: also "of_images", J-ARI and FG-ARI of every image in the order of rows ({} without masks).
+    ``jacobian_images``: J-ARI and JIS look at the first so many images of each batch (0: all), and "jacobian_images"
+    says at how many in all; not together with ``of_images``.
 
     Raises UserError where some of the images have a mask and others none.
     """
+    if of_images and jacobian_images:
+        raise ValueError("of_images needs the Jacobian of every image: leave jacobian_images at 0")
     group, device = group or Group(), next(model.parameters()).device
     rows = rows[: images or None]
     own = group.share(len(rows))
@@ -71,8 +80,9 @@ def evaluate(
             sums[name] += getattr(terms, name).item() * len(x)
         jacobian = None
         if masks is not None:
-            masks, jacobian = masks.long(), slot_jacobian(model.decoder, result.slots).cpu()
-            by_jacobian.update(jacobian, masks)
+            masks, seen = masks.long(), jacobian_images or len(x)
+            jacobian = slot_jacobian(model.decoder, result.slots[:seen]).cpu()
+            by_jacobian.update(jacobian, masks[:seen])
             by_map.update(result.slot_map.cpu(), masks)
         if see:
             see(x, result, jacobian)
@@ -86,19 +96,20 @@ def evaluate(
         found |= by_map.result()
     # Sums rather than means, so that those of all processes can be added; an image's own score counts in one of them
     each = torch.zeros(len(SHOWN), len(rows), dtype=torch.float64)
-    if by_map.images:
+    if by_map.images and of_images:
         each[0, own.start : own.stop] = torch.tensor(by_jacobian.of_images, dtype=each.dtype)
         each[1, own.start : own.stop] = torch.tensor(by_map.of_images["fg_ari"], dtype=each.dtype)
     local = [*sums.values(), *(found.get(name, 0.0) * by_map.images for name in _OF_AN_IMAGE)]
-    local += [found.get("jis", 0.0) * pixels, by_map.images, pixels]
+    local += [found.get("jis", 0.0) * pixels, by_map.images, len(by_jacobian.of_images), pixels]
     summed = group.sum([*local, *each.flatten().tolist()])
-    *totals, jis, masked, pixels = summed[: len(local)]
+    *totals, jis, masked, scored, pixels = summed[: len(local)]
     out: dict[str, Any] = {name: total / max(len(rows), 1) for name, total in zip(sums, totals, strict=False)}
     out["interaction_normalized"] = out["interaction"] / model.config.decoder_heads**2
     if masked:
         scores = zip(_OF_AN_IMAGE, totals[len(sums) :], strict=True)
         out |= {name: total / masked for name, total in scores} | {"jis": jis / max(pixels, 1)}
     out |= {"images": len(rows), "images_with_masks": int(masked), "foreground_pixels": int(pixels)}
+    out |= {"jacobian_images": int(scored)} if jacobian_images else {}
     if of_images:
         rest = torch.tensor(summed[len(local) :], dtype=each.dtype).view_as(each)
         out["of_images"] = dict(zip(SHOWN, rest.tolist(), strict=True)) if masked else {}

@@ -24,7 +24,7 @@ from fastslots.ops import backends
 from fastslots.report.data import MACHINE, OF_IMAGES, PACKAGES, versions
 from fastslots.report.pictures import encoded
 from fastslots.train.checkpoint import Checkpoint, Writer, latest_checkpoint, save_checkpoint, snapshot
-from fastslots.train.config import TrainConfig
+from fastslots.train.config import GIVEN, TrainConfig
 from fastslots.train.distributed import Group, LostProcessError, StoppedError, StopSignals
 from fastslots.train.evaluate import evaluate
 from fastslots.train.files import write_atomic
@@ -34,7 +34,7 @@ from fastslots.train.machine import Meter
 from fastslots.train.optim import Optimizers
 from fastslots.train.report import write_explorer, write_report
 from fastslots.train.run import RunFolder, claim, next_run
-from fastslots.train.sources import GIVEN, check_shape, open_source
+from fastslots.train.sources import check_shape, open_source, same_images
 from fastslots.train.step import LEAST_SCALE, Precision, training_step
 from fastslots.train.trackers import open_trackers
 
@@ -79,6 +79,7 @@ def fit(
     """
     if dataset is not None:
         config = replace(config, data=f"{GIVEN}a {type(dataset).__name__} that Python code gave to fit")
+    config = config.resolved()
     group = Group.join(config.torch_device(), config.batch_size)
     with contextlib.ExitStack() as stack:
         stack.callback(group.leave)
@@ -211,7 +212,7 @@ class Trainer:
         config, say = self.config, self.progress.say
         described = self.folder.path / "data.txt"
         before = described.read_text(errors="replace").strip() if described.is_file() else ""
-        if self.step and before not in ("", self.source.description.strip()):
+        if self.step and before and not same_images(before, self.source.description):
             say(f"warning   other images than before from here on: the run had {before}")
         self._store("data.txt", f"{self.source.description}\n".encode())
         facts = self.meter.facts()

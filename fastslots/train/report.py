@@ -8,14 +8,14 @@ from pathlib import Path
 
 from fastslots.data import read_batch, to_float
 from fastslots.errors import UserError
-from fastslots.models.storage import load_run, weights_path
+from fastslots.models.storage import load_weights, weights_name, weights_path
 from fastslots.report import render, run_facts
 from fastslots.report.curves import MetricsReader
 from fastslots.report.data import EXPLORER
 from fastslots.report.explorer import ENCODED, explore
 from fastslots.train.config import TrainConfig, read_config
 from fastslots.train.files import write_atomic
-from fastslots.train.sources import Source, open_source
+from fastslots.train.sources import Source, open_source, same_images
 
 _readers: dict[Path, MetricsReader] = {}  # a long run's log is read once, not at every evaluation
 
@@ -63,17 +63,17 @@ def write_explorer(
                 return reason
         dataset, rows = source.splits["val"]
         images, masks = read_batch(dataset, rows[:ENCODED])
-        model = load_run(run, "best").to(config.torch_device())
+        model = load_weights(weights).to(config.torch_device())
     except UserError as error:
         return str(error)
-    pictures = {"stamp": stamp, "weights": "best"} | explore(model, to_float(images), masks, progress)
-    write_atomic(stored, json.dumps(pictures).encode())
+    made_of = {"stamp": stamp, "weights": weights_name(run, weights)}
+    write_atomic(stored, json.dumps(made_of | explore(model, to_float(images), masks, progress)).encode())
     return ""
 
 
 def other_data(run: Path, source: Source) -> str:
     """Why ``source`` is not what the run was trained on: then its data came from Python, or have changed since."""
     path = run / "data.txt"
-    if path.is_file() and path.read_text().strip() != source.description.strip():
+    if path.is_file() and not same_images(path.read_text(), source.description):
         return "its images are not those of config.data (a data set given in Python, or files that have changed since)"
     return ""

@@ -15,10 +15,9 @@ from fastslots.data.holdout import Holdout
 from fastslots.data.sampling import Purpose, step_seed
 from fastslots.data.sprites import FACTORS
 from fastslots.errors import UserError
-from fastslots.train.config import TrainConfig
+from fastslots.train.config import GIVEN, TrainConfig
 
 HELD_OUT = 1_000  # built-in images in val and in test
-GIVEN = "python:"  # begins ``config.data`` of a run whose data set was handed to ``fit``
 SEARCH = 100  # scenes that are looked through for each with a held-out combination
 
 
@@ -30,6 +29,12 @@ class Source:
     splits: dict[str, tuple[Any, Any]]  # train, val, test -> (data set, rows)
     warnings: list[str] = field(default_factory=list)  # what looks wrong (``fastslots data check``)
     digest: str = ""  # fingerprint of a set on disk
+    split_note: str = ""  # how many images each split has, and by which rule; part of the description
+
+    def on_training_images(self, split: str) -> bool:
+        """Whether a split is the training images: of a set that has too few to set some aside."""
+        (dataset, rows), (trained, on) = self.splits[split], self.splits["train"]
+        return dataset is trained and len(rows) > 0 and rows[0] in on
 
 
 def open_source(config: TrainConfig, dataset: Any = None) -> Source:
@@ -84,7 +89,8 @@ def _builtin(config: TrainConfig) -> Source:
     least, most = objects
     shapes = f"{least} to {most} coloured shapes at {config.resolution} x {config.resolution}"
     without = f", none with {config.holdout}" if config.holdout else ""
-    return Source(f"built-in sprites, made on the fly: {shapes}{without}; val and test {HELD_OUT} images each", splits)
+    note = f"val and test {HELD_OUT} images each"
+    return Source(f"built-in sprites, made on the fly: {shapes}{without}; {note}", splits, split_note=note)
 
 
 def unseen(config: TrainConfig, count: int) -> tuple[Any, np.ndarray]:
@@ -144,16 +150,21 @@ def _split(dataset: Any, description: str, published: bool, holdout: str) -> Sou
     splits = split_indices(len(dataset), published)
     rows = {"train": splits.train, "val": splits.val, "test": splits.test}
     if not holdout:
-        return Source(f"{description}; {splits}", {name: (dataset, part) for name, part in rows.items()})
+        parts = {name: (dataset, part) for name, part in rows.items()}
+        return Source(f"{description}; {splits}", parts, split_note=str(splits))
     kept = {name: np.asarray(part)[~_held_out(dataset, part, holdout)] for name, part in rows.items()}
     for name, part in kept.items():
         if not len(part):
             raise UserError(f"holdout {holdout!r}: every image of {name} has such an object: narrow it")
     counts = ", ".join(f"{len(part):,} of {len(rows[name]):,} {name}" for name, part in kept.items())
-    return Source(
-        f"{description}; {splits}; none with {holdout} ({counts} images left)",
-        {name: (dataset, part) for name, part in kept.items()},
-    )
+    note = f"{splits}; none with {holdout} ({counts} images left)"
+    return Source(f"{description}; {note}", {name: (dataset, part) for name, part in kept.items()}, split_note=note)
+
+
+def same_images(before: str, now: str) -> bool:
+    """Whether two descriptions are of one set, whose path may have been given relative to the working directory."""
+    here = f"{Path.cwd()}/"
+    return before.replace(here, "").strip() == now.replace(here, "").strip()
 
 
 def check_shape(config: TrainConfig, images: Any) -> None:

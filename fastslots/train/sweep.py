@@ -121,8 +121,8 @@ def finished(trial: Trial) -> bool:
 
 
 def command(trial: Trial) -> list[str]:
-    """What trains a trial: only fields that differ from the preset are named."""
-    config = trial.config
+    """What trains a trial, in any working directory: only fields that differ from the preset are named."""
+    config = trial.config.resolved()
     plain = TrainConfig.preset(config.preset_name, preset_name=config.preset_name)
     flags = []
     for field in fields(config):
@@ -213,6 +213,7 @@ def _last_evaluation(trial: Trial) -> dict[str, Any]:
 
 def _identity(config: TrainConfig) -> tuple[Any, ...]:
     """What makes two runs the same trial."""
+    config = config.resolved()
     return tuple(getattr(config, field.name) for field in fields(config) if field.name not in MAY_DIFFER)
 
 
@@ -220,9 +221,9 @@ def _check_folder(trial: Trial) -> None:
     path = trial.folder / "config.json"
     if not path.is_file():
         return
-    found = read_config(path)
+    found, asked = read_config(path).resolved(), trial.config.resolved()
     names = (f.name for f in fields(TrainConfig) if f.name not in MAY_DIFFER)
-    different = [name for name in names if getattr(found, name) != getattr(trial.config, name)]
+    different = [name for name in names if getattr(found, name) != getattr(asked, name)]
     if different:
         raise UserError(f"{trial.folder} holds a run with another {', '.join(different)}: name another --out")
 

@@ -21,6 +21,7 @@ NO_METRIC = {
     "step",
     "images",
     "images_with_masks",
+    "jacobian_images",
     "foreground_pixels",
     "seconds",
     "attribute_objects",
