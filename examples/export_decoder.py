@@ -16,8 +16,6 @@ import torch.nn as nn
 from torch import Tensor
 
 from fastslots.models import SlotVAE
-from fastslots.ops import decoder_layer
-from fastslots.ops.reference import output_head
 
 
 class PlainDecoder(nn.Module):
@@ -28,13 +26,7 @@ class PlainDecoder(nn.Module):
         self.decoder = model.decoder
 
     def forward(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        x, maps = self.decoder.queries(), []
-        for folded, ff in self.decoder.layers(slots):
-            x, slot_map = decoder_layer(x, folded, ff, backend="reference")
-            maps.append(slot_map)
-        R = self.decoder.resolution
-        recon = output_head(x, self.decoder.head()).transpose(1, 2).unflatten(-1, (R, R))
-        return recon, torch.stack(maps).mean(0)
+        return self.decoder(slots, backend="reference")
 
 
 @torch.no_grad()

@@ -62,7 +62,7 @@ def _shared_memory(device: torch.device) -> int | None:
     return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
 
 
-# Dynamo calls these, on constants, and traces the rest, on shapes that may be dynamic (ops.autograd.under_transform).
+# Dynamo calls these, on constants, and traces the rest, on shapes that may be dynamic (ops.backends.under_transform).
 for _answer in (_unserved, _fits_memory, _shared_memory):
     _answer._dynamo_marked_constant = True  # type: ignore[attr-defined, union-attr]
 

@@ -175,10 +175,35 @@ def test_no_images_no_loss():
     assert terms.total.item() == 0
 
 
-def test_wrong_images_are_named(setup):
+PIXELS = torch.zeros(2, 5, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "words"),
+    [
+        (
+            {"images": torch.zeros(2, 3, 12, 11)},
+            ValueError,
+            r"images has shape \[2, 3, 12, 11\], expected \[2, 3, 12, 12\]",
+        ),
+        ({"slot_mask": torch.ones(2, 3)}, TypeError, "slot_mask must be a bool tensor"),
+        ({"slot_mask": torch.ones(1, 3) > 0}, ValueError, r"slot_mask has shape \[1, 3\], expected \[2, 3\]"),
+        ({"pixels": PIXELS[:1]}, ValueError, r"pixels has shape \[1, 5\], expected \[2, 5\]"),
+        ({"pixels": PIXELS[:, :0]}, ValueError, "pixels must be int64"),
+        ({"pixels": PIXELS.int()}, ValueError, "pixels must be int64"),
+        ({"pixel_weight": torch.ones(2, 1)}, ValueError, r"pixel_weight has shape \[2, 1\], expected \[2, 144\]"),
+        ({"pixels": PIXELS, "pixel_weight": torch.ones(2, 1)}, ValueError, r"expected \[2, 5\]"),
+        ({"interaction_weight": torch.ones((), requires_grad=True)}, ValueError, "interaction_weight.detach()"),
+        ({"recon_weight": torch.ones((), requires_grad=True)}, ValueError, "recon_weight.detach()"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_wrong_arguments_are_named(setup, wrong, error, words, backend):
+    """By every backend alike: what one would broadcast another would read out of bounds."""
     model, slots, images = setup
-    with pytest.raises(ValueError, match=r"images has shape \[2, 3, 12, 11\], expected \[2, 3, 12, 12\]"):
-        model.decoder.loss(slots, images[..., :11], 1.0, 1.0)
+    arguments = {"images": images, "recon_weight": 1.0, "interaction_weight": 1.0} | wrong
+    with pytest.raises(error, match=words):
+        model.decoder.loss(slots, backend=backend, **arguments)
 
 
 def test_same_bits_twice(setup):

@@ -225,14 +225,16 @@ def test_weights_of_another_dtype_than_the_rows():
 
 def test_autocast_reaches_the_kernels():
     """As it reaches the reference's products: fp32 rows, as a norm leaves them, must not run as IEEE fp32 on a GPU."""
-    x, folded, _ = random_layer(SHAPE, torch.float32)
+    x, folded, ff = random_layer(SHAPE, torch.float32)
     q, k, v = random_qkv(SHAPE, torch.float32)
     seen = {}
     for backend in ("triton", "reference"):
         with torch.autocast("cpu", torch.bfloat16), Names() as names:
             out = ops.cross_attention(q, k, v, backend=backend)
             y = ops.folded_cross_attention(leaf(x), folded, backend)
-        seen[backend] = (*out, *y)
+            layer = ops.decoder_layer(leaf(x), folded, ff, backend)
+        assert y[0].dtype == layer[0].dtype == x.dtype
+        seen[backend] = (*out, *y, *layer)
         assert backend == "reference" or {"fastslots::cross_attention", "_to_copy"} <= names.seen
     for a, r in zip(seen["triton"], seen["reference"], strict=True):
         assert a.dtype == r.dtype

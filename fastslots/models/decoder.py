@@ -13,8 +13,8 @@ from torch import Tensor
 from fastslots.models.config import SlotVAEConfig
 from fastslots.models.layers import FeedForwardLayer, grid, mlp, xavier_
 from fastslots.nn import AttentionProjections
-from fastslots.ops import decoder_layer
-from fastslots.ops.autograd import is_traced
+from fastslots.ops import checks, decoder_layer
+from fastslots.ops.backends import is_traced
 from fastslots.ops.reference import (
     FeedForward,
     FoldedProjections,
@@ -75,6 +75,8 @@ class Decoder(nn.Module):
 
     def layers(self, slots: Tensor) -> list[tuple[FoldedProjections, FeedForward]]:
         """What each layer needs to know of the slots and of its weights; K rows an image, in fp32."""
+        if slots.ndim != 3 or slots.shape[2] != self.slot_dim:
+            raise ValueError(f"slots has shape {list(slots.shape)}, expected [B, K, {self.slot_dim}]")
         with torch.autocast(slots.device.type, enabled=False):
             hidden = self.slot_mlp(slots.to(self.norm.weight.dtype))
             layers = cast(Iterable[DecoderLayer], self.transformer)
@@ -83,14 +85,17 @@ class Decoder(nn.Module):
     def head(self) -> OutputHead:
         return OutputHead(self.norm.weight, self.norm.bias, *_linear_maps(self.output_mlp))
 
-    def forward(self, slots: Tensor, slot_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """slots [B, K, D] -> recon [B, C, R, R], slot_map [B, R·R, K]; slot_mask [B, K] bool, True = a real slot."""
+    def forward(self, slots: Tensor, slot_mask: Tensor | None = None, backend: str = "auto") -> tuple[Tensor, Tensor]:
+        """slots [B, K, D] -> recon [B, C, R, R], slot_map [B, R·R, K]; slot_mask [B, K] bool, True = a real slot.
+
+        backend: of its layers; "reference" for what must consist of torch's own operators (an export).
+        """
         x, maps = self.queries(), []
         for folded, ff in self.layers(slots):
-            x, slot_map = decoder_layer(x, folded, ff, slot_mask=slot_mask)
+            x, slot_map = decoder_layer(x, folded, ff, backend, slot_mask=slot_mask, eps=self.norm.eps)
             maps.append(slot_map)
         head = self.head()
-        pixels = _by_rows(lambda rows: output_head(rows, head), x)
+        pixels = _by_rows(lambda rows: output_head(rows, head, self.norm.eps), x)
         recon = pixels.transpose(1, 2).unflatten(-1, (self.resolution, self.resolution))
         return recon, torch.stack(maps).mean(0)
 
@@ -122,16 +127,24 @@ class Decoder(nn.Module):
             total (carries the gradient), recon = Σ(x − x̂)²/B, interaction = mean over pixels of Σ_{j<k} w_j w_k.
 
         Raises:
-            ValueError: images of another shape than the decoder's.
+            TypeError, ValueError: naming the argument, its shape or dtype, and what was expected.
         """
-        expected = (slots.shape[0], self.channels, self.resolution, self.resolution)
-        if tuple(images.shape) != expected:
-            raise ValueError(f"images has shape {list(images.shape)}, expected {list(expected)} (B of slots, C, R, R)")
+        B, R = slots.shape[0], self.resolution
+        checks.tensor("images", images, 4, "[B, C, R, R]")
+        checks.shape("images", images, (B, self.channels, R, R), "(B of slots, C, R, R)")
+        checks.slot_mask(slot_mask, slots, *slots.shape[:2])
+        if pixels is not None and (pixels.dtype != torch.int64 or pixels.ndim != 2 or not pixels.shape[1]):
+            raise ValueError(f"pixels must be int64 [{B}, P], P above 0, got {pixels.dtype} {list(pixels.shape)}")
+        P = R * R if pixels is None else pixels.shape[1]
+        if pixels is not None:
+            checks.shape("pixels", pixels, (B, P), "(B of slots, P)")
+        if pixel_weight is not None:
+            checks.shape("pixel_weight", pixel_weight, (B, P), "(B of slots, a pixel each)")
         target = images.flatten(2).transpose(1, 2)
         expansion = 1.0  # the error is a sum over all pixels, of which P are seen; the penalty is a mean
         queries: Tensor | QueryMlp = QueryMlp(cast(Tensor, self.position_code), *_linear_maps(self.query_mlp))
         if pixels is not None:
-            expansion = self.resolution**2 / pixels.shape[1]
+            expansion = R * R / P
             queries = self._queries_at(pixels)
             target = target.gather(1, pixels[..., None].expand(-1, -1, self.channels))
         inputs = LossInputs(
@@ -143,6 +156,7 @@ class Decoder(nn.Module):
             slot_mask=slot_mask,
             recon_weight=recon_weight * expansion,
             interaction_weight=interaction_weight,
+            eps=self.norm.eps,
         )
         terms = decoder_loss(inputs, grad_scale, backend)
         return terms._replace(recon=terms.recon * expansion)

@@ -35,7 +35,7 @@ from fastslots.models.broadcast import BroadcastDecoder
 from fastslots.models.decoder import Decoder, DecoderLayer
 from fastslots.models.second_order import second_order
 from fastslots.ops import backends
-from fastslots.ops.autograd import is_traced
+from fastslots.ops.backends import is_traced
 from fastslots.ops.reference import (
     FeedForward,
     FoldedProjections,

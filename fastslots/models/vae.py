@@ -77,9 +77,12 @@ class SlotVAE(nn.Module):
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Posterior:
         """images [B, C, R, R] -> z = mean + std · noise; noise [B, K, D], None draws it, zeros give the mean.
 
-        std = 0.5 · exp(s), as published, not exp(0.5 · s); KL against N(0, 1).
+        std = 0.5 · exp(s), as published, not exp(0.5 · s); KL against N(0, 1). Raises TypeError, ValueError for images
+        or noise of another dtype or shape.
         """
-        out = self.encoder(images).float()
+        self._check(images)
+        out = self.encoder(images)
+        out = out.to(torch.promote_types(out.dtype, torch.float32))
         if not self.config.variational:
             return Posterior(out, out, torch.zeros_like(out), out.new_zeros(()))
         mean, log_scale = out.chunk(2, -1)
@@ -90,10 +93,19 @@ class SlotVAE(nn.Module):
             raise ValueError(f"noise has shape {list(noise.shape)}, expected {list(mean.shape)} (B, K, D)")
         # log std = log_scale + log 0.5 exactly: the logarithm of exp() would overflow before it.
         kl = 0.5 * (mean.square() + std.square() - 1) - (log_scale + torch.log(log_scale.new_tensor(0.5)))
-        return Posterior(mean + std * noise, mean, std, kl.sum((1, 2)).mean())
+        return Posterior(mean + std * noise, mean, std, kl.sum((1, 2)).sum() / max(len(mean), 1))
+
+    def _check(self, images: Tensor) -> None:
+        C, R = self.config.channels, self.config.resolution
+        if not images.is_floating_point():
+            raise TypeError(
+                f"images must be float in [0, 1], got {images.dtype}: fastslots.data.to_float converts them"
+            )
+        if images.ndim != 4 or tuple(images.shape[1:]) != (C, R, R):
+            raise ValueError(f"images has shape {list(images.shape)}, expected [B, {C}, {R}, {R}]")
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> SlotVAEOutput:
-        """images [B, 3, R, R] in [0, 1] -> reconstruction, slots, posterior, slot map and both regularisers."""
+        """images (or features) [B, C, R, R] -> reconstruction, slots, posterior, slot map and both regularisers."""
         z, mean, std, kl = self.encode(images, noise)
         recon, slot_map = self.decoder(z)
         return SlotVAEOutput(recon, z, mean, std, slot_map, kl, interaction_penalty(slot_map))
@@ -118,7 +130,7 @@ class SlotVAE(nn.Module):
         jacobian_pixels: Tensor | None = None,
         grad_scale: float | Tensor = 1.0,
     ) -> LossTerms:
-        """The same loss through the tiled decoder: the path that trains.
+        """``loss`` of ``forward`` through the tiled decoder, and ``jacobian_weight`` times the Jacobian's penalty.
 
         images [B, C, R, R]; noise [B, K, D] or None; alpha, beta: this step's weights (None: the config's);
         pixels, pixel_weight [B, P]: decode a weighted subset of the pixels (``Decoder.loss``).

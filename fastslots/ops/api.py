@@ -9,15 +9,6 @@ from fastslots.ops import autograd, backends, checks, reference
 from fastslots.ops.reference import FeedForward, FoldedProjections
 
 
-def _serve(op: str, tensors: tuple[Tensor, ...], backend: str) -> str:
-    """Name of the backend: the reference inside forward AD and functorch transforms, where kernels have no rule."""
-    if autograd.under_transform() and backend != "reference":
-        if backend != "auto":
-            raise ValueError(f"backend={backend!r} has no forward-mode or functorch rule: use backend='auto' for {op}")
-        return "reference"
-    return backends.select(op, tensors, backend)
-
-
 def _under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's type where it is on, as it casts the operands of the reference's products."""
     device = tensors[0].device.type
@@ -55,8 +46,10 @@ def cross_attention(
     """
     checks.qkv(q, k, v)
     checks.slot_mask(slot_mask, q, k.shape[0], k.shape[2])
+    if isinstance(scale, Tensor) and scale.requires_grad:
+        raise ValueError("scale cannot have a gradient: multiply q by it, and pass scale=1.0")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    name = _serve("cross_attention", (q, k, v), backend)
+    name = backends.select("cross_attention", (q, k, v), backend)
     if name == "reference":
         return reference.cross_attention(q, k, v, scale, slot_mask)
     q, k, v = _under_autocast(q, k, v)
@@ -74,7 +67,13 @@ def interaction_penalty(slot_map: Tensor) -> Tensor:
 
 
 def fold_projections(
-    wq: Tensor, bq: Tensor | None, k: Tensor, v: Tensor, wo: Tensor, bo: Tensor | None, scale: float
+    wq: Tensor,
+    bq: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    wo: Tensor,
+    bo: Tensor | None,
+    scale: float | Tensor | None = None,
 ) -> FoldedProjections:
     """Fold the query and output projections into the slots, so that neither is ever applied to a pixel.
 
@@ -82,7 +81,7 @@ def fold_projections(
         wq, bq: query projection [H·d, D] and bias [H·d] (or None).
         k, v: keys and values of the slots, [B, H, K, d]. A key bias cancels in the softmax: leave it out.
         wo, bo: output projection [D, H·d] and bias [D] (or None).
-        scale: factor on the scores.
+        scale: factor on the scores, a 0-d tensor if it is to have a gradient; None means d^-1/2.
 
     Returns:
         FoldedProjections(G [B,D,H,K], g [B,H,K], U [B,H,K,D], b [D]) in fp32 (fp64 for fp64), differentiable.
@@ -91,7 +90,8 @@ def fold_projections(
         TypeError, ValueError: naming the argument, its shape and what was expected.
     """
     checks.projections(wq, bq, k, v, wo, bo)
-    return reference.fold_projections(wq, bq, k, v, wo, bo, float(scale))
+    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    return reference.fold_projections(wq, bq, k, v, wo, bo, scale)
 
 
 def folded_cross_attention(
@@ -112,7 +112,7 @@ def folded_cross_attention(
     """
     checks.folded(x, folded)
     checks.slot_mask(slot_mask, x, folded.g.shape[0], folded.g.shape[2])
-    name = _serve("folded_cross_attention", (x, *folded), backend)
+    name = backends.select("folded_cross_attention", (x, *folded), backend)
     if name == "reference":
         return reference.folded_cross_attention(x, folded, slot_mask)
     y, slot_map = autograd.folded_cross_attention(*_under_autocast(x), *folded, slot_mask, name)
@@ -137,7 +137,7 @@ def token_attention(rows: Tensor, tokens: Tensor, backend: str = "auto") -> Tens
         TypeError, ValueError: as in ``cross_attention``.
     """
     checks.rows_and_tokens(rows, tokens)
-    name = _serve("token_attention", (rows, tokens), backend)
+    name = backends.select("token_attention", (rows, tokens), backend)
     if name == "reference":
         return reference.token_attention(rows, tokens)
     return autograd.token_attention(*_under_autocast(rows, tokens), name)[0]
@@ -158,10 +158,11 @@ def decoder_layer(
         x: [B or 1, L, D] float, the residual stream (not normed).
         folded: folded projections that already hold the affine part of the query norm (``fold_norm``).
         ff: FeedForward(norm_weight [D], norm_bias [D], w1 [F,D], b1 [F], w2 [D,F], b2 [D]).
-        backend, slot_mask: as in ``cross_attention``. eps: of both layer norms.
+        backend, slot_mask: as in ``cross_attention``.
+        eps: of both layer norms.
 
     Returns:
-        x' [B, L, D], slot_map [B, L, K].
+        x' [B, L, D] in the dtype of x, slot_map [B, L, K] in fp32 (fp64 for fp64).
 
     Raises:
         TypeError, ValueError: as in ``cross_attention``.
@@ -171,7 +172,8 @@ def decoder_layer(
     checks.feed_forward(ff, x.shape[2], x.device)
     if not eps > 0:
         raise ValueError(f"eps must be above 0, got {eps}")
-    name = _serve("decoder_layer", (x, *folded, *ff), backend)
+    name = backends.select("decoder_layer", (x, *folded, *ff), backend)
     if name == "reference":
         return reference.decoder_layer(x, folded, ff, slot_mask, eps)
-    return autograd.decoder_layer(*_under_autocast(x), list(folded), list(ff), slot_mask, eps, name)
+    y, slot_map = autograd.decoder_layer(*_under_autocast(x), list(folded), list(ff), slot_mask, eps, name)
+    return y.to(x.dtype), slot_map

@@ -1,8 +1,8 @@
 """Kernels as differentiable torch operators: the only file that registers ops with ``torch.library``.
 
-An operator with ``register_autograd`` works in eager mode, under ``torch.compile(fullgraph=True)`` and ``export``,
-but answers forward-mode AD with *silent zeros*. So ``under_transform`` is asked first (api.py): inside forward AD or a
-functorch transform (jvp, vmap, jacfwd, ...) the reference runs, which is right in every mode.
+They work in eager mode, under ``torch.compile(fullgraph=True)`` and ``export``. Inside forward-mode AD and functorch
+transforms they would answer with silent zeros: ``backends.explain`` takes the reference there. Outputs that no one used
+come to a backward as zeros (autograd makes them), so kernels always see both cotangents.
 """
 
 from __future__ import annotations
@@ -11,25 +11,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastslots.ops import backends
-
-
-def under_transform() -> bool:
-    """True inside forward-mode AD or a functorch transform, where only the reference is right."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-# Dynamo is to call it rather than trace it: it models the top of an empty stack as an object too, and compiled code
-# would never see a kernel. The mark is what ``torch.compiler.assume_constant_result`` sets, after an import of Dynamo
-# that takes seconds.
-under_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def is_traced() -> bool:
-    """True inside a transform or ``torch.compile``: what is computed becomes part of somebody's graph."""
-    return torch.compiler.is_compiling() or under_transform()
 
 
 def _operator(function: Callable) -> Callable:
@@ -53,11 +36,6 @@ def _refuse(ctx, *grads):
 
 def _map_like(x: Tensor, batch: int, pixels: int, slots: int) -> Tensor:
     return x.new_empty(batch, pixels, slots, dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-def _or_zeros(grad: Tensor | None, like: Tensor) -> Tensor:
-    """An output that no one used has no gradient; the kernels take zeros."""
-    return torch.zeros_like(like) if grad is None else grad
 
 
 # ---- cross_attention -------------------------------------------------------------------------------------------------
@@ -101,9 +79,6 @@ def _cross_attention_setup(ctx, inputs, output):
 
 def _cross_attention_vjp(ctx, dout, dslot_map):
     q, k, v, slot_mask = ctx.saved_tensors
-    dout = _or_zeros(dout, q)
-    if dslot_map is None:
-        dslot_map = torch.zeros_like(_map_like(q, q.shape[0], q.shape[2], k.shape[2]))
     dq, dk, dv = cross_attention_backward(dout, dslot_map, q, k, v, ctx.scale, slot_mask, ctx.backend)
     return dq, dk, dv, None, None, None
 
@@ -149,9 +124,6 @@ def _folded_setup(ctx, inputs, output):
 
 def _folded_vjp(ctx, dy, dslot_map):
     x, G, g, U, slot_mask = ctx.saved_tensors
-    B, L, K = g.shape[0], x.shape[1], g.shape[2]
-    dy = x.new_zeros(B, L, x.shape[2]) if dy is None else dy
-    dslot_map = torch.zeros_like(_map_like(x, B, L, K)) if dslot_map is None else dslot_map
     return (*folded_cross_attention_backward(dy, dslot_map, x, G, g, U, slot_mask, ctx.backend), None, None)
 
 
@@ -203,9 +175,6 @@ def _layer_setup(ctx, inputs, output):
 def _layer_vjp(ctx, dy, dslot_map):
     x, slot_mask, *weights = ctx.saved_tensors
     folded, ff = weights[: ctx.num_folded], weights[ctx.num_folded :]
-    B, L, K = folded[1].shape[0], x.shape[1], folded[1].shape[2]
-    dy = x.new_zeros(B, L, x.shape[2]) if dy is None else dy
-    dslot_map = torch.zeros_like(_map_like(x, B, L, K)) if dslot_map is None else dslot_map
     dx, *grads = decoder_layer_backward(dy, dslot_map, x, folded, ff, slot_mask, ctx.eps, ctx.backend)
     return dx, grads[: ctx.num_folded], grads[ctx.num_folded :], None, None, None
 
@@ -249,7 +218,7 @@ def _token_attention_setup(ctx, inputs, output):
 
 def _token_attention_vjp(ctx, dgathered, _dlse):
     rows, tokens, gathered, lse = ctx.saved_tensors
-    grads = token_attention_backward(_or_zeros(dgathered, rows), rows, tokens, gathered, lse, ctx.backend)
+    grads = token_attention_backward(dgathered, rows, tokens, gathered, lse, ctx.backend)
     return *grads, None
 
 

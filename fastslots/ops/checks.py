@@ -84,6 +84,8 @@ def folded(x: Tensor, f: FoldedProjections) -> None:
 
 def feed_forward(ff: FeedForward, width: int, device: torch.device) -> None:
     """Of rows of ``width`` elements."""
+    if not isinstance(ff, FeedForward):
+        raise TypeError(f"ff must be a FeedForward, got {type(ff).__name__}")
     units = tensor("ff.w1", ff.w1, 2, "[F, D]").shape[0]
     if units == 0:
         raise ValueError(f"ff.w1 has shape {list(ff.w1.shape)}: there must be at least one unit")

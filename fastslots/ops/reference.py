@@ -121,7 +121,7 @@ def interaction_penalty(slot_map: Tensor, pixel_weight: Tensor | None = None) ->
 
 
 def fold_projections(
-    wq: Tensor, bq: Tensor | None, k: Tensor, v: Tensor, wo: Tensor, bo: Tensor | None, scale: float
+    wq: Tensor, bq: Tensor | None, k: Tensor, v: Tensor, wo: Tensor, bo: Tensor | None, scale: float | Tensor
 ) -> FoldedProjections:
     """wq [H·d,D], bq [H·d], k, v [B,H,K,d], wo [D,H·d], bo [D] -> the folded projections, in fp32 or wider.
 
@@ -184,7 +184,7 @@ def decoder_layer(
     ``folded`` already holds the affine part of the query norm (``fold_norm``).
     """
     y, slot_map = folded_cross_attention(F.layer_norm(x, x.shape[-1:], eps=eps), folded, slot_mask)
-    return feed_forward(x + y, ff, eps), slot_map
+    return feed_forward(x + y, ff, eps).to(x.dtype), slot_map
 
 
 def output_head(x: Tensor, head: OutputHead, eps: float = 1e-5) -> Tensor:

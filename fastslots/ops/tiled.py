@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastslots.ops import backends, reference
-from fastslots.ops.autograd import is_traced
+from fastslots.ops.backends import is_traced
 from fastslots.ops.reference import FeedForward, FoldedProjections, OutputHead, QueryMlp
 
 TILE_ROWS = 4096
@@ -175,6 +175,7 @@ def decoder_loss(inputs: LossInputs, grad_scale: float | Tensor = 1.0, backend: 
     """The decoder's loss with its gradients made on the way forward, tile by tile.
 
     Inputs that need no gradient cost none; under ``no_grad`` only the forward runs. Differentiating twice raises.
+    ValueError: a weight of a term that needs a gradient, or a backend that cannot serve.
     Inside forward AD, a functorch transform or ``torch.compile`` the untiled reference is traced instead, which is
     right in every mode.
     """
@@ -182,6 +183,10 @@ def decoder_loss(inputs: LossInputs, grad_scale: float | Tensor = 1.0, backend: 
         recon, interaction = _loss(inputs)
         total = inputs.recon_weight * recon + inputs.interaction_weight * interaction
         return DecoderLossTerms(total, recon.detach(), interaction.detach())
+    for what in ("recon_weight", "interaction_weight"):
+        weight = getattr(inputs, what)
+        if isinstance(weight, Tensor) and weight.requires_grad:
+            raise ValueError(f"{what} cannot have a gradient, which is made on the way forward: pass {what}.detach()")
     name = _serve(inputs, backend)
     if name != "reference" and not getattr(backends.load(name), "MAKES_QUERIES", False):
         inputs = replace(inputs, queries=inputs.made_queries())

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from safetensors.torch import save
 
 from fastslots.data import Batch, Loader, read_batch, to_float
@@ -165,7 +166,7 @@ class Trainer:
                 if done or stop or _due(self.step, config.checkpoint_every):
                     self._checkpoint()
             stop = stop or group.asked  # by now also during the last evaluation
-            stop = self._finish(signals if done and not stop else None) or stop
+            stop = self._finish(signals if done and not stop else None, stopped=bool(stop)) or stop
         if stop:
             rest = "all steps are done" if done else "go on with --resume"
             self.progress.say(f"stopped by signal {stop} at step {self.step}: {rest}")
@@ -256,8 +257,7 @@ class Trainer:
             self.best, data = score, weights_bytes(self.model)
             self.writer.submit(lambda: write_atomic(self.folder.path / WEIGHTS["best"], data))
         if pictures.tiles:
-            grid = pictures.grid()
-            self._store(f"images/step_{self.step:08d}.png", encoded(grid, "PNG", optimize=True))
+            grid = self._store_grid(pictures)
             self._or_warn(lambda: self.log.picture("val/slots", grid, self.step))
         if of_images:
             short = {name: [round(score, 4) for score in scores] for name, scores in of_images.items()}
@@ -294,13 +294,16 @@ class Trainer:
 
         self.writer.submit(write)
 
-    def _finish(self, explore: StopSignals | None = None) -> int:
+    def _finish(self, explore: StopSignals | None = None, stopped: bool = False) -> int:
         """Leave together, when everything is on the disk: torchrun ends the others once the first has left.
 
-        explore: make the slot explorer too, which these signals cut short. Returns the signal that did, 0 for none.
+        explore: make the slot explorer too, which these signals cut short. stopped: the run is to go on later.
+        Returns the signal that cut the explorer short, 0 for none.
         """
         self.writer.finish()
         stop = 0
+        if stopped and self.group.first:
+            self._leave_page()
         if explore and self.group.first:
             try:
                 with explore.at_once():
@@ -310,6 +313,23 @@ class Trainer:
                 self.progress.say(f"no slot explorer yet: fastslots report {self.folder.path} makes it")
         self.group.barrier()
         return stop
+
+    def _leave_page(self) -> None:
+        """The page as of a stop, and where no evaluation has left a picture of slots yet, one."""
+        config, (dataset, rows) = self.config, self.source.splits["val"]
+        try:
+            if config.input == "pixels" and not any(self.folder.images.iterdir()):
+                pictures = SlotPictures(self.model, GRID_IMAGES)
+                evaluate(self.model, dataset, rows, GRID_IMAGES, GRID_IMAGES, see=pictures.see)
+                self._store_grid(pictures)
+            write_report([self.folder.path])
+        except Exception as error:  # a user's data set may raise anything, and the weights be beyond use
+            self.progress.say(f"warning   {error or type(error).__name__}: the page is not up to date")
+
+    def _store_grid(self, pictures: SlotPictures) -> Image:
+        grid = pictures.grid()
+        self._store(f"images/step_{self.step:08d}.png", encoded(grid, "PNG", optimize=True))
+        return grid
 
     def _store(self, name: str, data: bytes) -> None:
         self._or_warn(lambda: write_atomic(self.folder.path / name, data))
@@ -352,11 +372,12 @@ class Trainer:
         name, step = f"nan_batch{f'_{self.group.rank}' if self.group.rank else ''}.safetensors", self.step + 1
         path = self.folder.path / name  # on another machine there may be no such folder
         self._store(name, save({"images": images.cpu().contiguous()}, {"step": str(step)}))
+        why = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
+        self._record({"step": step, **values, "stopped": why})
         self._checkpoint()
-        self._finish()
+        self._finish(stopped=True)
         raise NonFiniteLossError(
-            f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}. The batch is in {path}, the "
-            f"weights before it in {self.folder.path / WEIGHTS['last']}; a lower --lr or --grad_clip 1 often helps"
+            f"step {step}: {why}. The batch is in {path}, the weights before it in {self.folder.path / WEIGHTS['last']}; a lower --lr or --grad_clip 1 often helps"
         )
 
 
