@@ -48,7 +48,7 @@ def official_name(name: str) -> str:
     return name
 
 
-def load_official(path: str | Path, preset: str, **overrides: object) -> SlotVAE:
+def load_official(path: str | Path, preset: str = "clevr6", **overrides: object) -> SlotVAE:
     """A model with the weights of the authors' program.
 
     Args:
@@ -81,7 +81,8 @@ def load_official(path: str | Path, preset: str, **overrides: object) -> SlotVAE
 
 
 def to_official(model: SlotVAE, unused_as_zeros: bool = False) -> dict[str, Tensor]:
-    """The model's weights under the authors' names and shapes. UserError for a baseline, which theirs cannot hold.
+    """The model's weights under the authors' names and shapes. UserError for what theirs cannot hold: a baseline, or an
+    encoder that ends in a layer of its own (the mini presets).
 
     unused_as_zeros: for a model of features, also give zeros for the CNN and grid embedding that their ClevrTex
     program holds (and never reads), so that its strict loading succeeds.
@@ -91,6 +92,8 @@ def to_official(model: SlotVAE, unused_as_zeros: bool = False) -> dict[str, Tens
             f"encoder {model.config.encoder!r} with decoder {model.config.decoder!r} has no place in the authors' "
             "state_dict: only 'transformer' for both has"
         )
+    if model.config.encoder_width:
+        raise UserError("encoder_width adds a last layer to the encoder, which has no place in the authors' state_dict")
     state = {official_name(name): value.detach().clone() for name, value in model.state_dict().items()}
     if unused_as_zeros and model.config.input == "features":
         C, S = model.config.cnn_channels, model.config.token_width

@@ -301,3 +301,17 @@ def test_scores_refuse_what_makes_no_sense():
         jacobian_ari(JACOBIAN[:0], MASK[:0])
     with pytest.raises(ValueError, match="'pooled' or 'paper'"):
         JacobianMeter("median")
+
+
+def test_masks_come_as_data_sets_give_them():
+    """NumPy's, with an axis of one channel, and one image's pixels in a row as scikit-learn takes them."""
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.randint(3, (2, 6, 6), generator=generator)
+    jacobian = torch.rand(2, 4, 6, 6, generator=generator)
+    expected = jacobian_ari(jacobian, masks), jacobian_interaction_score(jacobian, masks)
+    for same in (masks.numpy(), masks.to(torch.uint8)[..., None], masks[:, None].numpy()):
+        assert (jacobian_ari(jacobian, same), jacobian_interaction_score(jacobian, same)) == expected
+        torch.testing.assert_close(ari(jacobian.flatten(2).mT, same), ari(jacobian.flatten(2).mT, masks))
+    true, pred = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
+    torch.testing.assert_close(adjusted_rand_index(true, pred), torch.tensor([-0.5], dtype=torch.float64))
+    assert adjusted_rand_index(true.numpy(), true.numpy()).tolist() == [1.0]

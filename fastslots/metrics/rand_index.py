@@ -21,11 +21,12 @@ def adjusted_rand_index(true_labels: Tensor, pred_labels: Tensor, foreground_onl
     Equal labelings give 1, also where the quotient is 0/0: one cluster on both sides, one pixel, no pixel at all.
 
     Args:
-        true_labels, pred_labels: [B, ...] integer (or bool), any values; they need not be contiguous.
+        true_labels, pred_labels: [B, ...] integer (or bool), or [pixels] of one image; any values, which need not be
+            contiguous; tensors or NumPy arrays.
         foreground_only: count only the pixels whose true label is not 0, the background.
 
     Returns:
-        [B] float64 in [-0.5, 1], never NaN. Pairs are counted in int64.
+        [B] float64 in [-0.5, 1] ([1] for one image), never NaN. Pairs are counted in int64.
 
     Raises:
         TypeError: labels that are no integers. ValueError: other shapes.
@@ -65,6 +66,7 @@ def contingency(true_labels: Tensor, pred_labels: Tensor) -> tuple[Tensor, Tenso
 
 def flat_labels(true_labels: Tensor, pred_labels: Tensor) -> tuple[Tensor, Tensor]:
     """Both as [B, pixels] int64, checked."""
+    true_labels, pred_labels = torch.as_tensor(true_labels), torch.as_tensor(pred_labels)
     for name, labels in (("true_labels", true_labels), ("pred_labels", pred_labels)):
         if labels.is_floating_point() or labels.is_complex():
             raise TypeError(f"{name} must hold integer labels, got {labels.dtype}")
@@ -72,6 +74,8 @@ def flat_labels(true_labels: Tensor, pred_labels: Tensor) -> tuple[Tensor, Tenso
         raise ValueError(
             f"labels must have the same shape [B, ...]: true {list(true_labels.shape)}, pred {list(pred_labels.shape)}"
         )
+    if true_labels.ndim == 1:  # one image's pixels, as other libraries take them
+        true_labels, pred_labels = true_labels[None], pred_labels[None]
     flat = len(true_labels), math.prod(true_labels.shape[1:])  # not -1, which no empty tensor accepts
     return true_labels.long().reshape(flat), pred_labels.long().reshape(flat)
 

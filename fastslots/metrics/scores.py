@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastslots.errors import UserError
 from fastslots.metrics.rand_index import adjusted_rand_index
-from fastslots.metrics.segmentation import ari, check_masks, fg_ari, mean_best_overlap, mean_iou, resize_to, slot_labels
+from fastslots.metrics.segmentation import ari, as_masks, fg_ari, mean_best_overlap, mean_iou, resize_to, slot_labels
 from fastslots.models.jacobian import slot_share
 
 
@@ -65,6 +65,9 @@ class JacobianMeter:
 
     def update(self, jacobian: Tensor, masks: Tensor) -> None:
         """jacobian [B, K, R, R], masks [B, R, R]; an empty batch changes nothing."""
+        if jacobian.ndim != 4 or not jacobian.is_floating_point() or not jacobian.shape[1]:
+            raise ValueError(f"jacobian must be float [B, K, R, R], got {jacobian.dtype} {list(jacobian.shape)}")
+        masks = as_masks(masks, len(jacobian))
         share = _share_of_masks(jacobian, masks)
         if not len(share):
             return
@@ -120,9 +123,6 @@ class SegmentationMeter:
 
 def _share_of_masks(jacobian: Tensor, masks: Tensor) -> Tensor:
     """``slot_share`` at the masks' size, in float64."""
-    if jacobian.ndim != 4 or not jacobian.is_floating_point() or not jacobian.shape[1]:
-        raise ValueError(f"jacobian must be float [B, K, R, R], got {jacobian.dtype} {list(jacobian.shape)}")
-    check_masks(masks, len(jacobian))
     jacobian = jacobian.detach().double()
     if not torch.isfinite(jacobian.sum(1)).all() or (jacobian < 0).any():
         raise UserError("jacobian must be finite and not negative: has the model diverged? Try an earlier checkpoint")

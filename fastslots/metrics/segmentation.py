@@ -19,13 +19,15 @@ def ari(slot_map: Tensor, masks: Tensor) -> Tensor:
     """Adjusted Rand index over all pixels, the background an object like any other: [B] float64.
 
     slot_map: [B, L, K] float (argmax over slots; resized bilinearly if masks are of another size), or integer labels
-    [B, R, R]. masks: [B, R, R] integer labels. Raises TypeError, ValueError for anything else.
+    [B, R, R]. masks: [B, R, R] integer labels (or [B, R, R, 1], or NumPy's). Raises TypeError, ValueError otherwise.
     """
+    masks = as_masks(masks, len(slot_map))
     return adjusted_rand_index(masks, slot_labels(slot_map, masks))
 
 
 def fg_ari(slot_map: Tensor, masks: Tensor) -> Tensor:
     """Adjusted Rand index over the pixels of objects alone, [B] float64; 1 for an image without any. See ``ari``."""
+    masks = as_masks(masks, len(slot_map))
     return adjusted_rand_index(masks, slot_labels(slot_map, masks), foreground_only=True)
 
 
@@ -59,7 +61,7 @@ def slot_labels(slot_map: Tensor, masks: Tensor) -> Tensor:
 
     Raises ValueError: masks that are not [B, R, R], or a slot_map that is not [B, L, K] with L a square.
     """
-    check_masks(masks, len(slot_map))
+    masks = as_masks(masks, len(slot_map))
     if not slot_map.is_floating_point():
         if slot_map.shape != masks.shape:
             raise ValueError(f"labels {list(slot_map.shape)} and masks {list(masks.shape)} must have the same shape")
@@ -77,12 +79,19 @@ def resize_to(scores: Tensor, masks: Tensor) -> Tensor:
     return F.interpolate(scores, size=masks.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def check_masks(masks: Tensor, images: int) -> None:
-    """Raises TypeError, ValueError unless masks are [images, R, R] integer labels."""
+def as_masks(masks: Tensor, images: int) -> Tensor:
+    """[images, R, R] out of a tensor or NumPy array, also of [images, R, R, 1] or [images, 1, R, R].
+
+    Raises TypeError, ValueError unless they are integer labels of that shape.
+    """
+    masks = torch.as_tensor(masks)
+    if masks.ndim == 4 and 1 in (masks.shape[1], masks.shape[3]):
+        masks = masks.squeeze(3 if masks.shape[3] == 1 else 1)
     if masks.is_floating_point():
         raise TypeError(f"masks must hold integer labels, got {masks.dtype}")
     if masks.ndim != 3 or len(masks) != images:
         raise ValueError(f"masks must be [{images}, R, R], got {list(masks.shape)}")
+    return masks
 
 
 def slot_overlaps(
@@ -91,6 +100,7 @@ def slot_overlaps(
     """IoU of every true label with every slot, [B, T, P] float64; which rows are objects there, [B, T] bool; the true
     labels of the rows, [T]; the slots of the columns, [P]: those that own a pixel. Arguments as in ``ari``.
     """
+    masks = as_masks(masks, len(slot_map))
     counts, names, slots = contingency(masks, slot_labels(slot_map, masks))
     size = counts.sum(2, keepdim=True)
     union = size + counts.sum(1, keepdim=True) - counts
