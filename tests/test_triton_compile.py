@@ -21,6 +21,7 @@ import torch
 from fastslots.cli import kernels
 from fastslots.errors import UserError
 from fastslots.kernels import roofline
+from fastslots.models.presets import PRESETS
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is made for Linux alone")
 
@@ -80,7 +81,7 @@ def test_token_attention_compiles_clean():
 @pytest.mark.parametrize("arch", TARGETS)
 @pytest.mark.parametrize(
     "preset, precision",
-    [(preset, precision) for preset in ("clevr6", "sprites", "sprites-mini", "clevrtex") for precision in PRECISIONS],
+    [(preset, precision) for preset in PRESETS for precision in PRECISIONS],
 )
 def test_every_shipped_launch_compiles_clean(arch, preset, precision):
     for row in compiled(arch, preset, precision, "all"):

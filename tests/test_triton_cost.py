@@ -15,6 +15,8 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from fastslots.kernels import cost, launch, report, shipped
 from fastslots.kernels._tiles import INTERPRETED
+from fastslots.models.presets import PRESETS
+from fastslots.train import TrainConfig
 
 
 @contextlib.contextmanager
@@ -44,6 +46,16 @@ def counted(monkeypatch):
         patch.setattr(InterpreterBuilder, "create_masked_store", counted_store)
         patch.setattr(InterpreterBuilder, "create_dot", counted_dot)
         yield seen
+
+
+def test_shipped_shapes_are_those_of_the_presets():
+    assert list(shipped.PRESETS) == [*PRESETS]
+    for name, shape in shipped.PRESETS.items():
+        c = TrainConfig.preset(name)
+        K, H, D = c.num_slots, c.decoder_heads, c.query_width
+        tokens = (c.resolution // (1 if c.input == "features" else c.cnn_stride)) ** 2
+        layer = (c.resolution**2, K, H, c.slot_width // H, D, 2 * D)
+        assert shape == shipped.Shape(name, c.batch_size, *layer, c.encoder_heads * K, tokens, c.token_width)
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own-x", "shared-x"])

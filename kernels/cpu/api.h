@@ -162,7 +162,6 @@ enum class Isa { portable, avx2, avx512 };
 
 bool isa_supported(Isa isa);
 const char* isa_name(Isa isa);
-Isa best_isa();
 
 const Kernels<float>& float_kernels(Isa isa);
 const Kernels<double>& double_kernels();  // portable only: the one that gradient checks use

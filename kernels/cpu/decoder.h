@@ -1,8 +1,6 @@
 // A whole decoder, packed, and one tile of pixels through it and back: what the loss and the slot Jacobian share.
 #pragma once
 
-#include <initializer_list>
-
 #include "mlp.h"
 #include "weights.h"
 
@@ -41,11 +39,16 @@ class PackedDecoder {
     for (int64_t i = 0; i < a.layer_count; ++i) tile.states[i].carve(carver, panels, D, HK, a.ff_widths[i]);
     head_.carve(carver, pixels, tile.head);
     query_mlp_.carve(carver, pixels, tile.query);
-    for (T** part : {&tile.x, &tile.narrow, &tile.normed}) *part = carver.take(pixels * D);
+    tile.x = carver.take(pixels * D);
+    tile.narrow = carver.take(pixels * D);
+    tile.normed = carver.take(pixels * D);
     int64_t widest = HK > D ? HK : D;
-    for (int64_t i = 0; i < a.layer_count; ++i) widest = a.ff_widths[i] > widest ? a.ff_widths[i] : widest;
-    for (int64_t width : {head_.widest(), query_mlp_.widest()}) widest = width > widest ? width : widest;
-    for (T** part : {&tile.wide, &tile.wide2}) *part = carver.take(pixels * widest);
+    const auto widen = [&](int64_t width) { widest = width > widest ? width : widest; };
+    for (int64_t i = 0; i < a.layer_count; ++i) widen(a.ff_widths[i]);
+    widen(head_.widest());
+    widen(query_mlp_.widest());
+    tile.wide = carver.take(pixels * widest);
+    tile.wide2 = carver.take(pixels * widest);
     tile.map = carver.take(pixels * a.slots);
     tile.rstd = carver.take(pixels);
     tile.code = carver.take(pixels * a.code_width);

@@ -24,11 +24,6 @@ const char* isa_name(Isa isa) {
   return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "portable";
 }
 
-Isa best_isa() {
-  if (isa_supported(Isa::avx512)) return Isa::avx512;
-  return isa_supported(Isa::avx2) ? Isa::avx2 : Isa::portable;
-}
-
 const Kernels<float>& float_kernels([[maybe_unused]] Isa isa) {
 #if defined(FASTSLOTS_X86)
   if (isa == Isa::avx512) return avx512_float_kernels();

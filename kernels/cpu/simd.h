@@ -2,7 +2,8 @@
 // distribution. Written with the compiler's vector types, so that one source serves every width.
 //
 // Included once per instruction set, inside its own namespace (FASTSLOTS_ISA): no function that was compiled for
-// AVX-512 can stand in for its namesake in another file. Neither file may use std:: function templates, which could.
+// AVX-512 can stand in for its namesake in another file. Code in here instantiates no std:: function template: the
+// linker keeps one copy of those, perhaps the AVX-512 one, for every build.
 #pragma once
 
 #include <cmath>

@@ -24,7 +24,7 @@ struct Carver {
   }
 };
 
-// A linear map y = W·x + bias, packed for both directions, and where its gradients add up.
+// A linear map y = W·x + bias; `transposed` is null where no backward needs it.
 template <typename T>
 struct Linear {
   int64_t rows = 0, columns = 0;
@@ -33,6 +33,7 @@ struct Linear {
   const T* bias = nullptr;
 };
 
+// Where the gradients of one add up.
 template <typename T>
 struct LinearSums {
   T* weight = nullptr;  // gradient_size(rows, columns)
