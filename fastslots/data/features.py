@@ -17,12 +17,12 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from fastslots.data.packed import UNKNOWN, DatasetInfo, check_lengths, digest, map_array, read_arrays
-from fastslots.data.packing import locked, write_arrays
+from fastslots.data.packing import PartialFolder, locked, write_arrays
 from fastslots.data.splits import split_indices
 from fastslots.errors import UserError
 
@@ -143,10 +143,9 @@ def write_features(
                 shutil.rmtree(partial, ignore_errors=True)
                 return
             with _Writer(partial, json.loads(json.dumps(settings))) as writer:
-                while writer.done < source.count:
-                    start = writer.done
+                while (start := writer.state["done"]) < source.count:
                     writer.add(compute(start, min(start + batch, source.count)), source.path)
-                    progress(writer.done)
+                    progress(writer.state["done"])
                 writer.finish(source, factors())
             os.replace(partial, folder)
             for name in ("lock", "progress.json"):
@@ -156,94 +155,48 @@ def write_features(
         raise UserError(f"{folder} cannot be written ({reason}): free space or name another place") from None
 
 
-class _Writer:
-    """Appends to the arrays of a partial folder; ``done`` images are safely there."""
+class _Writer(PartialFolder):
+    """Features into the arrays of a folder."""
 
-    def __init__(self, folder: Path, settings: dict):
-        self._folder, self._state, self._settings = folder, folder / "progress.json", settings
-        self._name = _array_name(settings["dtype"])
-        state = self._read_state()
-        self.done, self._shape = state["done"], state["shape"]  # shape: [T, C, mask size or 0]
-        self._flushed = self.done
-        self._files: dict[str, BinaryIO] = {}
-        for name, width in self._widths(self._shape).items():
-            path = folder / name
-            path.touch()
-            os.truncate(path, self.done * width)
-            self._files[name] = open(path, "ab")
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        self._name, self._dtype = _array_name(settings["dtype"]), np.dtype(DTYPES[settings["dtype"]])
+        super().__init__(folder, settings, {"done": 0, "shape": [0, 0, 0]}, self._widths)
+        self._flushed = self.state["done"]
 
-    def _widths(self, shape: list[int]) -> dict[str, int]:
-        """Bytes of an image in each array."""
-        tokens, channels, size = shape
-        return {
-            self._name: tokens * channels * np.dtype(DTYPES[self._settings["dtype"]]).itemsize,
-            "masks.u8": size**2,
-            "objects.u8": 1,
-        }
-
-    def _read_state(self) -> dict:
-        """How far a writer with the same settings got: its arrays may be longer, never shorter."""
-        try:
-            state = json.loads(self._state.read_text())
-            widths = self._widths(state["shape"])
-            long_enough = all(
-                (self._folder / name).stat().st_size >= state["done"] * width for name, width in widths.items()
-            )
-            if state["settings"] == self._settings and long_enough:
-                return state
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        return {"done": 0, "shape": [0, 0, 0]}
-
-    def __enter__(self) -> _Writer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
-            file.close()
+    def _widths(self, state: dict[str, Any]) -> dict[str, int]:
+        tokens, channels, size = state["shape"]  # size of the masks, 0 where there are none
+        return {self._name: tokens * channels * self._dtype.itemsize, "masks.u8": size**2, "objects.u8": 1}
 
     def add(self, part: Features, source: str) -> None:
         with np.errstate(over="ignore"):
-            tokens = np.ascontiguousarray(part.tokens, DTYPES[self._settings["dtype"]])
+            tokens = np.ascontiguousarray(part.tokens, self._dtype)
         bad = ~np.isfinite(tokens).all((1, 2))
         if bad.any():
-            index = self.done + int(bad.argmax())
+            index = self.state["done"] + int(bad.argmax())
             raise UserError(f"{source}: image {index} gives features that are not finite: try --dtype float32")
-        self._shape = [*tokens.shape[1:], 0 if part.masks is None else part.masks.shape[1]]
-        features, masks, objects = self._files.values()
-        features.write(tokens.data)
+        self.state["shape"] = [*tokens.shape[1:], 0 if part.masks is None else part.masks.shape[1]]
+        self.append(self._name, tokens)
         if part.masks is not None:
-            masks.write(np.ascontiguousarray(part.masks).data)
-        objects.write(part.objects.astype(np.uint8).tobytes())
-        self.done += len(tokens)
-        if self.done - self._flushed >= FLUSH_EVERY:
-            self._flush()
-
-    def _flush(self) -> None:
-        for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        temporary = self._state.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"done": self.done, "shape": self._shape, "settings": self._settings}))
-        os.replace(temporary, self._state)
-        self._flushed = self.done
+            self.append("masks.u8", part.masks)
+        self.append("objects.u8", part.objects.astype(np.uint8))
+        self.state["done"] += len(tokens)
+        if self.state["done"] - self._flushed >= FLUSH_EVERY:
+            self.flush()
+            self._flushed = self.state["done"]
 
     def finish(self, source: DatasetInfo, factors: dict[str, np.ndarray]) -> None:
-        self._flush()
-        tokens, channels, size = self._shape
-        names = [name for name in self._files if size or name != "masks.u8"]
+        self.flush()
+        tokens, channels, size = self.state["shape"]
+        names = [self._name, "masks.u8", "objects.u8"] if size else [self._name, "objects.u8"]
         if not size:
-            (self._folder / "masks.u8").unlink()
+            (self.folder / "masks.u8").unlink()
         if factors:
-            write_arrays(self._folder / "factors.npz", factors)
+            write_arrays(self.folder / "factors.npz", factors)
         meta = {"magic": MAGIC, "version": VERSION, "kind": source.kind, "source": source.path}
-        meta |= {"count": self.done, "side": round(tokens**0.5), "channels": channels, "mask_size": size}
-        meta |= {"dtype": self._settings["dtype"], "made_by": self._settings["made_by"]}
+        meta |= {"count": self.state["done"], "side": round(tokens**0.5), "channels": channels, "mask_size": size}
+        meta |= {"dtype": self.settings["dtype"], "made_by": self.settings["made_by"]}
         meta |= {"published_split": source.published_split, "max_objects": source.max_objects}
-        with open(self._folder / "meta.json", "w") as file:
-            json.dump(meta | {"digest": digest(self._folder, names)}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        self.describe(meta, names)
 
 
 def is_features(path: str | Path) -> bool:

@@ -13,14 +13,18 @@ import os
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from fastslots.data.packed import ARRAYS, MAGIC, UNKNOWN, VERSION, digest, is_packed, read_arrays
 from fastslots.data.scene import BadRecordError, Scene
 from fastslots.errors import UserError
+
+if TYPE_CHECKING:  # of typing from Python 3.11 on
+    from typing import Self
 
 FLUSH_EVERY = 256  # scenes of the source
 _FRESH = {"read": 0, "done": 0, "bad": 0, "size": None, "has_masks": None}
@@ -53,9 +57,9 @@ def write_packed(
                 shutil.rmtree(partial, ignore_errors=True)
                 return
             with _Appender(partial, settings) as appender:
-                for scene in scenes(appender.read):
+                for scene in scenes(appender.state["read"]):
                     appender.add(scene)
-                    progress(appender.read)
+                    progress(appender.state["read"])
                 appender.finish(published_split)
             os.replace(partial, folder)
             for path in (folder / "lock", folder / "progress.json", *folder.glob("factors-*.npz")):
@@ -89,92 +93,127 @@ def locked(partial: Path, folder: Path) -> Iterator[None]:
         yield
 
 
-class _Appender:
-    """Appends scenes to the arrays of a partial folder and knows how many are safely there."""
+class PartialFolder:
+    """Arrays that grow in a folder, and a note of how much of them is safely on the disk.
 
-    def __init__(self, folder: Path, settings: dict[str, object]):
-        self._folder, self._state, self._settings = folder, folder / "progress.json", settings
-        state = self._read_state()
-        self.read, self._done, self._bad, self._size, self._has_masks = (state[key] for key in _FRESH)
-        pixels = (self._size or 0) ** 2
-        kept = (self._done * pixels * 3, self._done * pixels if self._has_masks else 0, self._done)
-        self._files = {}
-        for name, length in zip(ARRAYS, kept, strict=True):
-            path = folder / name
-            path.touch()
-            os.truncate(path, length)
-            self._files[name] = open(path, "ab")
-        for path in self._chunks():
-            if int(path.stem.removeprefix("factors-")) > self.read:
-                path.unlink()
-        self._factors: list[dict[str, np.ndarray]] = []  # since the last flush
+    The note, progress.json, holds ``state`` and the settings; a later writer with the same settings goes on from there.
 
-    def _read_state(self) -> dict:
+    Args:
+        fresh: the state of an empty folder; its "done" counts the items that are written.
+        widths: state -> bytes of an item in each array.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        fresh: dict[str, Any],
+        widths: Callable[[dict[str, Any]], dict[str, int]],
+    ):
+        self.folder, self.settings, self._note = folder, settings, folder / "progress.json"
+        self.state = self._read(fresh, widths)
+        self._files: dict[str, BinaryIO] = {}
+        for name, width in widths(self.state).items():
+            (folder / name).touch()
+            os.truncate(folder / name, self.state["done"] * width)
+            self._files[name] = open(folder / name, "ab")
+
+    def _read(self, fresh: dict[str, Any], widths: Callable[[dict[str, Any]], dict[str, int]]) -> dict[str, Any]:
         """How far a writer with the same settings got: its arrays may be longer, never shorter."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            state = json.loads(self._state.read_text())
-            lengths = [state["done"] * width for width in ((state["size"] or 0) ** 2 * 3, 1)]
-            files = [(self._folder / name).stat().st_size for name in ("images.u8", "objects.u8")]
-            if state["settings"] == self._settings and all(f >= n for f, n in zip(files, lengths, strict=True)):
-                return {key: state[key] for key in _FRESH}
-        return dict(_FRESH)
+            note = json.loads(self._note.read_text())
+            state = {name: note[name] for name in fresh}
+            lengths = {name: state["done"] * width for name, width in widths(state).items()}
+            there = all((self.folder / name).stat().st_size >= length for name, length in lengths.items())
+            if there and note["settings"] == self.settings:
+                return state
+        return dict(fresh)
 
-    def __enter__(self) -> _Appender:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for file in self._files.values():
             file.close()
 
+    def append(self, name: str, items: np.ndarray | bytes) -> None:
+        self._files[name].write(np.ascontiguousarray(items).data if isinstance(items, np.ndarray) else items)
+
+    def flush(self) -> None:
+        """Bring what was appended to the disk, then the note that it is there."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        temporary = self._note.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.state | {"settings": self.settings}))
+        os.replace(temporary, self._note)
+
+    def describe(self, meta: dict[str, object], names: Iterable[str]) -> None:
+        """Write meta.json, with the digest of these arrays."""
+        with open(self.folder / "meta.json", "w") as file:
+            json.dump(meta | {"digest": digest(self.folder, names)}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _widths(state: dict[str, Any]) -> dict[str, int]:
+    pixels = (state["size"] or 0) ** 2
+    return dict(zip(ARRAYS, (3 * pixels, pixels if state["has_masks"] else 0, 1), strict=True))
+
+
+class _Appender(PartialFolder):
+    """Scenes into the arrays of a packed folder."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        super().__init__(folder, settings, _FRESH, _widths)
+        for path in self._chunks():
+            if int(path.stem.removeprefix("factors-")) > self.state["read"]:
+                path.unlink()
+        self._factors: list[dict[str, np.ndarray]] = []  # since the last flush
+
     def add(self, scene: Scene | BadRecordError | None) -> None:
         if isinstance(scene, BadRecordError):
-            self._bad += 1
+            self.state["bad"] += 1
         elif scene is not None:
             self._write(scene)
-        self.read += 1
-        if self.read % FLUSH_EVERY == 0:
-            self._flush()
+        self.state["read"] += 1
+        if self.state["read"] % FLUSH_EVERY == 0:
+            self.flush()
 
     def _write(self, scene: Scene) -> None:
-        size, has_masks = scene.image.shape[0], scene.mask is not None
-        if self._size is None:
-            self._size, self._has_masks = size, has_masks
-        if (size, has_masks) != (self._size, self._has_masks):
-            source = self._settings["source"]
-            raise UserError(f"{source}: scene {self.read} differs in size or masks from those before it: remove it")
-        images, masks, objects = (self._files[name] for name in ARRAYS)
-        images.write(np.ascontiguousarray(scene.image).data)
+        state, form = self.state, {"size": scene.image.shape[0], "has_masks": scene.mask is not None}
+        if state["size"] is None:
+            state |= form
+        if any(state[name] != value for name, value in form.items()):
+            source = self.settings["source"]
+            raise UserError(f"{source}: scene {state['read']} differs in size or masks from those before it: remove it")
+        self.append("images.u8", scene.image)
         if scene.mask is not None:
-            masks.write(np.ascontiguousarray(scene.mask).data)
-        objects.write(bytes([UNKNOWN if scene.objects is None else min(max(scene.objects, 0), UNKNOWN - 1)]))
+            self.append("masks.u8", scene.mask)
+        known = UNKNOWN if scene.objects is None else min(max(scene.objects, 0), UNKNOWN - 1)
+        self.append("objects.u8", bytes([known]))
         self._factors.append(scene.factors)
-        self._done += 1
+        state["done"] += 1
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         if self._factors:
             shapes = [{name: np.shape(value) for name, value in row.items()} for row in self._factors]
             names = list(shapes[0]) if all(shape == shapes[0] for shape in shapes) else []
             columns = {name: np.stack([row[name] for row in self._factors]) for name in names}
-            write_arrays(self._folder / f"factors-{self.read}.npz", columns)
+            write_arrays(self.folder / f"factors-{self.state['read']}.npz", columns)
             self._factors = []
-        for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        state = {"read": self.read, "done": self._done, "bad": self._bad}
-        state |= {"size": self._size, "has_masks": self._has_masks}
-        temporary = self._state.with_suffix(".tmp")
-        temporary.write_text(json.dumps(state | {"settings": self._settings}))
-        os.replace(temporary, self._state)
+        super().flush()
 
     def _chunks(self) -> list[Path]:
-        return sorted(self._folder.glob("factors-*.npz"), key=lambda path: int(path.stem.removeprefix("factors-")))
+        return sorted(self.folder.glob("factors-*.npz"), key=lambda path: int(path.stem.removeprefix("factors-")))
 
     def finish(self, published_split: bool) -> None:
-        self._flush()
-        if not self._done:
-            raise UserError(f"{self._settings['source']}: no images are left: raise --max_objects or name another set")
-        if not self._has_masks:
-            (self._folder / "masks.u8").unlink()
+        self.flush()
+        state, settings = self.state, self.settings
+        if not state["done"]:
+            raise UserError(f"{settings['source']}: no images are left: raise --max_objects or name another set")
+        if not state["has_masks"]:
+            (self.folder / "masks.u8").unlink()
         chunks = [read_arrays(path) for path in self._chunks()]
         columns = {
             name: [chunk[name] for chunk in chunks]
@@ -183,14 +222,12 @@ class _Appender:
         }
         if columns:
             joined = {name: np.concatenate(parts) for name, parts in columns.items()}
-            write_arrays(self._folder / "factors.npz", joined)
-        meta = {"magic": MAGIC, "version": VERSION, "kind": self._settings["kind"], "source": self._settings["source"]}
-        meta |= {"skipped": self._bad, "count": self._done, "size": self._size, "has_masks": self._has_masks}
-        meta |= {"max_objects": self._settings.get("max_objects") or 0, "published_split": published_split}
-        with open(self._folder / "meta.json", "w") as file:
-            json.dump(meta | {"digest": digest(self._folder)}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+            write_arrays(self.folder / "factors.npz", joined)
+        meta = {"magic": MAGIC, "version": VERSION, "kind": settings["kind"], "source": settings["source"]}
+        meta |= {"skipped": state["bad"], "count": state["done"]}
+        meta |= {"size": state["size"], "has_masks": state["has_masks"]}
+        meta |= {"max_objects": settings.get("max_objects") or 0, "published_split": published_split}
+        self.describe(meta, ARRAYS)
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
