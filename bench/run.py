@@ -13,6 +13,7 @@ from fastslots.bench import decoding, loading, memory, timing, training
 from fastslots.bench.case import BOUNDS, OURS, Case, Options, Provider, Run, Tensors, check
 from fastslots.bench.peers import CannotServeError
 from fastslots.bench.rows import Row, environment
+from fastslots.errors import first_line
 
 CASES: dict[str, Callable[[Options], Case]] = {
     "op": decoding.op_case,
@@ -86,8 +87,7 @@ def _first(row: Row, provider: Provider, case: Case, expected: Tensors, options:
         row.status, row.reason = "cannot", str(why)
         return None
     except Exception as error:  # a peer that breaks has a row that says how, and the others go on
-        text = str(error).strip().splitlines() or [""]
-        row.status, row.reason = "cannot", f"{type(error).__name__}: {text[0][:200]}"
+        row.status, row.reason = "cannot", f"{type(error).__name__}: {first_line(error)[:200]}"
         return None
     row.error, row.error_at = check(actual, expected)
     row.error_bound = {**BOUNDS, **case.bounds}[options.precision]
