@@ -320,8 +320,9 @@ def test_gradients_that_no_scale_helps_stop_the_run(tmp_path, scaled, monkeypatc
     monkeypatch.setattr(loop.Group, "sum_step", lambda self, parameters, values: _spoil(parameters))
     with pytest.raises(NonFiniteLossError, match=r"gradient norm (inf|nan)"):
         fit(config_of(steps=400), out=tmp_path / "run")
-    last = read_metrics(tmp_path / "run" / "metrics.jsonl")[0][-1]
+    *_, last, stopped = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
     assert last["loss_scale"] == 4 * LEAST_SCALE and last["step"] < 200
+    assert stopped["step"] == last["step"] + 1 and stopped["stopped"]
 
 
 @pytest.mark.parametrize("spoilt", [2, 4])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from fastslots.cli import main
 from fastslots.data import read_batch
 from fastslots.errors import UserError
 from fastslots.models import SlotVAE
+from fastslots.report import run_facts
 from fastslots.train import NonFiniteLossError, TrainConfig, fit, loop
 from fastslots.train.checkpoint import latest_checkpoint
 from fastslots.train.evaluate import evaluate
@@ -90,6 +92,30 @@ def test_sigterm_saves_a_checkpoint_and_exits_143(tmp_path):
     assert "--resume" in run.stderr.read()
     step = latest_checkpoint(tmp_path / "checkpoints")[0].step
     assert step == read_metrics(tmp_path / "metrics.jsonl")[0][-1]["step"] > 0
+    assert (tmp_path / "report.html").stat().st_size > 1000  # there was none before the first evaluation
+    assert (tmp_path / "images" / f"step_{step:08d}.png").exists()
+
+
+def test_the_page_of_a_stop_comes_after_the_checkpoint_and_may_fail(tmp_path, monkeypatch):
+    """Whatever is wrong with it, the weights are saved and the stop is reported as what it is."""
+
+    def broken(*_, **__):
+        assert latest_checkpoint(tmp_path / "checkpoints")[0].step == 1
+        raise RuntimeError("no page today")
+
+    said = io.StringIO()
+    monkeypatch.setattr(loop, "evaluate", broken)
+    monkeypatch.setattr(loop.Trainer, "_train_on", asked_to_stop(loop.Trainer._train_on))
+    assert fit(tiny(eval_every=0, checkpoint_every=0), out=tmp_path, stream=said).stopped_by == signal.SIGTERM
+    assert "no page today: the page is not up to date" in said.getvalue()
+
+
+def asked_to_stop(train_on):
+    def step(self, images):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return train_on(self, images)
+
+    return step
 
 
 class SomeMasks(torch.utils.data.Dataset):
@@ -159,6 +185,16 @@ def test_nan_stops_with_the_batch_saved_and_good_weights(tmp_path):
         fit(tiny(steps=500), Poisoned(), tmp_path)
     assert torch.isnan(load_file(tmp_path / "nan_batch.safetensors")["images"]).any()
     assert all(torch.isfinite(value).all() for value in weights(tmp_path).values())
+    stopped = read_metrics(tmp_path / "metrics.jsonl")[0][-1]
+    assert stopped["loss"] is None and stopped["stopped"].startswith("loss nan, gradient norm ")
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert (tmp_path / "report.html").exists() and list((tmp_path / "images").iterdir())
+    facts = run_facts(tmp_path)
+    saved = latest_checkpoint(tmp_path / "checkpoints")[0].step
+    assert facts["stopped"] and facts["step"] == stopped["step"] == saved + 1
+    mended = torch.utils.data.TensorDataset(torch.rand(30, 3, 16, 16))
+    fit(tiny(steps=stopped["step"]), mended, tmp_path, resume=True)
+    assert not run_facts(tmp_path)["stopped"]  # it said so for ever
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.05])

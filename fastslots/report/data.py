@@ -46,7 +46,7 @@ def run_facts(run: Path, reader: MetricsReader | None = None) -> dict[str, Any]:
         "explorer": _json(run / EXPLORER),
         "of_images": _json(run / OF_IMAGES),
         "config": config,
-        "stopped": (run / "nan_batch.safetensors").exists(),
+        "stopped": "stopped" in reader.last,  # a resume cuts that line
         "machine": machine,
         "versions": trained_with or versions(PACKAGES),
         "versions_of": "trained the run" if trained_with else "wrote this page",

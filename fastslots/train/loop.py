@@ -41,6 +41,8 @@ from fastslots.train.trackers import open_trackers
 
 GRID_IMAGES = 8
 """Rows of an evaluation's picture: enough to see whether slots follow objects, and it still fits on a screen."""
+LAST_IMAGES = 2
+"""The same where a run is stopped before its first evaluation: clevr6 takes 2 s each on one core, and somebody waits."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -319,8 +321,8 @@ class Trainer:
         config, (dataset, rows) = self.config, self.source.splits["val"]
         try:
             if config.input == "pixels" and not any(self.folder.images.iterdir()):
-                pictures = SlotPictures(self.model, GRID_IMAGES)
-                evaluate(self.model, dataset, rows, GRID_IMAGES, GRID_IMAGES, see=pictures.see)
+                pictures = SlotPictures(self.model, LAST_IMAGES)
+                evaluate(self.model, dataset, rows, LAST_IMAGES, LAST_IMAGES, see=pictures.see)
                 self._store_grid(pictures)
             write_report([self.folder.path])
         except Exception as error:  # a user's data set may raise anything, and the weights be beyond use
@@ -377,7 +379,8 @@ class Trainer:
         self._checkpoint()
         self._finish(stopped=True)
         raise NonFiniteLossError(
-            f"step {step}: {why}. The batch is in {path}, the weights before it in {self.folder.path / WEIGHTS['last']}; a lower --lr or --grad_clip 1 often helps"
+            f"step {step}: {why}. The batch is in {path}, the weights before it in "
+            f"{self.folder.path / WEIGHTS['last']}; a lower --lr or --grad_clip 1 often helps"
         )
 
 
