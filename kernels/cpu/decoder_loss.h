@@ -100,7 +100,9 @@ class DecoderLoss {
       queries = carver.take(o.decoder.makes_queries() ? kBlockTiles * pixels * o.D : 0);
       dqueries = carver.take(o.a.query_map_grads ? kBlockTiles * pixels * o.D : 0);
       dmap = carver.take(pixels * o.a.slots);
-      for (T** row : {&factor, &weight, &pairs}) *row = carver.take(pixels);
+      factor = carver.take(pixels);
+      weight = carver.take(pixels);
+      pairs = carver.take(pixels);
       size = carver.used;
     }
   };
