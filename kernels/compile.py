@@ -53,7 +53,8 @@ class Multiprocessor:
 
 MULTIPROCESSORS = {
     "sm_80": Multiprocessor(164 * 1024, 64, 32),  # A100
-    "sm_86": Multiprocessor(100 * 1024, 48, 16),  # RTX 30; RTX 40 and L40 (sm_89) have as much shared memory
+    "sm_86": Multiprocessor(100 * 1024, 48, 16),  # RTX 30
+    "sm_89": Multiprocessor(100 * 1024, 48, 24),  # RTX 40, L4, L40
     "sm_90": Multiprocessor(228 * 1024, 64, 32),  # H100
     "sm_100": Multiprocessor(228 * 1024, 64, 32, 512),  # B200
     "sm_120": Multiprocessor(100 * 1024, 48, 24),  # RTX 50

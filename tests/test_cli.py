@@ -13,6 +13,8 @@ import pytest
 
 from fastslots.cli import build_parser, main
 from fastslots.cli.train import config_of
+from fastslots.errors import UserError
+from fastslots.models import SlotVAEConfig
 from fastslots.train import TrainConfig
 from fastslots.train.config import read_config
 
@@ -63,6 +65,24 @@ def test_config_file_round_trip(tmp_path):
     (tmp_path / "config.json").write_text(first.to_json())
     assert config("--config", str(tmp_path / "config.json")) == first
     assert config("--config", str(tmp_path / "config.json"), "--seed", "5").seed == 5
+
+
+def test_a_preset_fills_what_a_config_file_leaves_out(tmp_path):
+    """Both together were refused, and a file of a few fields took the others from no preset."""
+    path = tmp_path / "few.json"
+    path.write_text('{"alpha": 0.5, "lr": 0.1}')
+    found = config("sprites", "--config", str(path), "--lr", "0.2")
+    assert found == TrainConfig.preset("sprites", preset_name="sprites", alpha=0.5, lr=0.2)
+    path.write_text(found.to_json())
+    assert config("sprites", "--config", str(path)) == config("--config", str(path)) == found
+    assert read_config(path, SlotVAEConfig, "sprites") == SlotVAEConfig.preset("sprites", alpha=0.5)
+
+
+def test_a_field_that_a_configuration_lacks_is_named():
+    with pytest.raises(UserError, match=r"SlotVAEConfig has no field pixels_per_step: .*fastslots\.train\.TrainConfig"):
+        SlotVAEConfig.preset("sprites-mini", pixels_per_step=0)
+    with pytest.raises(UserError, match=r"^TrainConfig has no field pixels$"):
+        TrainConfig.preset("sprites-mini", pixels=0)
 
 
 def test_train_eval_report(tmp_path, capsys):
@@ -129,6 +149,12 @@ def test_doctor(capsys):
         (["train", "--batchsize", "4"], "unknown argument --batchsize: did you mean --batch"),
         (["train", "--batch_size", "0"], "batch_size must be at least 1"),
         (["train", "--steps", "-5"], "steps must be at least 1"),
+        (["train", "--output_hidden", "64", "64"], "unknown preset '64': a list is given with commas"),
+        (["train", "sprites-mini", "--output_hidden", "64", "64"], "unknown argument 64: a list is given with commas"),
+        (["sweep", "--alpha", "0", "0.05", "--out", "out"], "unknown preset '0.05': a list is given with commas"),
+        (["train", "--tensorboard", "sprites-mini"], "put the preset before the flags"),
+        (["train", "sprites", "--config", "clevr6.json"], "clevr6.json is of preset 'clevr6', not 'sprites'"),
+        (["train", "sprites", "--config", "typo.json"], "typo.json has unknown fields: apha"),
         (["train", "--lr", "fast"], "argument --lr: 'fast' is no number"),
         (["train", "--alpha", "nan"], "alpha must be a number"),
         (["train", "--resolution", "30"], "resolution 30 must be a multiple of cnn_stride 4"),
@@ -158,6 +184,8 @@ def test_mistakes_exit_2_with_one_line(tmp_path, monkeypatch, capsys, argv, word
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FASTSLOTS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "file").write_text("hello")
+    (tmp_path / "clevr6.json").write_text('{"preset_name": "clevr6"}')
+    (tmp_path / "typo.json").write_text('{"apha": 0}')
     # 24 pixels wide: resized to the model's 32 unless it is packed at its own size
     np.savez("small.npz", np.zeros((4, 24, 24, 3), np.uint8))
     np.savez("nan.npz", np.full((4, 32, 32, 3), np.nan))

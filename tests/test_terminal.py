@@ -19,7 +19,7 @@ from fastslots.train.log import Progress, open_progress
 from fastslots.train.terminal import REDRAWS, LiveProgress, sparkline, thumbnails
 
 VALUES = {"loss": 3.0, "recon": 2.0, "kl": 1.0, "interaction_normalized": 0.25, "images_per_s": 99.0}
-SCORES = {"images": 4, "recon": 2.0, "kl": 1.0, "j_ari": 0.5, "jis": 0.25}
+SCORES = {"images": 4, "latent": "mean", "recon": 2.0, "kl": 1.0, "j_ari": 0.5, "jis": 0.25}
 
 
 class Terminal(io.StringIO):
@@ -71,7 +71,7 @@ def test_what_stays_is_printed_above_the_view(colours, monkeypatch, tmp_path):
     progress.update(10, VALUES)  # the last step is drawn whatever the time
     progress.close()
     text = stream.getvalue()
-    assert "data [bold]x[/bold] /path\n" in text and "eval at step 1 on 4 images: recon 2" in text
+    assert "data [bold]x[/bold] /path\n" in text and "eval at step 1 on 4 images, mean latent: recon 2" in text
     assert ("▀" in text) == (colours == "truecolor")
     assert "step 10 of 10" in text and "J-ARI" in text and "▁" in text
     assert text.index("\x1b[?25l") < text.rindex("\x1b[?25h")
@@ -121,7 +121,7 @@ def test_logs_and_dumb_terminals_get_plain_lines(monkeypatch, tmp_path):
     assert [line.split()[1] for line in lines[:4]] == ["5/20", "10/20", "15/20", "20/20"] and "\x1b" not in "".join(
         lines
     )
-    assert lines[4].startswith("eval at step 20 on 4 images: recon 2  kl 1  j_ari 0.5")
+    assert lines[4].startswith("eval at step 20 on 4 images, mean latent: recon 2  kl 1  j_ari 0.5")
     monkeypatch.setenv("TERM", "dumb")
     assert isinstance(open_progress(20, 5, 0, Terminal(), tmp_path / "none"), Progress)
 

@@ -90,7 +90,7 @@ def test_every_shipped_launch_compiles_clean(arch, preset, precision):
 
 @pytest.mark.long
 @pytest.mark.timeout(1600)  # up to 18 compilations, on a machine that may be shared
-@pytest.mark.parametrize("arch", ["sm_86", "sm_120"])
+@pytest.mark.parametrize("arch", ["sm_86", "sm_89", "sm_120"])
 @pytest.mark.parametrize("preset, precision", [("clevr6", "bf16"), ("clevr6", "tf32"), ("clevr6", "fp32"),
                                                ("clevrtex", "bf16"), ("clevrtex", "fp32")])  # fmt: skip
 def test_every_launch_fits_a_gpu_with_less_shared_memory(arch, preset, precision):
@@ -136,6 +136,16 @@ def test_roofline_leaves_out_what_has_no_product():
     ET.fromstring(svg)
     assert "combine" not in svg and "first, second: 200 FLOP/B" in svg and svg.count("<circle") == 2
     assert roofline.roofline_svg(rows[:1], "sm_90") is None and roofline.roofline_svg(rows, "gfx942") is None
+
+
+def test_every_nvidia_target_has_an_occupancy(tmp_path):
+    """sm_89 could not be asked for, though GPUs of that kind are served."""
+    script = "from fastslots.kernels.compile import MULTIPROCESSORS as known; print(*known)"
+    start = dict(text=True, env=os.environ | {"TRITON_INTERPRET": "0"}, cwd=tmp_path)
+    known = subprocess.check_output([sys.executable, "-c", script], **start)
+    assert {*known.split(), "gfx942"} == set(kernels.TARGETS)
+    (row,) = compiled("sm_89", "clevr6", "bf16", "folded_attention_dx")
+    assert row["occupancy"] > 0 and row["spills"] == 0 and "HMMA" in next(iter(row["tensor_cores"]))
 
 
 def test_tune_says_what_it_would_time(capsys):

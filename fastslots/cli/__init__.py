@@ -24,6 +24,8 @@ class Parser(argparse.ArgumentParser):
             flag = unknown[0].split("=")[0]
             near = difflib.get_close_matches(flag, known, 1)
             hint = f": did you mean {near[0]}?" if near else f": see `{self.prog} --help`"
+            if flag.replace(".", "").isdigit():
+                hint = ": a list is given with commas, as in --output_hidden 64,64"
             raise UserError(f"unknown argument {flag}{hint}")
         return namespace, unknown
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastslots.errors import UserError
 
-TARGETS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -17,7 +17,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
     compile_ = commands.add_parser("compile", help="compile every shipped launch, without a GPU")
     compile_.add_argument("--target", choices=TARGETS, required=True, help="architecture to compile for")
-    compile_.add_argument("--out", type=Path, required=True, help="folder for machine code, PTX and JSON")
+    compile_.add_argument("--out", type=Path, required=True, help="machine code, PTX and JSON go to OUT/TARGET")
     compile_.add_argument("--all", action="store_true", help="every preset and fp16 too, not clevr6 alone")
     compile_.set_defaults(run=_compile)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastslots.cli.train import DEFAULT_PRESET, add_fields
+from fastslots.cli.train import DEFAULT_PRESET, add_fields, preset_of
 from fastslots.errors import UserError
 from fastslots.models.presets import preset_names
 
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     fixed = {name: values[0] for name, values in given.items() if len(values) == 1}
     also = [cell_of(text) for text in args.also]
     out = args.out.absolute()  # a Ray node has another working directory
-    trials = make_trials(args.preset or DEFAULT_PRESET, varied, fixed, seeds or range(args.seeds or 1), out, also)
+    trials = make_trials(preset_of(args.preset), varied, fixed, seeds or range(args.seeds or 1), out, also)
     if args.engine != "ray":  # the cluster's nodes may have devices that this machine has not
         for config in {trial.config.device: trial.config for trial in trials}.values():
             config.torch_device()

@@ -14,6 +14,7 @@ from fastslots.models.presets import preset_names
 from fastslots.train.config import TrainConfig, read_config
 
 DEFAULT_PRESET = "sprites-mini"
+CONFIG_HELP = "fields from a run's config.json; what it leaves out is PRESET's, or without one the default given below"
 _FLAGS_ELSEWHERE = ("preset_name",)
 
 
@@ -26,7 +27,7 @@ def add_parser(commands) -> None:
     parser.add_argument("preset", nargs="?", help=f"one of {', '.join(preset_names())} (default {DEFAULT_PRESET})")
     parser.add_argument("--out", type=Path, help="folder of the run (default: the next free one in runs/)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="take the fields of a run's config.json")
+    parser.add_argument("--config", type=Path, metavar="FILE", help=CONFIG_HELP)
     add_fields(parser)
     parser.set_defaults(run=run)
 
@@ -69,6 +70,8 @@ def _converter(field: dataclasses.Field):
             raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
 
     def truth(text: str) -> bool:
+        if text in preset_names():
+            raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false: put the preset before the flags")
         if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
             raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
         return text.lower() in ("true", "1", "yes")
@@ -83,10 +86,9 @@ def config_of(args: argparse.Namespace) -> TrainConfig:
     """Preset or --config (or the run that is resumed), then the explicit flags over it."""
     explicit = {key.removeprefix("field_"): value for key, value in vars(args).items() if key.startswith("field_")}
     own = args.out / "config.json" if args.out and args.resume else None
+    preset = preset_of(args.preset)
     if args.config:
-        if args.preset:
-            raise UserError("give a PRESET or --config, not both")
-        return read_config(args.config, **explicit)
+        return read_config(args.config, preset=args.preset, **explicit)
     if own is not None and own.is_file():
         config = read_config(own, **explicit)
         if args.preset and config.preset_name != args.preset:
@@ -94,8 +96,14 @@ def config_of(args: argparse.Namespace) -> TrainConfig:
                 f"{own.parent} was not started from preset {args.preset!r}: leave the preset out to resume it"
             )
         return config
-    preset = args.preset or DEFAULT_PRESET
     return TrainConfig.preset(preset, preset_name=preset, **explicit)
+
+
+def preset_of(given: str | None) -> str:
+    """The PRESET, where the second value of a list without commas (``--alpha 0 0.05``) ends up too: UserError."""
+    if given and given not in preset_names() and given.replace(".", "").isdigit():
+        raise UserError(f"unknown preset {given!r}: a list is given with commas, as in --output_hidden 64,64")
+    return given or DEFAULT_PRESET
 
 
 def run(args: argparse.Namespace) -> int:

@@ -72,6 +72,9 @@ class SlotVAEConfig:
         if name not in PRESETS:
             raise UserError(f"unknown preset {name!r}: choose one of {', '.join(preset_names())}")
         known = {f.name for f in fields(cls)}
+        if unknown := sorted(overrides.keys() - known):
+            more = ": fields of training are those of fastslots.train.TrainConfig" if cls is SlotVAEConfig else ""
+            raise UserError(f"{cls.__name__} has no field {', '.join(unknown)}{more}")
         values = {key: value for key, value in PRESETS[name].items() if key in known}
         return cls(**{**values, **overrides})
 

@@ -129,8 +129,14 @@ def optimizer_class(name: str) -> Any:
     return found if found and issubclass(found, torch.optim.Optimizer) and found is not torch.optim.Optimizer else None
 
 
-def read_config(path: str | Path, cls: type = TrainConfig, **overrides: object):
-    """A run's ``config.json`` (or any JSON object of fields); keys that ``cls`` does not have are an error."""
+def read_config(
+    path: str | Path, cls: type[SlotVAEConfig] = TrainConfig, preset: str | None = None, **overrides: object
+) -> Any:
+    """A run's ``config.json`` (or any JSON object of fields), as a ``cls``.
+
+    What it leaves out is the preset's, or where none is named has its default. Raises UserError where it names fields
+    that no run has, or another preset.
+    """
     path = Path(path)
     try:
         values = json.loads(path.read_text())
@@ -144,4 +150,9 @@ def read_config(path: str | Path, cls: type = TrainConfig, **overrides: object):
     unknown = sorted(values.keys() - {f.name for f in dataclasses.fields(TrainConfig)})
     if unknown:
         raise UserError(f"{path} has unknown fields: {', '.join(unknown)}")
-    return cls(**({key: value for key, value in values.items() if key in known} | overrides))
+    given = {key: value for key, value in values.items() if key in known} | overrides
+    if not preset:
+        return cls(**given)
+    if (of := values.get("preset_name") or preset) != preset:
+        raise UserError(f"{path} is of preset {of!r}, not {preset!r}: leave the preset out")
+    return cls.preset(preset, **given, **({"preset_name": preset} if "preset_name" in known - given.keys() else {}))

@@ -241,7 +241,7 @@ def open_progress(steps: int, log_every: int, first_step: int, stream: TextIO | 
 def evaluation_line(step: int, scores: dict[str, Any]) -> str:
     names = ("recon", "kl", "j_ari", "jis", "fg_ari", "mbo")
     shown = "  ".join(f"{name} {scores[name]:.4g}" for name in names if name in scores)
-    return f"eval at step {step} on {scores['images']} images: {shown}"
+    return f"eval at step {step} on {scores['images']} images, {scores['latent']} latent: {shown}"
 
 
 def duration(seconds: float) -> str:

@@ -42,7 +42,7 @@ from fastslots.train.trackers import open_trackers
 GRID_IMAGES = 8
 """Rows of an evaluation's picture: enough to see whether slots follow objects, and it still fits on a screen."""
 LAST_IMAGES = 2
-"""The same where a run is stopped before its first evaluation: clevr6 takes 2 s each on one core, and somebody waits."""
+"""The same where a run is stopped before its first evaluation: clevr6 takes 2 s each on a core, and somebody waits."""
 
 
 class NonFiniteLossError(RuntimeError):
