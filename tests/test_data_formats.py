@@ -19,6 +19,7 @@ from wire import message
 
 from fastslots.data import SpritesDataset, open_dataset
 from fastslots.data.check import check
+from fastslots.data.npz import Member
 from fastslots.data.open import pack, recognise
 from fastslots.data.packed import PackedDataset
 from fastslots.data.tfrecord import Records, masked_crc, parse_example
@@ -103,6 +104,17 @@ def test_npz(tmp_path, trailing):
     same_scenes(open_dataset(tmp_path / "floats.npz"), "npz")
 
 
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+def test_npz_in_fortran_order(tmp_path, write):
+    """What numpy.savez makes of arrays whose first axis varies fastest, such as transposed ones."""
+    write(tmp_path / "x.npz", *(np.asfortranarray(array) for array in (IMAGES, FACTORS["x"], MASKS)))
+    dataset = open_dataset(tmp_path / "x.npz")
+    same_scenes(dataset, "npz")
+    assert np.array_equal(dataset[3]["factors"]["latents"], FACTORS["x"][3])
+    rows = Member(tmp_path / "x.npz", "arr_0").rows(5)
+    assert all(np.array_equal(row, image) for row, image in zip(rows, IMAGES[5:], strict=True))
+
+
 def test_hdf5(tmp_path):
     with h5py.File(tmp_path / "anything", "w") as file:
         file["image"], file["mask"], file["x"] = IMAGES, MASKS[..., None], FACTORS["x"]
@@ -141,6 +153,17 @@ def test_clevr_v1(tmp_path):
     for i, name in enumerate(["../../../etc/passwd", "/etc/passwd", "..", "a\\b", ""]):
         with pytest.raises(UserError, match="lies outside the data folder"):
             open_dataset(clevr_folder(tmp_path / f"{i}", name))
+
+
+@pytest.mark.parametrize("file", ["CLEVR_train_scenes.json", "CLEVR_half_scenes.json"])
+def test_clevr_v1_without_a_split_in_its_scenes(tmp_path, file):
+    """The split is then that of the file's name, or of the picture's where pictures of that one are not there."""
+    folder = clevr_folder(tmp_path)
+    path = folder / "scenes" / "CLEVR_train_scenes.json"
+    scene = {"image_filename": "CLEVR_train_000000.png", "objects": [{}]}
+    path.write_text(json.dumps({"scenes": [scene]}))
+    path.rename(path.with_name(file))
+    assert open_dataset(folder).objects.tolist() == [1]
 
 
 def test_packed_and_source_give_the_same_bits_in_the_same_order(tmp_path):

@@ -142,6 +142,15 @@ def test_rows_of_an_npz_are_read_within_bounds(tmp_path):
     assert peak < 2.5 * MOST_BYTES  # what is read, and a copy
 
 
+def test_an_npz_that_is_read_whole_is_within_bounds(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastslots.data.npz.MOST_WHOLE", 1 << 20)
+    np.savez_compressed(tmp_path / "a.npz", arr_0=np.zeros((9, 100, 100, 3), np.uint8, order="F"))
+    assert sum(1 for _ in NpzReader(tmp_path / "a.npz").scenes()) == 9
+    np.savez_compressed(tmp_path / "b.npz", arr_0=np.zeros((9, 600, 600, 3), np.uint8, order="F"))
+    with pytest.raises(UserError, match="in Fortran order and of 9,720,000 bytes.*save numpy.ascontiguousarray of it"):
+        NpzReader(tmp_path / "b.npz")
+
+
 def test_chunks_of_hdf5_are_within_bounds(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_dataset("image", (1 << 12, 128, 128, 3), "u1", chunks=(1 << 11, 128, 128, 3), compression="gzip")

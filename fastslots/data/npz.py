@@ -1,7 +1,7 @@
 """The authors' arrays: ``arr_0`` images, ``arr_1`` latents, ``arr_2`` label maps.
 
-Read a row at a time straight from the archive, so memory does not grow with the file, compressed or not; and a header
-that claims more than the archive holds allocates nothing.
+Read a row at a time straight from the archive, so memory does not grow with the file, compressed or not (but with an
+array in Fortran order, whose rows lie scattered); and a header that claims more than the archive holds allocates nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fastslots.errors import UserError
 
 ROWS = 64  # read at once,
 MOST_BYTES = 1 << 26  # but no more than this, whatever the header claims
+MOST_WHOLE = 1 << 32  # of an array in Fortran order, which is read whole
 MEND = "save plain arrays with numpy.savez"
 # What zipfile, zlib and NumPy's parser of headers (which falls back to Python's tokenizer) raise on damaged bytes
 _DAMAGE: tuple[type[Exception], ...] = (ValueError, TypeError, SyntaxError, tokenize.TokenError, OverflowError)
@@ -35,7 +36,7 @@ class Member:
         self._path, self._name = path, f"{name}.npy"
         try:
             with zipfile.ZipFile(path) as archive, archive.open(self._name) as file:
-                self.shape, self.dtype = self._header(file)
+                self.shape, self.dtype, self._fortran = self._header(file)
                 held = archive.getinfo(self._name).file_size - file.tell()
         except KeyError:
             raise
@@ -49,19 +50,20 @@ class Member:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def _header(self, file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+    def _header(self, file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, bool]:
+        """shape, dtype, and whether the first axis varies fastest"""
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(file)
         if dtype.hasobject:
             raise ValueError("it holds pickled objects, which are never loaded")
-        if fortran and len(shape) > 1:
-            raise ValueError("it is in Fortran order")
         if not shape or not shape[0]:
             raise ValueError(f"its shape is {list(shape)}")
         if math.prod(shape[1:]) * dtype.itemsize > MOST_BYTES:
             raise ValueError(f"its shape is {list(shape)} of {dtype}, over {MOST_BYTES:,} bytes a row")
-        return shape, dtype
+        if (whole := math.prod(shape) * dtype.itemsize) > MOST_WHOLE and fortran:
+            raise ValueError(f"it is in Fortran order and of {whole:,} bytes: save numpy.ascontiguousarray of it")
+        return shape, dtype, fortran
 
     def read(self) -> np.ndarray:
         """All rows, [N, ...]."""
@@ -69,21 +71,30 @@ class Member:
 
     def rows(self, start: int = 0) -> Iterator[np.ndarray]:
         """Rows from ``start`` on. UserError where the archive is damaged (its CRC-32 is verified at the end)."""
-        width = math.prod(self.shape[1:]) * self.dtype.itemsize
         try:
             with zipfile.ZipFile(self._path) as archive, archive.open(self._name) as file:
                 self._header(file)
-                file.seek(start * width, 1)
-                at_once = max(1, min(ROWS, MOST_BYTES // max(width, 1)))
-                for first in range(start, len(self), at_once):
-                    rows = min(at_once, len(self) - first)
-                    data = file.read(rows * width)
-                    yield from np.frombuffer(data, self.dtype).reshape(rows, *self.shape[1:])
+                for block in self._blocks(file, start):
+                    yield from block
                 file.read(1)  # the end, where zipfile compares checksums
         except _DAMAGE as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{self.name} is damaged ({error}): download or save the file again") from None
+
+    def _blocks(self, file: IO[bytes], start: int) -> Iterator[np.ndarray]:
+        """Rows from ``start`` on, some at once; ``file`` stands at the first row."""
+        width = math.prod(self.shape[1:]) * self.dtype.itemsize
+        at_once = max(1, min(ROWS, MOST_BYTES // max(width, 1)))
+        if self._fortran:
+            whole = np.frombuffer(file.read(len(self) * width), self.dtype).reshape(self.shape, order="F")
+            for first in range(start, len(self), at_once):
+                yield np.ascontiguousarray(whole[first : first + at_once])
+            return
+        file.seek(start * width, 1)
+        for first in range(start, len(self), at_once):
+            rows = min(at_once, len(self) - first)
+            yield np.frombuffer(file.read(rows * width), self.dtype).reshape(rows, *self.shape[1:])
 
 
 def member_names(path: Path) -> list[str]:

@@ -60,9 +60,11 @@ class ClevrReader:
         for file in self.scene_files(path):
             try:
                 for scene in json.loads(file.read_text())["scenes"]:
-                    picture = self._picture(path, scene["split"], scene["image_filename"], file)
+                    name = scene["image_filename"]
+                    split = scene.get("split") or self._split(path, name, file)
+                    picture = self._picture(path, split, name, file)
                     self._scenes.append((picture, scene["objects"], len(scene["objects"])))
-            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 if isinstance(error, UserError):
                     raise
                 raise UserError(f"{file} is no CLEVR scenes file ({error!r}): download it again") from None
@@ -80,6 +82,15 @@ class ClevrReader:
     @classmethod
     def recognises(cls, path: Path) -> bool:
         return bool(cls.scene_files(path))
+
+    @staticmethod
+    def _split(folder: Path, name: str, file: Path) -> str:
+        """Where a scene does not say: SPLIT of CLEVR_SPLIT_scenes.json; else, where no such pictures are, that of
+        CLEVR_SPLIT_000000.png."""
+        split = file.name.removeprefix("CLEVR_").removesuffix("_scenes.json")
+        if (folder / "images" / split).is_dir():
+            return split
+        return name.removeprefix("CLEVR_").rpartition("_")[0] or split
 
     @staticmethod
     def _picture(folder: Path, split: str, name: str, file: Path) -> Path:
