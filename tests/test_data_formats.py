@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from wire import message
 
+from fastslots.cli import main
 from fastslots.data import SpritesDataset, open_dataset
 from fastslots.data.check import check
 from fastslots.data.npz import Member
 from fastslots.data.open import pack, recognise
 from fastslots.data.packed import PackedDataset
+from fastslots.data.scene import Scene, preprocess
 from fastslots.data.tfrecord import Records, masked_crc, parse_example
 from fastslots.errors import UserError
 
@@ -176,8 +178,65 @@ def test_packed_and_source_give_the_same_bits_in_the_same_order(tmp_path):
     assert packed[0]["factors"].keys() == direct[0]["factors"].keys()
     same = open_dataset(tmp_path / "packed")
     assert same.info.digest == packed.info.digest
-    with pytest.raises(UserError, match="was packed at 64 x 64, not 32: set --resolution 64"):
-        open_dataset(tmp_path / "packed", size=32)
+
+
+def small(images: np.ndarray, masks: np.ndarray, size: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    """As every reader's scenes are resized: images bilinearly, masks by nearest neighbour."""
+    scenes = [preprocess(Scene(i, m, None), False, size) for i, m in zip(images, masks, strict=True)]
+    return np.stack([s.image for s in scenes]), np.stack([s.mask for s in scenes if s.mask is not None])
+
+
+def test_packed_sets_are_resized(tmp_path):
+    source = write_tfrecord(tmp_path / "x")
+    pack(source, tmp_path / "packed", max_objects=3)
+    packed = PackedDataset(tmp_path / "packed")
+    dataset = open_dataset(tmp_path / "packed", size=32)
+    images, masks = dataset.batch(np.arange(len(dataset)))
+    for found, expected in zip((images, masks), small(*packed.batch(np.arange(len(packed)))), strict=True):
+        assert np.array_equal(found, expected)
+    assert dataset.objects.tolist() == packed.objects.tolist() and dataset.info.path == packed.info.path
+    assert dataset[1]["factors"]["color"].tolist() == packed[1]["factors"]["color"].tolist()
+    assert len(open_dataset(tmp_path / "packed", 2, 32)) == (packed.objects <= 2).sum()
+    with pytest.raises(UserError, match="was packed with at most 3 objects, not 4"):
+        open_dataset(tmp_path / "packed", 4, 32)
+    report = check(tmp_path / "packed", size=32)
+    assert (report.info.size, report.info.digest) == (32, dataset.info.digest)
+    assert check(tmp_path / "packed", size=16, quick=True).info.size == 16
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # what --quick reads is not kept
+    with open(tmp_path / "packed" / "images.u8", "r+b") as file:
+        file.write(b"damaged")
+    with pytest.raises(UserError, match="not those that were packed"):
+        open_dataset(tmp_path / "packed", size=48)
+
+
+def test_packed_shards_are_resized(tmp_path):
+    pack(shards_of(tmp_path / "shards"), tmp_path / "packed")
+    images, masks = open_dataset(tmp_path / "packed", size=32).batch(np.arange(8))
+    for found, expected in zip((images, masks), small(IMAGES, MASKS), strict=True):
+        assert np.array_equal(found, expected)
+
+
+def test_packed_sets_can_be_packed_again(tmp_path):
+    pack(write_tfrecord(tmp_path / "x"), tmp_path / "packed")
+    pack(tmp_path / "packed", tmp_path / "again", size=32, max_objects=3)
+    again, direct = open_dataset(tmp_path / "again"), open_dataset(tmp_path / "packed", 3, 32)
+    assert (again.info.kind, again.info.max_objects, len(again)) == (direct.info.kind, 3, len(direct))
+    assert np.array_equal(again.batch(np.arange(len(again)))[0], direct.batch(np.arange(len(again)))[0])
+    pack(tmp_path / "again", tmp_path / "third", size=16)
+    with pytest.raises(UserError, match="was packed with at most 3 objects, not 4"):
+        open_dataset(tmp_path / "third", 4)
+    with pytest.raises(UserError, match="was packed with at most 3 objects, not 4"):
+        pack(tmp_path / "again", tmp_path / "fourth", max_objects=4)
+
+
+def test_what_is_generated_trains(tmp_path, capsys):
+    """At the size that ``data generate`` makes, by the preset that ``train`` takes."""
+    folder = str(tmp_path / "d")
+    assert main(["data", "generate", "sprites", folder, "--count", "30"]) == 0
+    assert main(["data", "check", folder]) == 0
+    flags = ["--steps", "1", "--batch_size", "2", "--eval_images", "2", "--device", "cpu", "--threads", "1"]
+    assert main(["train", "--data", folder, "--out", str(tmp_path / "run"), *flags]) == 0
+    assert "32 x 32, with masks" in capsys.readouterr().err
 
 
 def test_pack_continues_after_a_kill(tmp_path, monkeypatch):

@@ -147,7 +147,9 @@ def test_an_npz_that_is_read_whole_is_within_bounds(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "a.npz", arr_0=np.zeros((9, 100, 100, 3), np.uint8, order="F"))
     assert sum(1 for _ in NpzReader(tmp_path / "a.npz").scenes()) == 9
     np.savez_compressed(tmp_path / "b.npz", arr_0=np.zeros((9, 600, 600, 3), np.uint8, order="F"))
-    with pytest.raises(UserError, match="in Fortran order and of 9,720,000 bytes.*save numpy.ascontiguousarray of it"):
+    with pytest.raises(
+        UserError, match=r"in Fortran order and of 9,720,000 bytes.*save numpy\.ascontiguousarray of it"
+    ):
         NpzReader(tmp_path / "b.npz")
 
 

@@ -219,6 +219,14 @@ def test_a_limit_that_is_no_number(far, monkeypatch):
         open_dataset(far)
 
 
+def test_a_set_of_another_size_is_refused(far):
+    """Nor is a flag named that ``eval`` does not have."""
+    with pytest.raises(
+        UserError, match=r"was packed at \d+ x \d+, not 6, .* not resized: run `fastslots data pack IN OUT"
+    ):
+        open_dataset(far, size=6)
+
+
 def test_an_image_drawn_twice_is_fetched_once(far):
     fs = fsspec.filesystem("memory")
     path = fs.find(far)[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastslots.data.open import open_dataset, pack
+from fastslots.data.open import is_packed_at, open_dataset, pack
 from fastslots.data.packed import UNKNOWN, DatasetInfo, PackedDataset, is_packed
 from fastslots.data.remote import is_remote
 from fastslots.data.shards import PackedShards, find_shards
@@ -79,7 +79,7 @@ def check(
             far.verify()
         return _look(far, far.info, max_objects, False)
     shards = find_shards(path)
-    if not quick or is_packed(shards[0]):
+    if not quick or is_packed_at(shards[0], size):
         opened = open_dataset(path, max_objects, size, on_bad_record)
         if is_packed(shards[0]):
             opened.verify()

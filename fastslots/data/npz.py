@@ -1,7 +1,8 @@
 """The authors' arrays: ``arr_0`` images, ``arr_1`` latents, ``arr_2`` label maps.
 
-Read a row at a time straight from the archive, so memory does not grow with the file, compressed or not (but with an
-array in Fortran order, whose rows lie scattered); and a header that claims more than the archive holds allocates nothing.
+Read a row at a time straight from the archive, so memory does not grow with the file, compressed or not; and a header
+that claims more than the archive holds allocates nothing. An array in Fortran order, whose rows lie scattered, is read
+whole.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Any known data set, recognised by content, as one that training maps into memory.
 
-What is not packed is decoded once into a cache of packed folders, ``$FASTSLOTS_CACHE`` or ~/.cache/fastslots, keyed by
-path, size, time and preprocessing; so every format trains at the same speed, and a file and its packed form give the
-same bits in the same order.
+What is not packed, or packed at another size than is asked for, is decoded once into a cache of packed folders,
+``$FASTSLOTS_CACHE`` or ~/.cache/fastslots, keyed by path, size, time and preprocessing; so every format trains at the
+same speed, and a file and its packed form give the same bits in the same order.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from fastslots.data.packed import VERSION, PackedDataset, is_packed
+from fastslots.data.packed import VERSION, PackedDataset, is_packed, read_meta
 from fastslots.data.packing import cache_root, write_packed
 from fastslots.data.remote import is_remote, openers
+from fastslots.data.repacked import PackedReader
 from fastslots.data.scene import BadRecordError, Reader, Scene, default_size, preprocess
 from fastslots.data.shards import PackedShards, find_shards
 from fastslots.errors import UserError
@@ -59,7 +60,7 @@ def open_dataset(
     """
     _check_arguments(path, max_objects, size, on_bad_record)
     if is_remote(path):
-        shards = [partial(_sized, opener, size) for opener in openers(str(path), max_objects)]
+        shards = [partial(_of_size, opener, size) for opener in openers(str(path), max_objects)]
     else:
         shards = [partial(_open_one, shard, max_objects, size, on_bad_record) for shard in find_shards(path)]
     if len(shards) == 1:
@@ -77,8 +78,8 @@ def open_dataset(
 
 
 def _open_one(path: Path, max_objects: int | None, size: int | None, on_bad_record: str) -> PackedDataset:
-    if is_packed(path):
-        return _sized(lambda: PackedDataset(path, max_objects), size)
+    if is_packed_at(path, size):
+        return PackedDataset(path, max_objects)
     reader = recognise(path)
     side = size or default_size(reader)
     folder = cache_folder(path, side, on_bad_record)
@@ -88,12 +89,17 @@ def _open_one(path: Path, max_objects: int | None, size: int | None, on_bad_reco
     return PackedDataset(folder, max_objects, str(path))
 
 
-def _sized(opener: Callable[[], PackedDataset], size: int | None) -> PackedDataset:
+def is_packed_at(path: Path, size: int | None) -> bool:
+    """Whether a packed folder serves as it is; None: at whatever size."""
+    return is_packed(path) and size in (None, read_meta(path)["size"])
+
+
+def _of_size(opener: Callable[[], PackedDataset], size: int | None) -> PackedDataset:
     dataset = opener()
     if size not in (None, dataset.info.size):
         raise UserError(
-            f"{dataset.info.path} was packed at {dataset.info.size} x {dataset.info.size}, not {size}: "
-            f"set --resolution {dataset.info.size}, or pack it again with --size {size}"
+            f"{dataset.info.path} was packed at {dataset.info.size} x {dataset.info.size}, not {size}, and sets in "
+            f"object storage are not resized: run `fastslots data pack IN OUT --size {size}` and upload OUT"
         )
     return dataset
 
@@ -108,6 +114,8 @@ def pack(
 ) -> None:
     """Decode, crop and resize a data set (``first``: only so many scenes) into a packed folder, with progress.
 
+    A packed one is filtered and resized again.
+
     Of many shards each becomes a packed folder of its own in ``folder``, which opens as one set.
     """
     _check_arguments(path, max_objects, size, on_bad_record)
@@ -118,8 +126,6 @@ def pack(
     unfinished = folder.with_name(folder.name + ".partial")
     for number, shard in enumerate(shards):
         target = folder if len(shards) == 1 else unfinished / f"shard-{number:05d}"
-        if is_packed(shard):
-            raise UserError(f"{shard} is packed already: train on it, or pack the data set that it was made from")
         if not is_packed(target):  # else it is there from a call that was interrupted
             reader = recognise(shard)
             _pack(reader, shard, target, size or default_size(reader), max_objects, first, on_bad_record)
@@ -145,6 +151,9 @@ def _pack(
     first: int | None,
     on_bad_record: str,
 ) -> None:
+    if isinstance(reader, PackedReader):
+        max_objects = reader.at_most(max_objects)
+
     def scenes(start: int) -> Iterator[Scene | BadRecordError | None]:
         for index, item in enumerate(decoded(reader, path, side, start), start):
             if index == first:
@@ -160,6 +169,8 @@ def _pack(
 
     settings: dict[str, object] = {"size": side, "max_objects": max_objects, "stamp": _stamp(path)}
     settings |= {"preprocessing": PREPROCESSING, "first": first, "on_bad_record": on_bad_record}
+    if isinstance(reader, PackedReader):
+        settings["skipped"] = reader.skipped
     with Progress(reader.share) as progress:
         write_packed(folder, scenes, reader.kind, str(path), settings, reader.published_split, progress)
 
@@ -198,6 +209,8 @@ def _recognise_folder(path: Path) -> Reader:
     from fastslots.data.clevrtex import ClevrTexReader
     from fastslots.data.pictures import ClevrReader, FolderReader
 
+    if is_packed(path):
+        return PackedReader(path)
     if ClevrReader.recognises(path):
         return ClevrReader(path)
     if ClevrTexReader.recognises(path):

@@ -224,7 +224,7 @@ class _Appender(PartialFolder):
             joined = {name: np.concatenate(parts) for name, parts in columns.items()}
             write_arrays(self.folder / "factors.npz", joined)
         meta = {"magic": MAGIC, "version": VERSION, "kind": settings["kind"], "source": settings["source"]}
-        meta |= {"skipped": state["bad"], "count": state["done"]}
+        meta |= {"skipped": state["bad"] + settings.get("skipped", 0), "count": state["done"]}
         meta |= {"size": state["size"], "has_masks": state["has_masks"]}
         meta |= {"max_objects": settings.get("max_objects") or 0, "published_split": published_split}
         self.describe(meta, ARRAYS)
