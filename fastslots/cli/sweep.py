@@ -92,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--seeds and --jobs must be at least 1")
     if args.trial_cpus <= 0 or args.trial_gpus < 0:
         raise UserError("--trial_cpus must be above 0, --trial_gpus at least 0")
+    from fastslots.train.sources import check_named
     from fastslots.train.sweep import make_trials, run_trials
     from fastslots.train.sweep_ray import run_on_ray
     from fastslots.train.sweep_table import write_sweep
@@ -101,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
     also = [cell_of(text) for text in args.also]
     out = args.out.absolute()  # a Ray node has another working directory
     trials = make_trials(preset_of(args.preset), varied, fixed, seeds or range(args.seeds or 1), out, also)
+    for trial in trials:
+        check_named(trial.config)
     if args.engine != "ray":  # the cluster's nodes may have devices that this machine has not
         for config in {trial.config.device: trial.config for trial in trials}.values():
             config.torch_device()

@@ -2,6 +2,7 @@
 
 ``sprites``, ``clevr6`` and ``clevrtex`` are the published runs (arXiv 2411.07784). ``sprites-mini`` and ``clevr6-mini``
 are ours: the same method at a size that two CPU cores train in minutes, the first command and a first look at CLEVR.
+Those of ``clevr6`` are for data that are not built in: their ``data`` is empty until a set is named.
 Fields that a preset leaves out keep the defaults of ``SlotVAEConfig`` and ``TrainConfig``.
 """
 
@@ -28,7 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "clevr6": dict(
         _PAPER,
         resolution=128, num_slots=7, slot_dim=64, cnn_channels=64,
-        sigma=1.0, alpha=0.05, beta=0.05, batch_size=32, warmup=2_500, max_objects=6,
+        sigma=1.0, alpha=0.05, beta=0.05, batch_size=32, warmup=2_500, data="", max_objects=6,
     ),
     "clevrtex": dict(
         _PAPER,
@@ -47,7 +48,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         _MINI,
         resolution=64, num_slots=7, slot_dim=32, octaves=7, sigma=1.0, pixels_per_step=128,
         query_width=96, query_hidden=192, slot_width=96, steps=10_000, eval_every=2_000,
-        alpha_start=3_000, alpha_warmup=5_000, beta_start=2_000, beta_warmup=5_000, max_objects=6,
+        alpha_start=3_000, alpha_warmup=5_000, beta_start=2_000, beta_warmup=5_000,
+        data="", max_objects=6,
     ),
 }
 # fmt: on

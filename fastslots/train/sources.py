@@ -46,6 +46,7 @@ def open_source(config: TrainConfig, dataset: Any = None) -> Source:
         return _split(dataset, f"{type(dataset).__name__} of {len(dataset)} images", False, config.holdout)
     if config.data.startswith(GIVEN):
         raise UserError(f"the run's images were {config.data.removeprefix(GIVEN)}: name a data set with --data")
+    check_named(config)
     if (config.input == "features") != is_features(config.data):
         raise UserError(
             f"this model reads features of a frozen network, and {config.data} holds none: make them with "
@@ -71,6 +72,16 @@ def open_source(config: TrainConfig, dataset: Any = None) -> Source:
     opened = open_dataset(config.data, max_objects, config.resolution, config.on_bad_record)
     source = _split(opened, str(opened.info), opened.info.published_split, config.holdout)
     return replace(source, warnings=report.warnings, digest=opened.info.digest)
+
+
+def check_named(config: TrainConfig) -> None:
+    """UserError where a preset needs a data set and none is named."""
+    if not config.data:
+        what = f"preset {config.preset_name} is" if config.preset_name else "this configuration is"
+        raise UserError(
+            f"{what} for data that are not built in: name them with --data (docs/data.md says where to get them), "
+            f"or try --data sprites"
+        )
 
 
 def _builtin(config: TrainConfig) -> Source:
