@@ -189,7 +189,7 @@ class Trainer:
         try:
             return training_step(
                 self.model, self.optimizers, self.precision, self.config, self.step + 1, images, self.group
-            )  # the only host sync of a step is inside, where its losses are read
+            )  # a step waits for the device inside, where its losses are read, and nowhere else
         except LostProcessError:
             if self.step:
                 self._checkpoint()

@@ -98,7 +98,8 @@ def training_step(
     images: Tensor,
     group: Group | None = None,
 ) -> dict[str, float]:
-    """Update the weights once -> the step's values, of the global batch. One host sync, for those.
+    """Update the weights once -> the step's values, of the global batch. One host sync for those; foreground
+    sampling, a loss scaler and a group of processes each add one.
 
     images: [b, C, R, R], this process's share of the batch (``group.share(config.batch_size)``; all of it without).
     A non-finite loss or gradient leaves the weights as they were; the caller sees it in ``loss`` or ``grad_norm``. With
