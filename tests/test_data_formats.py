@@ -26,6 +26,8 @@ from fastslots.data.packed import PackedDataset
 from fastslots.data.scene import Scene, preprocess
 from fastslots.data.tfrecord import Records, masked_crc, parse_example
 from fastslots.errors import UserError
+from fastslots.train import TrainConfig
+from fastslots.train.sources import open_source
 
 CLEVR = os.environ.get("FASTSLOTS_CLEVR")
 real = pytest.mark.skipif(not CLEVR, reason="set FASTSLOTS_CLEVR to a folder with CLEVR data")
@@ -115,6 +117,80 @@ def test_npz_in_fortran_order(tmp_path, write):
     assert np.array_equal(dataset[3]["factors"]["latents"], FACTORS["x"][3])
     rows = Member(tmp_path / "x.npz", "arr_0").rows(5)
     assert all(np.array_equal(row, image) for row, image in zip(rows, IMAGES[5:], strict=True))
+
+
+IMAGENET = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+
+
+def clevrtex_arrays(folder: Path, dtype: type = np.float32) -> Path:
+    """The authors' files of ClevrTex: channels first, scaled as DINO takes them; no masks of the training images."""
+    folder.mkdir()
+    mean, std = IMAGENET
+    for name, rows in (("train", slice(0, 3)), ("val", slice(3, 5)), ("test", slice(5, 8))):
+        scaled = ((IMAGES[rows] / 255 - mean) / std).transpose(0, 3, 1, 2)
+        np.savez(folder / f"clevrtex_{name}.npz", scaled.astype(dtype))
+        if name != "train":
+            np.savez(folder / f"clevrtex_{name}_mask.npz", MASKS[rows, None].astype(np.float32))
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_arrays_of_clevrtex(tmp_path, dtype):
+    folder = clevrtex_arrays(tmp_path / "arrays", dtype)
+    one = open_dataset(folder / "clevrtex_val.npz")
+    assert one.info.kind == "npz in the authors' layout, scaled by ImageNet's mean and deviation"
+    assert np.array_equal(one.batch(range(2))[0], IMAGES[3:5]) and np.array_equal(one.batch(range(2))[1], MASKS[3:5])
+    assert one.objects.tolist() == MASKS[3:5].reshape(2, -1).max(1).tolist()
+    with pytest.raises(UserError, match=r"val_mask.npz holds the masks of clevrtex_val.npz: name that file"):
+        open_dataset(folder / "clevrtex_val_mask.npz")
+
+
+def test_a_folder_of_train_val_and_test_is_split_so(tmp_path):
+    folder = clevrtex_arrays(tmp_path / "arrays")
+    pack(folder, tmp_path / "packed")
+    for path in (folder, str(folder / "*.npz"), tmp_path / "packed"):
+        dataset = open_dataset(path)
+        images, masks = dataset.batch(np.arange(8))
+        assert np.array_equal(images, IMAGES) and np.array_equal(masks[3:], MASKS[3:]) and not masks[:3].any()
+        assert "mask" not in dataset[0] and np.array_equal(dataset[4]["mask"], MASKS[4])
+        report = check(path)
+        assert report.splits == "train 3, val 2, test 3 (as the files are named)" and report.unmasked == 3
+        assert "; 3 images have none" in str(report) and not report.warnings
+        splits = open_source(TrainConfig.preset("sprites-mini", data=str(path))).splits
+        assert {name: list(rows) for name, (_, rows) in splits.items()} == {
+            "train": [0, 1, 2], "val": [3, 4], "test": [5, 6, 7],
+        }  # fmt: skip
+    with pytest.raises(UserError, match="nothing tells how many objects"):
+        open_dataset(folder, max_objects=3)
+    (folder / "clevrtex_test.npz").unlink()
+    with pytest.raises(UserError, match=r"test_mask.npz: arr_0 has shape .*: the images of these masks must lie"):
+        open_dataset(folder)
+    (folder / "clevrtex_test_mask.npz").unlink()
+    with pytest.raises(UserError, match=r"val.npz holds npz .* with masks, but .*train.npz holds npz .* without masks"):
+        open_dataset(folder)
+
+
+def test_other_scales_are_told_what_to_do(tmp_path):
+    """[-1, 1], and ImageNet's statistics on pixels that are no 8-bit ones: neither can be known from the values."""
+    mean, std = IMAGENET
+    smooth = np.random.default_rng(0).random((4, 16, 16, 3))
+    for i, images in enumerate((IMAGES / 127.5 - 1, (smooth - mean) / std)):
+        np.savez(tmp_path / f"{i}.npz", images.astype(np.float32))
+        with pytest.raises(UserError, match=r"arr_0\[0\] has values from .*: undo their scaling \(x \* std \+ mean\)"):
+            open_dataset(tmp_path / f"{i}.npz")
+
+
+def test_masks_beside_an_npz_must_fit(tmp_path):
+    np.savez(tmp_path / "x.npz", IMAGES)
+    assert open_dataset(tmp_path / "x.npz").batch(range(8))[1] is None
+    np.savez(tmp_path / "x_mask.npz", MASKS)  # seen, though the images have not changed
+    assert np.array_equal(open_dataset(tmp_path / "x.npz").batch(range(8))[1], MASKS)
+    np.savez(tmp_path / "x_mask.npz", MASKS + 0.5)
+    with pytest.raises(UserError, match=r"x_mask.npz: arr_0\[0\] holds float64: expected integer labels"):
+        open_dataset(tmp_path / "x.npz")
+    np.savez(tmp_path / "x_mask.npz", MASKS[:, ::2])
+    with pytest.raises(UserError, match=r"x_mask.npz: arr_0 has shape \[8, 32, 64\], the images \[8, 64, 64, 3\]"):
+        open_dataset(tmp_path / "x.npz")
 
 
 def test_hdf5(tmp_path):
@@ -227,6 +303,21 @@ def test_packed_sets_can_be_packed_again(tmp_path):
         open_dataset(tmp_path / "third", 4)
     with pytest.raises(UserError, match="was packed with at most 3 objects, not 4"):
         pack(tmp_path / "again", tmp_path / "fourth", max_objects=4)
+
+
+def test_check_answers_for_a_preset(tmp_path, capsys):
+    """It refuses what that preset's training would: pictures do not tell how many objects they show."""
+    (tmp_path / "pictures").mkdir()
+    for i in range(3):
+        Image.fromarray(IMAGES[i]).save(tmp_path / "pictures" / f"{i}.png")
+    check_command = ["data", "check", str(tmp_path / "pictures")]
+    assert main(check_command) == 0 and main([*check_command, "--preset", "sprites-mini"]) == 0
+    assert "32 x 32" in capsys.readouterr().out
+    assert main([*check_command, "--preset", "clevr6-mini"]) == 2
+    assert "nothing tells how many objects" in capsys.readouterr().err.splitlines()[-1]
+    assert main([*check_command, "--preset", "clevr6-mini", "--max-objects", "0"]) == 0
+    assert main([*check_command, "--preset", "clevrtex"]) == 2
+    assert "this model reads features" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_what_is_generated_trains(tmp_path, capsys):

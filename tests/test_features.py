@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from fastslots.cli import main
 from fastslots.data import open_dataset, to_float
-from fastslots.data.features import FeatureDataset, Features, write_features
+from fastslots.data.features import FeatureDataset, Features, check_features, write_features
 from fastslots.data.packed import DatasetInfo
 from fastslots.errors import UserError
 from fastslots.models.vit import load_vit
@@ -183,6 +183,28 @@ def test_features_of_a_data_set(made, checkpoint, tmp_path, capsys):
     assert main(["data", "check", str(made), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["made_by"]["patch"] == PATCH
     assert main(features_command(tmp_path / "data", checkpoint, made)) == 2  # never written over
+
+
+def test_features_keep_the_split_of_files_and_masks_of_some(tmp_path, checkpoint):
+    rng = np.random.default_rng(0)
+    (tmp_path / "arrays").mkdir()
+    for name, count in (("train", 3), ("val", 2), ("test", 1)):
+        np.savez(tmp_path / "arrays" / f"clevrtex_{name}.npz", rng.random((count, 3, 28, 28), np.float32))
+        if name != "train":
+            np.savez(tmp_path / "arrays" / f"clevrtex_{name}_mask.npz", rng.integers(0, 3, (count, 1, 28, 28)))
+    assert main(features_command(tmp_path / "arrays", checkpoint, tmp_path / "features")) == 0
+    report = check_features(tmp_path / "features")
+    assert report.splits == "train 3, val 2, test 1 (as the files are named)"
+    features = FeatureDataset(tmp_path / "features")
+    assert features.info.parts == (3, 2, 1) and features.objects.tolist() == [255] * 3 + [2] * 3
+    given = features.batch(np.arange(6))[1]
+    assert (given == open_dataset(tmp_path / "arrays", size=28).batch(np.arange(6))[1]).all() and not given[:3].any()
+    config = TrainConfig.preset("clevrtex", **TINY, data=str(tmp_path / "features"))
+    assert list(open_source(config).splits["val"][1]) == [3, 4]
+    meta = json.loads((tmp_path / "features" / "meta.json").read_text())
+    (tmp_path / "features" / "meta.json").write_text(json.dumps(meta | {"parts": [3, 2, 2]}))
+    with pytest.raises(UserError, match=r"describes no features .*parts is \[3, 2, 2\], count 6"):
+        FeatureDataset(tmp_path / "features")
 
 
 def test_features_need_no_more_than_python_3_10(tmp_path, checkpoint, monkeypatch):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastslots.cli import features
 from fastslots.errors import UserError
+from fastslots.models.presets import preset_names
 
 
 def add_parser(commands) -> None:
@@ -19,6 +20,7 @@ def add_parser(commands) -> None:
     check.add_argument("path", metavar="PATH", help="file, folder, pattern, or URL of packed folders (s3://...)")
     _add_shape(check)
     _add_policy(check)
+    check.add_argument("--preset", choices=preset_names(), help="its size, object filter and kind of input")
     check.add_argument("--quick", action="store_true", help="read the first scenes alone (default: all, kept decoded)")
     check.add_argument("--json", action="store_true", help="print one JSON object")
     check.set_defaults(run=_check)
@@ -43,8 +45,8 @@ def add_parser(commands) -> None:
 
 
 def _add_shape(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max_objects", "--max-objects", type=int, default=0, help="keep scenes with at most so many")
-    parser.add_argument("--size", type=int, default=0, help="side in pixels (default: 128 for CLEVR, else its own)")
+    parser.add_argument("--max_objects", "--max-objects", type=int, help="keep scenes with at most so many")
+    parser.add_argument("--size", type=int, help="side in pixels (default: 128 for CLEVR, else its own)")
 
 
 def _add_policy(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +60,7 @@ def _add_policy(parser: argparse.ArgumentParser) -> None:
 
 
 def _shape(args: argparse.Namespace) -> dict[str, int | None]:
-    if args.max_objects < 0 or args.size < 0:
+    if min(args.max_objects or 0, args.size or 0) < 0:
         raise UserError("--max_objects and --size must not be negative")
     return {"max_objects": args.max_objects or None, "size": args.size or None}
 
@@ -67,6 +69,8 @@ def _check(args: argparse.Namespace) -> int:
     from fastslots.data.check import check
     from fastslots.data.features import check_features, is_features
 
+    if args.preset:
+        _as_preset(args)
     if is_features(args.path):
         found = check_features(args.path, args.max_objects or None)
         print(json.dumps(dataclasses.asdict(found)) if args.json else found)
@@ -74,6 +78,22 @@ def _check(args: argparse.Namespace) -> int:
     report = check(args.path, **_shape(args), quick=args.quick, on_bad_record=args.on_bad_record)
     print(json.dumps(dataclasses.asdict(report)) if args.json else report)
     return 0
+
+
+def _as_preset(args: argparse.Namespace) -> None:
+    """Ask of the data what ``train PRESET`` would, but for flags that are given."""
+    from fastslots.data import read_batch, to_float
+    from fastslots.data.features import is_features
+    from fastslots.train.config import TrainConfig
+    from fastslots.train.sources import check_shape, open_source
+
+    given = {"max_objects": args.max_objects, "resolution": args.size or None}
+    given = {name: value for name, value in given.items() if value is not None}
+    config = TrainConfig.preset(args.preset, preset_name=args.preset, data=args.path, **given)
+    if config.input == "features" or is_features(args.path):  # at what size they are is no choice
+        dataset, rows = open_source(config).splits["train"]
+        check_shape(config, to_float(read_batch(dataset, rows[:1])[0]))
+    args.max_objects, args.size = config.max_objects, config.resolution
 
 
 def _pack(args: argparse.Namespace) -> int:

@@ -31,17 +31,20 @@ class Report:
     sampled: int
     splits: str
     quick: bool  # only the first scenes were read
+    unmasked: int  # images without a mask, where others have one
     warnings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         info = self.info
         histogram = ", ".join(f"{k}: {n:,}" for k, n in self.objects.items()) or "not known"
+        masks = f"yes, labels up to {self.labels}"
+        masks += f"; {self.unmasked:,} images have none" if self.unmasked else ""
         lines = {
             "data set": info.kind,
             "path": info.path,
             "images": f"{info.count:,}" + (f" of {info.total:,}" if info.count < info.total else ""),
             "size": f"{info.size} x {info.size}",
-            "masks": f"yes, labels up to {self.labels}" if info.has_masks else "no: J-ARI, JIS and ARI need them",
+            "masks": masks if info.has_masks else "no: J-ARI, JIS and ARI need them",
             "objects": histogram,
             "colour": "mean " + ", ".join(f"{c:.1f}" for c in self.mean_colour) + f", std {self.std:.1f}",
             "split": self.splits,
@@ -101,13 +104,15 @@ def _look(dataset: PackedDataset | PackedShards, info: DatasetInfo, max_objects:
     objects = {int(k): int(n) for k, n in zip(values, scenes, strict=True)}
     colour = tuple(float(c) for c in images.mean((0, 1, 2)))
     std, labels = float(images.std((1, 2, 3)).mean()), 0 if masks is None else int(masks.max())
-    splits = "known when the whole set is read" if quick else str(split_indices(len(dataset), info.published_split))
+    known = split_indices(len(dataset), info.published_split, info.parts)
+    splits = "known when the whole set is read" if quick else str(known)
+    unmasked = 0 if masks is None else int((dataset.objects == UNKNOWN).sum())
     warnings = _warnings(info, objects, std, images, masks)
     if info.skipped:
         warnings.append(f"{info.skipped:,} damaged records were left out (on_bad_record skip)")
     if masks is not None:
         # Against the fullest scene, not the scene itself: a crop that hides an object leaves a gap in labels.
-        most = int(dataset.objects.max())
+        most = int(counts.max(initial=0))
         beyond = masks.max((1, 2)) > most
         if beyond.any():
             warnings.append(
@@ -116,9 +121,9 @@ def _look(dataset: PackedDataset | PackedShards, info: DatasetInfo, max_objects:
             )
     if quick:
         info = replace(info, digest="known when the whole set is read")
-    elif len(dataset) < 20:
+    elif len(dataset) < 20 and not info.parts:
         warnings.append("under 20 images: evaluation uses the training images")
-    return Report(info, objects, colour, std, labels, len(rows), splits, quick, warnings)
+    return Report(info, objects, colour, std, labels, len(rows), splits, quick, unmasked, warnings)
 
 
 def _warnings(

@@ -80,7 +80,17 @@ class FeatureDataset:
             published_split=meta["published_split"],
             max_objects=max_objects or meta["max_objects"],
             digest=meta["digest"],
+            parts=self._parts(meta.get("parts")),
         )
+
+    def _parts(self, parts: list[int] | None) -> tuple[int, int, int] | None:
+        """Images of train, val and test that the object filter leaves."""
+        if not parts:
+            return None
+        train, val, test = np.diff(np.searchsorted(self._rows, np.cumsum([0, *parts]))).tolist()
+        if not train * val * test:
+            raise UserError(f"{self._folder}: train, val or test is left without images: raise --max_objects")
+        return train, val, test
 
     def __reduce__(self):
         return FeatureDataset, (self._folder, self.info.max_objects)
@@ -195,7 +205,7 @@ class _Writer(PartialFolder):
         meta = {"magic": MAGIC, "version": VERSION, "kind": source.kind, "source": source.path}
         meta |= {"count": self.state["done"], "side": round(tokens**0.5), "channels": channels, "mask_size": size}
         meta |= {"dtype": self.settings["dtype"], "made_by": self.settings["made_by"]}
-        meta |= {"published_split": source.published_split, "max_objects": source.max_objects}
+        meta |= {"published_split": source.published_split, "max_objects": source.max_objects, "parts": source.parts}
         self.describe(meta, names)
 
 
@@ -223,6 +233,11 @@ def read_meta(folder: Path) -> dict:
             raise ValueError(f"mask_size is {meta['mask_size']!r}")
         if meta["max_objects"] is not None and type(meta["max_objects"]) is not int:
             raise ValueError(f"max_objects is {meta['max_objects']!r}")
+        parts = meta.get("parts")  # older folders do not say
+        if parts is not None and not (type(parts) is list and len(parts) == 3 and all(type(n) is int for n in parts)):
+            raise ValueError(f"parts is {parts!r}")
+        if parts and (min(parts) < 0 or sum(parts) != meta["count"]):
+            raise ValueError(f"parts is {parts!r}, count {meta['count']}")
         for name, kind in _META_TYPES.items():
             if type(meta[name]) is not kind:
                 raise ValueError(f"{name} is {meta[name]!r}")
@@ -286,7 +301,7 @@ def check_features(path: str | Path, max_objects: int | None = None, sample: int
         mean=float(values.mean()),
         std=float(values.std()),
         made_by=dataset.made_by,
-        splits=str(split_indices(len(dataset), info.published_split)),
+        splits=str(split_indices(len(dataset), info.published_split, info.parts)),
         digest=info.digest,
     )
 

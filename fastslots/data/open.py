@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+from fastslots.data.npz import mask_file
 from fastslots.data.packed import VERSION, PackedDataset, is_packed, read_meta
 from fastslots.data.packing import cache_root, write_packed
 from fastslots.data.remote import is_remote, openers
 from fastslots.data.repacked import PackedReader
 from fastslots.data.scene import BadRecordError, Reader, Scene, default_size, preprocess
-from fastslots.data.shards import PackedShards, find_shards
+from fastslots.data.shards import PackedShards, find_shards, published_parts
 from fastslots.errors import UserError
 
 KNOWN = (
@@ -44,8 +45,8 @@ def open_dataset(
 
     Args:
         path: file or folder; or many as one set, in the order of their names: a pattern ("clevr/*.tfrecords"), or a
-            folder that holds data files, or packed folders, of one kind; or the URL of one of the latter in object
-            storage ("s3://bucket/clevr").
+            folder that holds data files, or packed folders, of one kind (three whose names end in train, val and test
+            are these splits); or the URL of one of the latter in object storage ("s3://bucket/clevr").
         max_objects: keep scenes with at most so many (CLEVR6: 6).
         size: side in pixels; None: 128 for CLEVR (after its centred crop), else the set's own.
         on_bad_record: "stop" raises at the first damaged record; "skip" leaves it out, says so and counts it
@@ -124,8 +125,9 @@ def pack(
             raise UserError(f"{place}: packing reads and writes local folders: download the data, pack, and upload OUT")
     shards = find_shards(path)
     unfinished = folder.with_name(folder.name + ".partial")
-    for number, shard in enumerate(shards):
-        target = folder if len(shards) == 1 else unfinished / f"shard-{number:05d}"
+    names = published_parts([str(shard) for shard in shards]) or [f"shard-{i:05d}" for i in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        target = folder if len(shards) == 1 else unfinished / name
         if not is_packed(target):  # else it is there from a call that was interrupted
             reader = recognise(shard)
             _pack(reader, shard, target, size or default_size(reader), max_objects, first, on_bad_record)
@@ -250,8 +252,9 @@ def cache_folder(path: Path, size: int, on_bad_record: str = "stop") -> Path:
 
 
 def _stamp(path: Path) -> list[int]:
-    """Size and time of a file; of a folder, their sums over all files in it."""
-    stats = [p.stat() for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path.stat()]
+    """Size and time of a file (with that of its masks); of a folder, their sums over all files in it."""
+    files = path.rglob("*") if path.is_dir() else [path, mask_file(path)]
+    stats = [p.stat() for p in files if p and p.is_file()]
     return [len(stats), sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)]
 
 

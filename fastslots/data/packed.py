@@ -48,6 +48,7 @@ class DatasetInfo:
     max_objects: int | None  # the filter, here or when it was packed
     digest: str  # of all images, masks and object counts: the fingerprint
     skipped: int = 0  # damaged records that were left out (``on_bad_record="skip"``)
+    parts: tuple[int, int, int] | None = None  # images of train, val and test, where the files are named so
 
     def __str__(self) -> str:
         some = f"{self.count:,} of {self.total:,}" if self.count < self.total else f"{self.total:,}"

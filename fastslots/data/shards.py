@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import re
 from pathlib import Path
 
 import numpy as np
 
+from fastslots.data.npz import images_of
 from fastslots.data.packed import DatasetInfo, PackedDataset, is_packed
 from fastslots.data.ranges import gather
 from fastslots.errors import UserError
 
 SUFFIXES = (".tfrecord", ".tfrecords", ".npz", ".hdf5", ".h5")
+SPLITS = ("train", "val", "test")
 
 
 def find_shards(path: str | Path) -> list[Path]:
@@ -24,6 +27,7 @@ def find_shards(path: str | Path) -> list[Path]:
             found = _inside(Path(path)) if Path(path).is_dir() and not is_packed(Path(path)) else []
             return found or [Path(path)]
         found = sorted(Path(name) for name in glob.glob(str(path))) if glob.has_magic(str(path)) else []
+        found = [p for p in found if not images_of(p)]
     except (OSError, ValueError) as error:  # too long a name, a null byte
         raise UserError(f"{str(path)!r} is no path ({error})") from None
     if not found:
@@ -36,11 +40,25 @@ def _inside(folder: Path) -> list[Path]:
     if (folder / "scenes").is_dir():
         return []
     entries = sorted(p for p in folder.iterdir() if p.suffix != ".partial")
-    return [p for p in entries if is_packed(p)] or [p for p in entries if p.suffix in SUFFIXES and p.is_file()]
+    return [p for p in entries if is_packed(p)] or [
+        p for p in entries if p.suffix in SUFFIXES and p.is_file() and not images_of(p)
+    ]
+
+
+def published_parts(names: list[str]) -> list[str] | None:
+    """The split that each file or folder is of, where there are three and their names end in train, val and test."""
+    found = [re.fullmatch(r"(.*[_-])?(train|val|test)(\.\w+)?", Path(name).name) for name in names]
+    if len(found) != 3 or not all(found) or len({m[1] for m in found if m}) > 1:
+        return None
+    splits = [m[2] for m in found if m]
+    return splits if sorted(splits) == sorted(SPLITS) else None
 
 
 class PackedShards:
     """Map-style, as ``PackedDataset``: the scenes of several, in order.
+
+    Three whose names end in train, val and test are those splits, in this order, and may be without masks: in ``batch``
+    these are background all over, and objects unknown.
 
     Raises UserError that names the shard which differs from the first in kind, size or masks.
     """
@@ -48,9 +66,12 @@ class PackedShards:
     def __init__(self, parts: list[PackedDataset], path: str, lost: int = 0):
         if not parts:
             raise UserError(f"{path}: none of its files can be read")
+        splits = None if lost else published_parts([part.info.path for part in parts])
+        if splits:
+            parts = [parts[splits.index(name)] for name in SPLITS]
         first = parts[0].info
         for part in parts:
-            one, other = ((i.kind, i.size, i.has_masks) for i in (first, part.info))
+            one, other = ((i.kind, i.size, i.has_masks or bool(splits)) for i in (first, part.info))
             if one != other:
                 raise UserError(
                     f"{part.info.path} holds {_what(part.info)}, but {first.path} holds {_what(first)}: "
@@ -58,6 +79,9 @@ class PackedShards:
                 )
         self._parts, self.ranged = parts, any(part.ranged for part in parts)
         self._starts = np.cumsum([0, *map(len, parts)])
+        train, val, test = (len(part) for part in parts) if splits else (1, 1, 1)
+        if not train * val * test:
+            raise UserError(f"{path}: train, val or test is left without images: raise --max_objects")
         self.objects = np.concatenate([part.objects for part in parts])
         fingerprint = hashlib.blake2b(" ".join(part.info.digest for part in parts).encode(), digest_size=16)
         self.info = DatasetInfo(
@@ -66,11 +90,12 @@ class PackedShards:
             count=len(self),
             total=sum(part.info.total for part in parts),
             size=first.size,
-            has_masks=first.has_masks,
+            has_masks=any(part.info.has_masks for part in parts),
             published_split=False,
             max_objects=first.max_objects,
             digest=fingerprint.hexdigest(),
             skipped=lost + sum(part.info.skipped for part in parts),
+            parts=(train, val, test) if splits else None,
         )
 
     def __len__(self) -> int:
@@ -92,9 +117,11 @@ class PackedShards:
         read = iter(gather([ask for some in asks for ask in some]))  # of all parts together, where they are far away
         shapes = [(len(indices), size, size, 3), (len(indices), size, size)][: 1 + (masks and self.info.has_masks)]
         arrays = [np.empty(shape, np.uint8) for shape in shapes]
-        for _, rows in places:
-            for array in arrays:
+        for part, rows in places:
+            for array in arrays[: 1 + self._parts[part].info.has_masks]:
                 array[rows] = next(read)
+            for array in arrays[1 + self._parts[part].info.has_masks :]:
+                array[rows] = 0
         return arrays[0], arrays[1] if len(arrays) > 1 else None
 
     def factors_of(self, indices: np.ndarray) -> dict[str, np.ndarray]:

@@ -20,12 +20,16 @@ class Splits:
         return f"train {len(self.train)}, val {len(self.val)}, test {len(self.test)} ({self.note})"
 
 
-def split_indices(n: int, published: bool = False) -> Splits:
+def split_indices(n: int, published: bool = False, parts: tuple[int, int, int] | None = None) -> Splits:
     """Ranges of n images in file order.
 
-    published: the authors' npz, split as they do where the count is theirs. Any other set: the last 5 % is val, the
-    5 % before it test, at least one image each; under 20 images, evaluation uses the training images.
+    published: the authors' npz, split as they do where the count is theirs. parts: images of train, val and test, one
+    after another, where their files are named so. Any other set: the last 5 % is val, the 5 % before it test, at least
+    one image each; under 20 images, evaluation uses the training images.
     """
+    if parts:
+        train, val, _ = parts
+        return Splits(range(train), range(train, train + val), range(train + val, n), "as the files are named")
     if published and n in PUBLISHED:
         train, val, _ = PUBLISHED[n]
         return Splits(range(train), range(train, train + val), range(train + val, n), "the published split")

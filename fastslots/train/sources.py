@@ -12,6 +12,7 @@ from fastslots.data import SpritesDataset, split_indices
 from fastslots.data.factors import factor_words, numbered_objects
 from fastslots.data.features import FeatureDataset, is_features
 from fastslots.data.holdout import Holdout
+from fastslots.data.packed import DatasetInfo
 from fastslots.data.sampling import Purpose, step_seed
 from fastslots.data.sprites import FACTORS
 from fastslots.errors import UserError
@@ -43,7 +44,7 @@ def open_source(config: TrainConfig, dataset: Any = None) -> Source:
     Raises UserError where training would fail: unreadable data, or images of another shape than the model's.
     """
     if dataset is not None:
-        return _split(dataset, f"{type(dataset).__name__} of {len(dataset)} images", False, config.holdout)
+        return _split(dataset, f"{type(dataset).__name__} of {len(dataset)} images", config.holdout)
     if config.data.startswith(GIVEN):
         raise UserError(f"the run's images were {config.data.removeprefix(GIVEN)}: name a data set with --data")
     check_named(config)
@@ -57,7 +58,7 @@ def open_source(config: TrainConfig, dataset: Any = None) -> Source:
     if config.input == "features":
         features = FeatureDataset(Path(config.data), config.max_objects or None)
         made = f"{features.channels} x {features.side} x {features.side} by {features.made_by.get('checkpoint')}"
-        source = _split(features, f"{features.info}; {made}", features.info.published_split, config.holdout)
+        source = _split(features, f"{features.info}; {made}", config.holdout, features.info)
         return replace(source, digest=features.info.digest)
     if config.data == "sprites":
         return _builtin(config)
@@ -70,7 +71,7 @@ def open_source(config: TrainConfig, dataset: Any = None) -> Source:
     quick = is_remote(config.data)
     report = check(config.data, max_objects, config.resolution, quick=quick, on_bad_record=config.on_bad_record)
     opened = open_dataset(config.data, max_objects, config.resolution, config.on_bad_record)
-    source = _split(opened, str(opened.info), opened.info.published_split, config.holdout)
+    source = _split(opened, str(opened.info), config.holdout, opened.info)
     return replace(source, warnings=report.warnings, digest=opened.info.digest)
 
 
@@ -155,10 +156,10 @@ def _objects(config: TrainConfig) -> tuple[int, int]:
     return 2, max(2, min(config.num_slots - 1, 4))  # a slot is left for the background
 
 
-def _split(dataset: Any, description: str, published: bool, holdout: str) -> Source:
+def _split(dataset: Any, description: str, holdout: str, info: DatasetInfo | None = None) -> Source:
     if not len(dataset):
         raise UserError(f"{description}: no images are left; raise --max_objects or name another data set")
-    splits = split_indices(len(dataset), published)
+    splits = split_indices(len(dataset), *((info.published_split, info.parts) if info else ()))
     rows = {"train": splits.train, "val": splits.val, "test": splits.test}
     if not holdout:
         parts = {name: (dataset, part) for name, part in rows.items()}
