@@ -7,13 +7,11 @@ of what is expected.
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -413,19 +411,3 @@ def test_the_reference_agrees_through_the_whole_public_loss():
         assert_close(a, b, 1e-4)
     slot_map = reference.decode(inputs.queries, inputs.layers, inputs.head)[1]
     torch.testing.assert_close(auto.interaction, reference.interaction_penalty(slot_map), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without large pages")
-def test_large_outputs_ask_for_large_pages():
-    """Faults of 4 KiB pages took half of cross_attention's time."""
-    q, kv = torch.randn(1, 12, 8192, 43), torch.randn(1, 12, 7, 43)
-    out, _ = ops.cross_attention(q, kv, kv, backend="cpu")
-    middle, flags = out.data_ptr() + out.nbytes // 2, ""
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        found = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
-        if found:
-            inside = int(found[1], 16) <= middle < int(found[2], 16)
-        elif inside and line.startswith("VmFlags:"):
-            flags = line
-    assert " hg" in flags, "the mapping of 17 MB of output was not advised"

@@ -10,8 +10,6 @@
 #include <type_traits>
 #include <vector>
 
-#include "pages.h"
-
 namespace nb = nanobind;
 
 constexpr int64_t kAny = -1;
@@ -24,12 +22,7 @@ class Arrays {
   const T* input(nb::handle object, const char* name, const Shape& shape) { return take<const T>(object, name, shape); }
 
   T* output(nb::handle object, const char* name, const Shape& shape) {
-    if (object.is_none()) return nullptr;
-    T* const data = take<T>(object, name, shape);
-    size_t bytes = sizeof(T);
-    for (int64_t axis : last_shape_) bytes *= size_t(axis);
-    fastslots::prefer_large_pages(data, bytes);
-    return data;
+    return object.is_none() ? nullptr : take<T>(object, name, shape);
   }
 
   const uint8_t* mask(nb::handle object, const Shape& shape) {
