@@ -30,6 +30,11 @@ TINY |= dict(query_width=16, query_hidden=16, slot_width=16, slot_hidden=16, dec
 TINY |= dict(resolution=GRID, batch_size=4, steps=2, eval_images=3, eval_every=0, threads=1)
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("FASTSLOTS_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 def weights(seed: int = 0, layer_scale: bool = False) -> dict[str, torch.Tensor]:
     """A random ViT under timm's names; no two sizes coincide."""
     generator = torch.Generator().manual_seed(seed)
