@@ -1,7 +1,7 @@
 """Kernels as differentiable torch operators: the only file that registers ops with ``torch.library``.
 
 They work in eager mode, under ``torch.compile(fullgraph=True)`` and ``export``. Inside forward-mode AD and functorch
-transforms they would answer with silent zeros: ``backends.explain`` takes the reference there. Outputs that no one used
+transforms they would answer with silent zeros: ``backends.select`` takes the reference there. Outputs that no one used
 come to a backward as zeros (autograd makes them), so kernels always see both cotangents.
 """
 
