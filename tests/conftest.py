@@ -16,6 +16,8 @@ import pytest
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # before torch: each its share of the cores
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin for one another take a busy machine's cores
+
 import torch
 
 if not torch.cuda.is_available():
@@ -105,6 +107,15 @@ class Commands:
         for command in self.unwaited:  # of a test that failed: it would go on for hours
             command.kill(signal.SIGKILL)
         self._parent.communicate()
+
+
+@pytest.fixture(params=[2, 3])
+def threads(request) -> Iterator[int]:
+    """Of torch: what repeats on one thread may not on two, and three never share work evenly."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -253,9 +253,10 @@ def test_a_resume_on_other_data_says_so(tmp_path):
 # ---- the clock -------------------------------------------------------------------------------------------------------
 
 
-def test_a_clock_that_jumps_between_two_parts_of_a_run_changes_nothing(commands, tmp_path):
+def test_a_clock_that_jumps_between_two_parts_of_a_run_changes_nothing(commands, tmp_path, threads):
     """Wall clock and the times of all files, before and after a kill: what is newest is told by its step."""
-    config = config_of(steps=60, checkpoint_every=3, eval_every=20, keep_checkpoints=3)
+    few = dict(checkpoint_every=3, eval_every=20, keep_checkpoints=3, pixels_per_step=40 if threads == 2 else 0)
+    config = config_of(steps=60, threads=threads, **few)
     whole, out = fit(config, out=tmp_path / "whole").out, tmp_path / "run"
     (tmp_path / "fields.json").write_text(json.dumps(asdict(config)))
     argv, rng = ["train", "--config", str(tmp_path / "fields.json"), "--resume", "--out", str(out)], random.Random(3)

@@ -215,6 +215,18 @@ def test_same_bits_twice(setup):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_a_pixels_subset_has_the_same_bits_every_time(threads):
+    """Pixels that many images have drawn, whose gradients meet in the queries: no order but one may add them."""
+    torch.manual_seed(0)
+    decoder = SlotVAE(SlotVAEConfig.preset("sprites-mini")).decoder
+    slots, images, pixels = torch.randn(32, 4, 16), torch.rand(32, 3, 32, 32), torch.randint(1024, (32, 64))
+    first, *others = (
+        torch.autograd.grad(decoder.loss(slots, images, 1.0, 1.0, pixels=pixels).total, list(decoder.parameters()))
+        for _ in range(6)
+    )
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
 def test_decoder_loss_is_public_through_tensors(setup):
     model, slots, images = setup
     terms = decoder_loss(inputs_of(model, slots, images))

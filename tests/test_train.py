@@ -63,9 +63,11 @@ def test_a_run_learns_and_leaves_all_its_files(tmp_path, capsys):
     assert "images/s" in capsys.readouterr().err
 
 
-def test_resume_is_bit_identical_and_cuts_the_log(tmp_path):
-    whole = fit(tiny(steps=6, pixels_per_step=20, pixel_sampling="foreground"), out=tmp_path / "whole").out
-    config = tiny(steps=6, pixels_per_step=20, pixel_sampling="foreground")
+@pytest.mark.parametrize("pixels", [0, 20, 100])
+def test_resume_is_bit_identical_and_cuts_the_log(tmp_path, threads, pixels):
+    """Few pixels have rows of their own in the queries' MLP, many are picked out of all, all need no pick."""
+    config = tiny(steps=6, pixels_per_step=pixels, threads=threads)
+    whole = fit(config, out=tmp_path / "whole").out
     part = tmp_path / "part"
     fit(config, out=part)
     for name in ("step_00000006.safetensors", "best.safetensors"):

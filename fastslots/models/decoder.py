@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from fastslots.models.config import SlotVAEConfig
-from fastslots.models.layers import FeedForwardLayer, grid, mlp, xavier_
+from fastslots.models.layers import FeedForwardLayer, grid, mlp, rows_at, xavier_
 from fastslots.nn import AttentionProjections
 from fastslots.ops import checks, decoder_layer
 from fastslots.ops.backends import is_traced
@@ -71,7 +71,7 @@ class Decoder(nn.Module):
     def _queries_at(self, pixels: Tensor) -> Tensor:
         """Queries of each image's own pixels, [B, P] int64 -> [B, P, query_width]: by whichever is less work."""
         code = cast(Tensor, self.position_code)
-        return self.query_mlp(code[pixels]) if pixels.numel() < len(code) else self.queries()[0][pixels]
+        return self.query_mlp(code[pixels]) if pixels.numel() < len(code) else rows_at(self.queries()[0], pixels)
 
     def layers(self, slots: Tensor) -> list[tuple[FoldedProjections, FeedForward]]:
         """What each layer needs to know of the slots and of its weights; K rows an image, in fp32."""

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from fastslots.models.broadcast import BroadcastDecoder
 from fastslots.models.decoder import Decoder, DecoderLayer
+from fastslots.models.layers import rows_at
 from fastslots.models.second_order import second_order
 from fastslots.ops import backends
 from fastslots.ops.backends import is_traced
@@ -132,7 +133,7 @@ def _transformer(decoder: Decoder, slots: Tensor, request: Request) -> Tensor:
     with torch.set_grad_enabled(request.differentiable):
         queries = decoder.queries()
         if request.pixels is not None:
-            queries = queries[0][request.pixels]
+            queries = rows_at(queries[0], request.pixels)
     name = _backend(decoder, slots, queries, request)
     if name != "reference":
         return _by_kernel(decoder, slots, queries, request.slot_mask, name)

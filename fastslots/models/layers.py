@@ -41,6 +41,17 @@ def xavier_(transformer: nn.Module) -> None:
             nn.init.xavier_uniform_(parameter)
 
 
+def rows_at(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of x [L, width] at index [...] int64 -> [..., width], with a gradient that has the same bits every time.
+
+    On a CPU torch adds an advanced index's gradients with atomics, in the order in which threads come, and those of
+    ``index_select`` one after the other; on a GPU it is the other way round.
+    """
+    if x.device.type != "cpu":
+        return x[index]
+    return x.index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
 def grid(side: int) -> Tensor:
     """Coordinates (y, x) in [0, 1] of a square grid, row by row: [side², 2] fp32."""
     axis = torch.linspace(0, 1, side)
