@@ -54,7 +54,7 @@ class Options:
             return 2
         if self.device == "cpu":
             return 4
-        from fastslots.models.presets import PRESETS
+        from fastslots.config.presets import PRESETS
 
         return PRESETS[self.preset]["batch_size"]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastslots import ops
 from fastslots.bench import peers, published
 from fastslots.bench.case import Case, Options, Provider, Run, Tensors, model_axes
-from fastslots.kernels.cost import eager_cost
+from fastslots.kernels.tools.cost import eager_cost
 from fastslots.models import SlotVAEConfig
 from fastslots.models.decoder import Decoder, DecoderLayer
 from fastslots.ops import backends, reference

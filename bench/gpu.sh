@@ -41,9 +41,9 @@ bench() { # exit code 1: a provider was wrong; its row says so, and the others a
 
 say correctness
 if [ -n "$dry" ]; then
-  pytest -q -x tests/test_triton_ops.py -k "one-pixel"
+  pytest -q -x tests/ops/test_triton_ops.py -k "one-pixel"
 else
-  pytest -q -x tests/test_triton_ops.py tests/test_ops_reference.py
+  pytest -q -x tests/ops/test_triton_ops.py tests/ops/test_ops_reference.py
 fi
 
 say "16 bits, compiled peers included"

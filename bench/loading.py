@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastslots.bench.case import Case, Options, Provider, Run, Tensors
 from fastslots.data.loader import Loader, to_float
-from fastslots.data.packed import PackedDataset
-from fastslots.data.packing import write_packed
-from fastslots.data.scene import Scene
+from fastslots.data.packed.dataset import PackedDataset
+from fastslots.data.packed.writer import write_packed
+from fastslots.data.readers.scene import Scene
 
 IMAGES = 2_000
 STEPS = 8  # a timed call
@@ -43,7 +43,7 @@ class FloatImages(Dataset):
 
 def loader_case(options: Options) -> Case:
     """STEPS batches of the preset's size a call, by iterators of torch's DataLoader and by ours."""
-    from fastslots.models.presets import PRESETS
+    from fastslots.config.presets import PRESETS
 
     config = options.config()
     batch = options.batch or (4 if options.tiny else PRESETS[options.preset]["batch_size"])

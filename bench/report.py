@@ -13,8 +13,8 @@ from fastslots.bench.rows import Row
 from fastslots.bench.run import baseline
 from fastslots.bench.scaling import SWEEPS, growth, overtakes
 from fastslots.bench.tables import HEADER, cells, heading, markdown, megabytes, seconds, times
+from fastslots.config.presets import PRESETS
 from fastslots.errors import UserError
-from fastslots.models.presets import PRESETS
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 TITLES = {

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastslots.config.model import SlotVAEConfig
 from fastslots.errors import UserError
-from fastslots.models.config import SlotVAEConfig
-from fastslots.models.storage import read_state
 from fastslots.models.vae import SlotVAE
+from fastslots.models.weights import read_state
 
 # ours -> theirs, tried in order; \1 is a layer's or a module's number
 _NAMES = [

@@ -235,7 +235,7 @@ MAKES_QUERIES = True
 def decoder_loss(
     inputs: Any, need_grads: Sequence[bool], grad_scale: float | Tensor = 1.0
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """Loss terms of ``fastslots.ops.tiled.LossInputs`` and the gradients of ``grad_scale · total``.
+    """Loss terms of ``fastslots.ops.decoder_loss.LossInputs`` and the gradients of ``grad_scale · total``.
 
     A tile of pixels runs through the whole decoder and back in a core's cache; see ``kernels/cpu/decoder_loss.h``.
 
@@ -278,8 +278,8 @@ def slot_jacobian(
 ) -> Tensor:
     """Σ over channels and a slot's numbers of |∂x̂/∂z|: [B, K, L]; see ``kernels/cpu/slot_jacobian.h``.
 
-    tensors: a decoder (``fastslots.ops.tiled.decoder_tensors``). tangents: of each layer, query weight [H·d, D] and
-    bias, weight and bias of the norm before it, output weight [D, H·d], scale · ∂k/∂z and ∂v/∂z [B, K, Z, H·d].
+    tensors: a decoder (``ops.decoder_loss.decoder_tensors``). tangents: of each layer, query weight [H·d, D] and bias,
+    weight and bias of the norm before it, output weight [D, H·d], scale · ∂k/∂z and ∂v/∂z [B, K, Z, H·d].
     """
     dtype = _wide(tensors[0].dtype)
     B, K = tangents[0][5].shape[:2]

@@ -10,7 +10,7 @@ import numpy as np
 from wire import message
 
 from fastslots.data import SpritesDataset
-from fastslots.data.tfrecord import masked_crc
+from fastslots.data.readers.tfrecord import masked_crc
 
 SPRITES = SpritesDataset(5, 64, (2, 4), 8)
 IMAGES, MASKS, FACTORS = SPRITES.scenes(range(8))

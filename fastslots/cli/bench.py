@@ -9,8 +9,8 @@ import time
 from functools import partial
 from pathlib import Path
 
+from fastslots.config.presets import preset_names
 from fastslots.errors import UserError
-from fastslots.models.presets import preset_names
 
 CASES = ("op", "block", "layer", "step", "jacobian", "loader")
 AXES = ("resolution", "slots", "batch", "heads", "threads")

@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 
 from fastslots.cli import features
+from fastslots.config.presets import preset_names
 from fastslots.errors import UserError
-from fastslots.models.presets import preset_names
 
 
 def add_parser(commands) -> None:
@@ -67,7 +67,7 @@ def _shape(args: argparse.Namespace) -> dict[str, int | None]:
 
 def _check(args: argparse.Namespace) -> int:
     from fastslots.data.check import check
-    from fastslots.data.features import check_features, is_features
+    from fastslots.data.packed.features import check_features, is_features
 
     if args.preset:
         _as_preset(args)
@@ -82,10 +82,10 @@ def _check(args: argparse.Namespace) -> int:
 
 def _as_preset(args: argparse.Namespace) -> None:
     """Ask of the data what ``train PRESET`` would, but for flags that are given."""
+    from fastslots.config.run import TrainConfig
     from fastslots.data import read_batch, to_float
-    from fastslots.data.features import is_features
-    from fastslots.train.config import TrainConfig
-    from fastslots.train.sources import check_shape, open_source
+    from fastslots.data.packed.features import is_features
+    from fastslots.data.sources import check_shape, open_source
 
     given = {"max_objects": args.max_objects, "resolution": args.size or None}
     given = {name: value for name, value in given.items() if value is not None}
@@ -107,9 +107,9 @@ def _pack(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     from fastslots.data.open import Progress
-    from fastslots.data.packed import PackedDataset
-    from fastslots.data.packing import write_packed
-    from fastslots.data.scene import Scene
+    from fastslots.data.packed.dataset import PackedDataset
+    from fastslots.data.packed.writer import write_packed
+    from fastslots.data.readers.scene import Scene
     from fastslots.data.sprites import SpritesDataset
 
     try:

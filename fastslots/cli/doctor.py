@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _versions(found: Findings) -> None:
-    from fastslots.report.data import PACKAGES, versions
+    from fastslots.runs.machine import PACKAGES, versions
 
     for package, text in versions(PACKAGES + OPTIONAL).items():
         found.say(package, text)
@@ -74,7 +74,7 @@ def _versions(found: Findings) -> None:
 def _processors(found: Findings) -> None:
     import torch
 
-    from fastslots.train.machine import usable_cores
+    from fastslots.runs.machine import usable_cores
 
     usable, threads = usable_cores(), torch.get_num_threads()
     text = f"{os.cpu_count()} processors, {usable} for this process, torch uses {threads} threads"
@@ -144,7 +144,7 @@ def _backends(found: Findings) -> None:
 
 def _folders(found: Findings) -> None:
     """The places that fastslots writes to."""
-    from fastslots.data.packing import cache_root
+    from fastslots.data.packed.writer import cache_root
 
     for name, folder, flag in (("cache", cache_root(), "FASTSLOTS_CACHE"), ("runs", Path("runs").absolute(), "--out")):
         existing = next(path for path in (folder, *folder.parents) if path.exists())
@@ -225,7 +225,7 @@ def _self_check(found: Findings) -> bool:
 
 def _train_a_little() -> tuple[float, str]:
     """(images a second, what went wrong) of a short run of the smallest preset."""
-    from fastslots.report.curves import MetricsReader
+    from fastslots.runs.curves import MetricsReader
     from fastslots.train import TrainConfig, fit
 
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as silence:

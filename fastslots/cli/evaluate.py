@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from fastslots.cli.common import progress_of
+from fastslots.config.run import read_config
 from fastslots.errors import UserError
-from fastslots.train.config import read_config
 
 
 def add_parser(commands) -> None:
@@ -55,10 +55,10 @@ def add_parser(commands) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.images < 0 or (args.batch_size is not None and args.batch_size < 1):
         raise UserError("--images must be at least 0 and --batch_size at least 1")
-    from fastslots.models.storage import load_weights, weights_name, weights_path
-    from fastslots.train import analysis
-    from fastslots.train.evaluate import PAPER, WITH_MASKS, evaluate
-    from fastslots.train.sources import open_source
+    from fastslots.data.sources import open_source
+    from fastslots.evaluation import analyses
+    from fastslots.evaluation.evaluate import PAPER, WITH_MASKS, evaluate
+    from fastslots.models.weights import load_weights, weights_name, weights_path
 
     path = weights_path(args.run_folder, args.weights)
     model, weights = load_weights(path), weights_name(args.run_folder, path)
@@ -85,13 +85,13 @@ def run(args: argparse.Namespace) -> int:
     )
     scores |= {name: None for name in WITH_MASKS if name not in scores}
     if args.interaction_order:
-        scores |= analysis.order_scores(*asked)
+        scores |= analyses.order_scores(*asked)
     if args.attributes:
-        scores |= analysis.attribute_scores(*asked)
+        scores |= analyses.attribute_scores(*asked)
     if args.recombination:
-        scores |= analysis.recombination_scores(*asked)
+        scores |= analyses.recombination_scores(*asked)
     if args.composition:
-        scores |= analysis.composition_scores(model, config, args.images, args.batch_size or 10)
+        scores |= analyses.composition_scores(model, config, args.images, args.batch_size or 10)
     if counted:
         first = f", the first {counted} of each" if counted < batch else ""
         scores |= {"score_mode": "paper", "score_batches": f"J-ARI and JIS: means over batches of {batch}{first}"}

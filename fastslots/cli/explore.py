@@ -26,10 +26,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--port must be between 0 and 65535")
     if not importlib.util.find_spec("flask"):
         raise UserError("explore needs Flask: pip install 'fastslots[explore]'")
-    from fastslots.models.storage import load_run
+    from fastslots.config.run import read_config
+    from fastslots.models.weights import load_run
     from fastslots.report.live import Session
     from fastslots.report.server import serve
-    from fastslots.train.config import read_config
 
     model = load_run(args.run_folder, args.weights)
     config = read_config(args.run_folder / "config.json", device="auto")
@@ -56,8 +56,8 @@ def held_out(run: Path, config):
     import torch
 
     from fastslots.data import read_batch, to_float
-    from fastslots.train.report import other_data
-    from fastslots.train.sources import open_source
+    from fastslots.data.sources import open_source
+    from fastslots.report.write import other_data
 
     try:
         source = open_source(config)

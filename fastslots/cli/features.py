@@ -42,9 +42,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{args.out} exists already: remove it or name another folder")
     if min(args.grid, args.size, args.batch_size) < 1 or min(args.heads, args.max_objects) < 0:
         raise UserError("--grid, --size and --batch_size must be at least 1, --heads and --max_objects at least 0")
-    from fastslots.data.features import FeatureDataset
-    from fastslots.train.config import TrainConfig
-    from fastslots.train.features import make_features
+    from fastslots.config.run import TrainConfig
+    from fastslots.data.packed.features import FeatureDataset
+    from fastslots.features import make_features
 
     device = TrainConfig(device=args.device).torch_device()
     make_features(

@@ -36,7 +36,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def _compile(args: argparse.Namespace) -> int:
     _need_triton()
-    from fastslots.kernels import _tiles, report, shipped
+    from fastslots.kernels.gpu import _tiles
+    from fastslots.kernels.tools import shipped
+    from fastslots.kernels.tools import tables as report
 
     if _tiles.INTERPRETED.value:
         raise UserError("TRITON_INTERPRET is set, so there is nothing to compile: unset it")
@@ -69,7 +71,8 @@ def _compile(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     _need_triton()
-    from fastslots.kernels import report, roofline
+    from fastslots.kernels.tools import roofline
+    from fastslots.kernels.tools import tables as report
 
     files = sorted(args.dir.rglob("*.json")) if args.dir.is_dir() else []
     rows = [row for row in (json.loads(file.read_text()) for file in files) if "tensor_cores" in row]
@@ -94,7 +97,8 @@ def _tune(args: argparse.Namespace) -> int:
             "`fastslots kernels tune` times kernels on a GPU, and torch sees none here: run it on a GPU, or add --dry"
         )
     _need_triton()
-    from fastslots.kernels import launch, shipped, tune
+    from fastslots.kernels.gpu import launch
+    from fastslots.kernels.tools import shipped, tune
 
     presets = args.preset or list(shipped.PRESETS)
     unknown = [name for name in presets if name not in shipped.PRESETS]

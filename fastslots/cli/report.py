@@ -21,8 +21,8 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fastslots.models.storage import check_run
-    from fastslots.train.report import write_report
+    from fastslots.models.weights import check_run
+    from fastslots.report.write import write_report
 
     for folder in args.runs:
         check_run(folder)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fastslots.cli.train import DEFAULT_PRESET, add_fields, preset_of
+from fastslots.config.presets import preset_names
 from fastslots.errors import UserError
-from fastslots.models.presets import preset_names
 
 
 def add_parser(commands) -> None:
@@ -92,10 +92,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--seeds and --jobs must be at least 1")
     if args.trial_cpus <= 0 or args.trial_gpus < 0:
         raise UserError("--trial_cpus must be above 0, --trial_gpus at least 0")
-    from fastslots.train.sources import check_named
-    from fastslots.train.sweep import make_trials, run_trials
-    from fastslots.train.sweep_ray import run_on_ray
-    from fastslots.train.sweep_table import write_sweep
+    from fastslots.data.sources import check_named
+    from fastslots.sweep.ray import run_on_ray
+    from fastslots.sweep.tables import write_sweep
+    from fastslots.sweep.trials import make_trials, run_trials
 
     varied = {name: values for name, values in given.items() if len(values) > 1}
     fixed = {name: values[0] for name, values in given.items() if len(values) == 1}

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from fastslots.config.presets import preset_names
+from fastslots.config.run import TrainConfig, read_config
 from fastslots.errors import UserError, print_error
-from fastslots.models.presets import preset_names
-from fastslots.train.config import TrainConfig, read_config
 
 DEFAULT_PRESET = "sprites-mini"
 CONFIG_HELP = "fields from a run's config.json; what it leaves out is PRESET's, or without one the default given below"
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     config = config_of(args)
     if args.resume and args.out is None:
         raise UserError("--resume needs --out, the folder of the run to go on with")
-    from fastslots.train.distributed import LostProcessError
+    from fastslots.distributed import LostProcessError
     from fastslots.train.loop import NonFiniteLossError, fit
 
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastslots.data.pictures import CODES
+from fastslots.data.readers.pictures import CODES
 from fastslots.data.sprites import SHAPES, SpritesDataset
 from fastslots.errors import UserError
 

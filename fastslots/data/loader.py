@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastslots.data.ranges import AHEAD
+from fastslots.data.packed.ranges import AHEAD
 from fastslots.data.sampling import batch_indices
 from fastslots.errors import UserError
 

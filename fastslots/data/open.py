@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from fastslots.data.npz import mask_file
-from fastslots.data.packed import VERSION, PackedDataset, is_packed, read_meta
-from fastslots.data.packing import cache_root, write_packed
-from fastslots.data.remote import is_remote, openers
-from fastslots.data.repacked import PackedReader
-from fastslots.data.scene import BadRecordError, Reader, Scene, default_size, preprocess
-from fastslots.data.shards import PackedShards, find_shards, published_parts
+from fastslots.data.packed.as_reader import PackedReader
+from fastslots.data.packed.dataset import VERSION, PackedDataset, is_packed, read_meta
+from fastslots.data.packed.remote import is_remote, openers
+from fastslots.data.packed.shards import PackedShards, find_shards, published_parts
+from fastslots.data.packed.writer import cache_root, write_packed
+from fastslots.data.readers.npz import mask_file
+from fastslots.data.readers.scene import BadRecordError, Reader, Scene, default_size, preprocess
 from fastslots.errors import UserError
 
 KNOWN = (
@@ -208,8 +208,8 @@ def recognise(path: Path) -> Reader:
 
 
 def _recognise_folder(path: Path) -> Reader:
-    from fastslots.data.clevrtex import ClevrTexReader
-    from fastslots.data.pictures import ClevrReader, FolderReader
+    from fastslots.data.readers.clevrtex import ClevrTexReader
+    from fastslots.data.readers.pictures import ClevrReader, FolderReader
 
     if is_packed(path):
         return PackedReader(path)
@@ -228,10 +228,10 @@ def _recognise_folder(path: Path) -> Reader:
 def _recognise_file(path: Path) -> Reader:
     with open(path, "rb") as file:
         head = file.read(8)
-    from fastslots.data.hdf5 import MAGIC, Hdf5Reader
-    from fastslots.data.multi_object import MultiObjectReader
-    from fastslots.data.npz import NpzReader
-    from fastslots.data.tfrecord import looks_like_tfrecord, read_head
+    from fastslots.data.readers.hdf5 import MAGIC, Hdf5Reader
+    from fastslots.data.readers.multi_object import MultiObjectReader
+    from fastslots.data.readers.npz import NpzReader
+    from fastslots.data.readers.tfrecord import looks_like_tfrecord, read_head
 
     if head[:4] == b"PK\x03\x04":
         return NpzReader(path)

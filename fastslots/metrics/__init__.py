@@ -4,8 +4,7 @@
 >>> jacobian_ari(G, masks), jacobian_interaction_score(G, masks)     # masks [B, R, R], 0 = background
 """
 
-from fastslots.metrics.interaction import InteractionOrder, interaction_order
-from fastslots.metrics.jacobian import slot_jacobian
+from fastslots.metrics.interaction_order import InteractionOrder, interaction_order
 from fastslots.metrics.rand_index import adjusted_rand_index
 from fastslots.metrics.scores import (
     JacobianMeter,
@@ -15,6 +14,7 @@ from fastslots.metrics.scores import (
     jacobian_interaction_score,
 )
 from fastslots.metrics.segmentation import ari, fg_ari, mean_best_overlap, mean_iou
+from fastslots.models.jacobian import slot_jacobian
 
 __all__ = [
     "InteractionOrder",

@@ -1,6 +1,6 @@
 """The model and its configuration."""
 
-from fastslots.models.config import SlotVAEConfig
+from fastslots.config.model import SlotVAEConfig
 from fastslots.models.vae import LossTerms, SlotVAE, SlotVAEOutput
 
 __all__ = ["LossTerms", "SlotVAE", "SlotVAEConfig", "SlotVAEOutput"]

@@ -17,10 +17,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from fastslots.models.config import SlotVAEConfig
+from fastslots.config.model import SlotVAEConfig
 from fastslots.models.layers import grid
+from fastslots.ops.decoder_loss import DecoderLossTerms
 from fastslots.ops.reference import interaction_penalty, reconstruction_error, slot_softmax
-from fastslots.ops.tiled import DecoderLossTerms
 
 
 class BroadcastDecoder(nn.Module):

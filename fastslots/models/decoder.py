@@ -10,11 +10,12 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from fastslots.models.config import SlotVAEConfig
+from fastslots.config.model import SlotVAEConfig
 from fastslots.models.layers import FeedForwardLayer, grid, mlp, rows_at, xavier_
 from fastslots.nn import AttentionProjections
 from fastslots.ops import checks, decoder_layer
 from fastslots.ops.backends import is_traced
+from fastslots.ops.decoder_loss import DecoderLossTerms, LossInputs, decoder_loss
 from fastslots.ops.reference import (
     FeedForward,
     FoldedProjections,
@@ -23,7 +24,6 @@ from fastslots.ops.reference import (
     fold_norm,
     output_head,
 )
-from fastslots.ops.tiled import DecoderLossTerms, LossInputs, decoder_loss
 
 CACHED_ROWS = 1024
 
@@ -112,7 +112,7 @@ class Decoder(nn.Module):
         grad_scale: float | Tensor = 1.0,
         backend: str = "auto",
     ) -> DecoderLossTerms:
-        """The decoder's loss, forward and backward tile by tile (``fastslots.ops.tiled``).
+        """The decoder's loss, forward and backward tile by tile (``fastslots.ops.decoder_loss``).
 
         Args:
             slots: [B, K, D]. images: [B, C, R, R], the targets.

@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastslots.models.config import SlotVAEConfig
+from fastslots.config.model import SlotVAEConfig
 from fastslots.models.layers import FeedForwardLayer, grid, mlp, xavier_
 from fastslots.nn import AttentionProjections
 from fastslots.ops import token_attention

@@ -1,8 +1,8 @@
 """Second derivatives through forward mode that are right.
 
 PyTorch's forward derivative of a layer norm takes its mean and deviation for constants, so differentiating it again,
-forwards or backwards, is silently wrong (seen in torch 2.13; ``tests/test_interaction_order.py`` shows it). Inside
-``second_order()`` layer norms are computed by their formula, which any order of derivative gets right.
+forwards or backwards, is silently wrong (seen in torch 2.13; ``tests/metrics/test_interaction_order.py`` shows it).
+Inside ``second_order()`` layer norms are computed by their formula, which any order of derivative gets right.
 """
 
 from __future__ import annotations

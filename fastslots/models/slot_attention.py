@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from fastslots.models.config import SlotVAEConfig
+from fastslots.config.model import SlotVAEConfig
 from fastslots.models.encoder import TokenEncoder, posterior_layer
 
 EPSILON = 1e-8

@@ -9,11 +9,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from fastslots.config.model import SlotVAEConfig
 from fastslots.models.broadcast import BroadcastDecoder
-from fastslots.models.config import SlotVAEConfig
 from fastslots.models.decoder import Decoder
+from fastslots.models.decoder_jacobian import jacobian_penalty
 from fastslots.models.encoder import Encoder
-from fastslots.models.jacobian import jacobian_penalty
 from fastslots.models.slot_attention import SlotAttentionEncoder
 from fastslots.ops import interaction_penalty
 from fastslots.ops.reference import reconstruction_error
@@ -70,7 +70,7 @@ class SlotVAE(nn.Module):
 
         Raises UserError when the folder is no run, or holds no weights yet.
         """
-        from fastslots.models.storage import load_run
+        from fastslots.models.weights import load_run
 
         return load_run(Path(run), weights)
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastslots.errors import UserError
-from fastslots.models.storage import read_state
+from fastslots.models.weights import read_state
 
 HEAD_WIDTH = 64  # of every ViT in use, from Ti to H
 EPSILON = 1e-6

@@ -11,8 +11,8 @@ A backend is a module of raw functions (no autograd) in ``fastslots.kernels``, i
     decoder_layer_bwd(dy, dslot_map, x, G, g, U, b, *ff, slot_mask, eps) -> dx, dG, dg, dU, db, *dff
     token_attention_fwd(rows, tokens) -> gathered, lse
     token_attention_bwd(dgathered, rows, tokens, gathered, lse) -> drows, dtokens
-    decoder_loss(inputs, need_grads, grad_scale) -> recon, interaction, gradients (see tiled.py)
-    slot_jacobian(tensors, tangents, slot_mask, eps) -> jacobian (see fastslots/models/jacobian.py)
+    decoder_loss(inputs, need_grads, grad_scale) -> recon, interaction, gradients (see decoder_loss.py)
+    slot_jacobian(tensors, tangents, slot_mask, eps) -> jacobian (see fastslots/models/decoder_jacobian.py)
 
 A module may leave ops out, and then serves none of them.
 
@@ -58,9 +58,9 @@ def load(name: str) -> ModuleType:
         from fastslots.kernels import cpu_backend
 
         return cpu_backend
-    from fastslots.kernels import triton_backend
+    from fastslots.kernels import gpu_backend
 
-    return triton_backend
+    return gpu_backend
 
 
 def _absent(name: str, op: str) -> str | None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from fastslots.metrics import adjusted_rand_index, slot_jacobian
 from fastslots.models import SlotVAE
 from fastslots.models.decoder import Decoder
-from fastslots.models.jacobian import slot_share
+from fastslots.models.decoder_jacobian import slot_share
 from fastslots.report.pictures import by_colour, data_uri, grey, labels, rgb
 
 IMAGES = 6

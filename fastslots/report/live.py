@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastslots.data.pictures import FORMATS
+from fastslots.data.readers.pictures import FORMATS
 from fastslots.models import SlotVAE
 from fastslots.report.pictures import by_colour, data_uri, grey, rgb
 

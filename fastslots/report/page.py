@@ -1,4 +1,4 @@
-"""One self-contained HTML file: facts as JSON, with the style and scripts beside this file put inside.
+"""One self-contained HTML file: facts as JSON, with the style and scripts of ``web/`` put inside.
 
 Nothing is loaded from anywhere: a content security policy in the page forbids it. All text of a run reaches the page as
 JSON, and its scripts put it there as text, never as markup.
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+WEB = Path(__file__).parent / "web"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
@@ -37,10 +37,10 @@ def assemble(title: str, body: str, facts: dict[str, Any], scripts: Sequence[str
     # Files that others have written may hold NaN or infinities, which no JSON is: null.
     facts = json.loads(json.dumps(facts), parse_constant=lambda name: None)
     data = json.dumps(facts, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    code = "".join(f"<script>\n{(HERE / name).read_text()}</script>" for name in scripts)
+    code = "".join(f"<script>\n{(WEB / name).read_text()}</script>" for name in scripts)
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f'<meta http-equiv=Content-Security-Policy content="{policy}"><link rel=icon href="data:,">'
-        f"<title>{title}</title><style>\n{(HERE / 'page.css').read_text()}</style>"
+        f"<title>{title}</title><style>\n{(WEB / 'page.css').read_text()}</style>"
         f"<body>{body}<script type=application/json id=facts>{data}</script>{code}</body></html>\n"
     )

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fastslots.errors import UserError
-from fastslots.train.files import write_atomic
+from fastslots.files import write_atomic
 
 NAME = re.compile(r"step_(\d+)\.safetensors")
 MOST_PENDING = 2  # works of a Writer that may wait, each with its snapshot in memory

@@ -17,27 +17,28 @@ import torch
 from PIL.Image import Image
 from safetensors.torch import save
 
+from fastslots.config.run import GIVEN, TrainConfig
 from fastslots.data import Batch, Loader, read_batch, to_float
+from fastslots.data.sources import check_shape, open_source, same_images
+from fastslots.distributed import Group, LostProcessError, StoppedError, StopSignals
 from fastslots.errors import UserError
+from fastslots.evaluation.evaluate import evaluate
+from fastslots.evaluation.grids import SlotPictures
+from fastslots.files import write_atomic
 from fastslots.models import SlotVAE
-from fastslots.models.storage import WEIGHTS, load_weights, weights_bytes, weights_path
+from fastslots.models.weights import WEIGHTS, load_weights, weights_bytes, weights_path
 from fastslots.ops import backends
-from fastslots.report.data import MACHINE, OF_IMAGES, PACKAGES, versions
 from fastslots.report.pictures import encoded
+from fastslots.report.write import write_explorer, write_report
+from fastslots.runs.folder import MACHINE, OF_IMAGES, RunFolder, claim, next_run
+from fastslots.runs.log import MetricsLog
+from fastslots.runs.machine import PACKAGES, Meter, versions
+from fastslots.runs.progress import ProgressView, Silent
+from fastslots.runs.trackers import open_trackers
+from fastslots.runs.view import open_progress
 from fastslots.train.checkpoint import Checkpoint, Writer, latest_checkpoint, save_checkpoint, snapshot
-from fastslots.train.config import GIVEN, TrainConfig
-from fastslots.train.distributed import Group, LostProcessError, StoppedError, StopSignals
-from fastslots.train.evaluate import evaluate
-from fastslots.train.files import write_atomic
-from fastslots.train.grids import SlotPictures
-from fastslots.train.log import MetricsLog, ProgressView, Silent, open_progress
-from fastslots.train.machine import Meter
 from fastslots.train.optim import Optimizers
-from fastslots.train.report import write_explorer, write_report
-from fastslots.train.run import RunFolder, claim, next_run
-from fastslots.train.sources import check_shape, open_source, same_images
 from fastslots.train.step import LEAST_SCALE, Precision, training_step
-from fastslots.train.trackers import open_trackers
 
 GRID_IMAGES = 8
 """Rows of an evaluation's picture: enough to see whether slots follow objects, and it still fits on a screen."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastslots.train.config import TrainConfig, optimizer_class
+from fastslots.config.run import TrainConfig, optimizer_class
 from fastslots.train.muon import Muon
 
 MUON_REST = 0.3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from fastslots.train.config import TrainConfig
+from fastslots.config.run import TrainConfig
 
 PLATEAU_END = 30_000  # the published schedule; the other constants are beside their use
 DECAY_STEPS = 500_000

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastslots.config.run import TrainConfig
 from fastslots.data.sampling import Purpose, step_seed
+from fastslots.distributed import Group
 from fastslots.errors import UserError
 from fastslots.models import SlotVAE
-from fastslots.train.config import TrainConfig
-from fastslots.train.distributed import Group
 from fastslots.train.optim import Optimizers
 from fastslots.train.schedule import alpha_at, beta_at, jacobian_weight_at, lr_at
 

@@ -13,7 +13,7 @@ namespace fastslots {
 constexpr int64_t kMostMaps = 16;  // layers of a decoder, linear maps of its head and of its query MLP
 
 // Arrays of one decoder layer: P is `const T*` for the inputs and `T*` for their gradients.
-// The order of the members is that of `decoder_tensors` in fastslots/ops/tiled.py.
+// The order of the members is that of `decoder_tensors` in fastslots/ops/decoder_loss.py.
 template <typename P>
 struct LayerArrays {
   P G;            // [B, D, H, K] score weights, the query norm's affine part folded in

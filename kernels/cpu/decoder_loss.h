@@ -1,4 +1,4 @@
-// The decoder's loss over all pixels of all images, with its gradients: fastslots.ops.tiled in C++.
+// The decoder's loss over all pixels of all images, with its gradients: fastslots.ops.decoder_loss in C++.
 #pragma once
 
 #include "decoder.h"

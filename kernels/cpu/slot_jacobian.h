@@ -1,5 +1,5 @@
 // Which slot acts on which pixel, exactly: jacobian[b,k,l] = Σ_c Σ_j |∂x̂[b,c,l]/∂z[b,k,j]|, in one backward pass of a
-// tile for each channel. Slot k enters a layer through its keys and values alone (fastslots/models/jacobian.py):
+// tile for each channel. Slot k enters a layer through its keys and values alone (fastslots/models/decoder_jacobian.py):
 //
 //   ∂x̂_c/∂z[k,j] = Σ_layers Σ_h  ∂x̂_c/∂S[h,k] · (keys[k,j,h] · q_h)  +  A[h,k] · (values[k,j,h] · (Woᵀ ∂x̂_c/∂y)_h)
 //

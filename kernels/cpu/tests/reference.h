@@ -9,7 +9,7 @@
 
 using Real = long double;
 using Row = std::vector<Real>;
-using Tensors = std::vector<Row>;  // in the order of fastslots.ops.tiled: queries (or their MLP), ten a layer, head
+using Tensors = std::vector<Row>;  // in the order of fastslots.ops.decoder_loss: queries (or their MLP), ten a layer, head
 
 struct Problem {
   int64_t batch, query_batch, pixels, width, heads, slots;

@@ -1,0 +1,158 @@
+"""What defines a run: the model's configuration and how it is trained. Every field is a flag of ``fastslots train``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastslots.config.model import SlotVAEConfig, option
+from fastslots.errors import UserError, first_line
+
+SCHEDULES = ("constant", "cosine", "paper", "paper-clevrtex")
+TRACKERS = ("tensorboard", "wandb", "trackio")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+GIVEN = "python:"  # begins ``data`` of a run whose data set was handed to ``fit``
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(SlotVAEConfig):
+    """A run: everything of ``SlotVAEConfig``, and how it is trained.
+
+    Raises UserError (a ValueError) that names the field, its value and what is expected.
+    """
+
+    preset_name: str = option("the preset that the run started from (a label)", "")
+    data: str = option("'sprites' (built in, made on the fly) or the path of a data set", "sprites")
+    max_objects: int = option("drop scenes with more objects than this; 0 keeps all", 0)
+    holdout: str = option(
+        "combination of an object's factors that no image of the run shows, e.g. shape=square,hue=0.5:0.75", ""
+    )
+    on_bad_record: str = option("damaged records of the data: 'stop' at the first, or 'skip' and count them", "stop")
+    steps: int = option("training steps", 500_000)
+    batch_size: int = option("images a step, over all processes", 32)
+    accumulate: int = option("parts in which a step's batch is computed, to save memory", 1)
+    optimizer: str = option("a class of torch.optim by name (adam, adamw, ...), or muon (with AdamW beside it)", "adam")
+    lr: float = option("learning rate at its highest", 5e-4)
+    weight_decay: float = option("weight decay of the optimiser", 0.0)
+    schedule: str = option(f"of the learning rate: {', '.join(SCHEDULES)}", "paper")
+    warmup: int = option("steps of linear warm-up of the rate", 2_500)
+    alpha_start: int = option("step before which alpha is held at alpha_floor of its value", 0)
+    alpha_warmup: int = option("steps over which alpha then rises to its full value", 25_000)
+    alpha_floor: float = option("share of alpha that the ramp starts from", 0.0)
+    beta_start: int = option("step before which beta is 0", 0)
+    beta_warmup: int = option("steps over which beta then rises to its full value; 0: at once", 0)
+    grad_clip: float = option("largest norm of all gradients together; 0: no clipping", 0.0)
+    pixels_per_step: int = option("pixels of each image that a step decodes, drawn with replacement; 0: all", 0)
+    pixel_sampling: str = option(
+        "uniform, or foreground: half of them where the image differs from its border", "uniform"
+    )
+    precision: str = option(f"of matrix products: {', '.join(PRECISIONS)}", "fp32")
+    compile: bool = option("torch.compile the encoder (the decoder runs in tiles of its own)", False)
+    device: str = option("auto (a GPU where there is one), cpu, cuda, cuda:1, ...", "auto")
+    threads: int = option("threads of torch on a CPU; 0: its default", 0)
+    seed: int = option("of the initial weights, batches, noise and pixel subsets", 0)
+    eval_every: int = option("steps between evaluations; 0: at the end alone", 10_000)
+    eval_images: int = option("held-out images of an evaluation; 0: all of the split", 500)
+    eval_batch: int = option("images that an evaluation computes at once", 10)
+    checkpoint_every: int = option("steps between checkpoints; 0: at the end alone", 5_000)
+    keep_checkpoints: int = option("checkpoints that are kept besides the best weights", 2)
+    log_every: int = option("steps between progress lines where the output is no terminal (at least one in 10 s)", 100)
+    init_from: str = option("a run directory or weights file to start from", "")
+    tensorboard: bool = option("also write TensorBoard events: the same as --log_to tensorboard", False)
+    log_to: str = option(f"also log to, with commas between: {', '.join(TRACKERS)} (an extra each)", "")
+
+    def _check(self) -> None:
+        super()._check()
+        self._choice("schedule", SCHEDULES)
+        self._choice("precision", PRECISIONS)
+        self._choice("on_bad_record", ("stop", "skip"))
+        self._choice("pixel_sampling", ("uniform", "foreground"))
+        for name in self.trackers():
+            if name not in TRACKERS:
+                raise UserError(f"log_to must name {', '.join(TRACKERS)}, got {name!r}")
+        self._at_least(1, "steps", "batch_size", "accumulate", "eval_batch", "keep_checkpoints", "log_every")
+        self._at_least(0, "max_objects", "warmup", "alpha_start", "alpha_warmup", "alpha_floor", "beta_start")
+        self._at_least(0, "beta_warmup", "grad_clip", "pixels_per_step", "threads", "eval_every", "eval_images")
+        self._at_least(0, "checkpoint_every", "weight_decay", "seed", "lr")
+        if self.lr == 0:
+            raise UserError("lr must be above 0, got 0")
+        if self.batch_size % self.accumulate:
+            raise UserError(f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}")
+        if self.pixels_per_step > self.resolution**2:
+            pixels = self.resolution**2
+            raise UserError(
+                f"pixels_per_step {self.pixels_per_step} is more than the image has ({pixels}): 0 means all"
+            )
+        if self.optimizer != "muon" and not optimizer_class(self.optimizer):
+            raise UserError(
+                f"optimizer must be muon or a class of torch.optim (adam, adamw, sgd, ...), got {self.optimizer!r}"
+            )
+
+    def resolved(self) -> TrainConfig:
+        """The same with local paths that hold in every working directory."""
+        named = self.data in ("", "sprites") or "://" in self.data or self.data.startswith(GIVEN)
+        data = self.data if named else str(Path(self.data).absolute())
+        return dataclasses.replace(
+            self, data=data, init_from=str(Path(self.init_from).absolute()) if self.init_from else ""
+        )
+
+    def torch_device(self) -> torch.device:
+        """UserError where this machine has no such device; a configuration as such is good on any machine."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"device {self.device!r} cannot be used ({first_line(error)}): try --device cpu") from None
+        return device
+
+    def trackers(self) -> list[str]:
+        """Names of ``log_to``, each once."""
+        names = [name.strip() for name in self.log_to.split(",") if name.strip()]
+        return list(dict.fromkeys((["tensorboard"] if self.tensorboard else []) + names))
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+
+def optimizer_class(name: str) -> Any:
+    """A class of torch.optim by its lower-case name, or None."""
+    found = {key.lower(): value for key, value in vars(torch.optim).items() if isinstance(value, type)}.get(
+        name.lower()
+    )
+    return found if found and issubclass(found, torch.optim.Optimizer) and found is not torch.optim.Optimizer else None
+
+
+def read_config(
+    path: str | Path, cls: type[SlotVAEConfig] = TrainConfig, preset: str | None = None, **overrides: object
+) -> Any:
+    """A run's ``config.json`` (or any JSON object of fields), as a ``cls``.
+
+    What it leaves out is the preset's, or where none is named has its default. Raises UserError where it names fields
+    that no run has, or another preset.
+    """
+    path = Path(path)
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): name a run's config.json") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON ({error}): name a run's config.json") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold one JSON object of fields, got a {type(values).__name__}")
+    known = {f.name for f in dataclasses.fields(cls)}
+    unknown = sorted(values.keys() - {f.name for f in dataclasses.fields(TrainConfig)})
+    if unknown:
+        raise UserError(f"{path} has unknown fields: {', '.join(unknown)}")
+    given = {key: value for key, value in values.items() if key in known} | overrides
+    if not preset:
+        return cls(**given)
+    if (of := values.get("preset_name") or preset) != preset:
+        raise UserError(f"{path} is of preset {of!r}, not {preset!r}: leave the preset out")
+    return cls.preset(preset, **given, **({"preset_name": preset} if "preset_name" in known - given.keys() else {}))

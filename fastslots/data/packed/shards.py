@@ -1,0 +1,157 @@
+"""Many files or packed folders as one data set. Each is decoded, cached and mapped by itself, so a set may be larger
+than memory, a new shard costs its own decoding alone, and a kill while decoding loses one shard's last scenes."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import re
+from pathlib import Path
+
+import numpy as np
+
+from fastslots.data.packed.dataset import DatasetInfo, PackedDataset, is_packed
+from fastslots.data.packed.ranges import gather
+from fastslots.data.readers.npz import images_of
+from fastslots.errors import UserError
+
+SUFFIXES = (".tfrecord", ".tfrecords", ".npz", ".hdf5", ".h5")
+SPLITS = ("train", "val", "test")
+
+
+def find_shards(path: str | Path) -> list[Path]:
+    """The files or folders that ``path`` means, in the order of their names: itself, or the shards that a pattern
+    matches or a folder holds. UserError where nothing is there."""
+    try:
+        if Path(path).exists():
+            found = _inside(Path(path)) if Path(path).is_dir() and not is_packed(Path(path)) else []
+            return found or [Path(path)]
+        found = sorted(Path(name) for name in glob.glob(str(path))) if glob.has_magic(str(path)) else []
+        found = [p for p in found if not images_of(p)]
+    except (OSError, ValueError) as error:  # too long a name, a null byte
+        raise UserError(f"{str(path)!r} is no path ({error})") from None
+    if not found:
+        raise UserError(f"{path}: no such file or folder")
+    return found
+
+
+def _inside(folder: Path) -> list[Path]:
+    """Data files, or packed folders, directly in a folder; none where it is a set itself (CLEVR v1.0)."""
+    if (folder / "scenes").is_dir():
+        return []
+    entries = sorted(p for p in folder.iterdir() if p.suffix != ".partial")
+    return [p for p in entries if is_packed(p)] or [
+        p for p in entries if p.suffix in SUFFIXES and p.is_file() and not images_of(p)
+    ]
+
+
+def published_parts(names: list[str]) -> list[str] | None:
+    """The split that each file or folder is of, where there are three and their names end in train, val and test."""
+    found = [re.fullmatch(r"(.*[_-])?(train|val|test)(\.\w+)?", Path(name).name) for name in names]
+    if len(found) != 3 or not all(found) or len({m[1] for m in found if m}) > 1:
+        return None
+    splits = [m[2] for m in found if m]
+    return splits if sorted(splits) == sorted(SPLITS) else None
+
+
+class PackedShards:
+    """Map-style, as ``PackedDataset``: the scenes of several, in order.
+
+    Three whose names end in train, val and test are those splits, in this order, and may be without masks: in ``batch``
+    these are background all over, and objects unknown.
+
+    Raises UserError that names the shard which differs from the first in kind, size or masks.
+    """
+
+    def __init__(self, parts: list[PackedDataset], path: str, lost: int = 0):
+        if not parts:
+            raise UserError(f"{path}: none of its files can be read")
+        splits = None if lost else published_parts([part.info.path for part in parts])
+        if splits:
+            parts = [parts[splits.index(name)] for name in SPLITS]
+        first = parts[0].info
+        for part in parts:
+            one, other = ((i.kind, i.size, i.has_masks or bool(splits)) for i in (first, part.info))
+            if one != other:
+                raise UserError(
+                    f"{part.info.path} holds {_what(part.info)}, but {first.path} holds {_what(first)}: "
+                    f"name sets of one kind"
+                )
+        self._parts, self.ranged = parts, any(part.ranged for part in parts)
+        self._starts = np.cumsum([0, *map(len, parts)])
+        train, val, test = (len(part) for part in parts) if splits else (1, 1, 1)
+        if not train * val * test:
+            raise UserError(f"{path}: train, val or test is left without images: raise --max_objects")
+        self.objects = np.concatenate([part.objects for part in parts])
+        fingerprint = hashlib.blake2b(" ".join(part.info.digest for part in parts).encode(), digest_size=16)
+        self.info = DatasetInfo(
+            kind=first.kind,
+            path=path,
+            count=len(self),
+            total=sum(part.info.total for part in parts),
+            size=first.size,
+            has_masks=any(part.info.has_masks for part in parts),
+            published_split=False,
+            max_objects=first.max_objects,
+            digest=fingerprint.hexdigest(),
+            skipped=lost + sum(part.info.skipped for part in parts),
+            parts=(train, val, test) if splits else None,
+        )
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> dict[str, object]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._parts[part][index - int(self._starts[part])]
+
+    def batch(self, indices: np.ndarray, masks: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
+        """images uint8 [n, R, R, 3], masks uint8 [n, R, R] or None (as of ``PackedDataset``), in the order asked for"""
+        indices, size = np.asarray(indices), self.info.size
+        owner = np.searchsorted(self._starts, indices, side="right") - 1
+        places = [(part, owner == part) for part in np.unique(owner)]
+        asks = [self._parts[part].asks(indices[rows] - self._starts[part], masks) for part, rows in places]
+        read = iter(gather([ask for some in asks for ask in some]))  # of all parts together, where they are far away
+        shapes = [(len(indices), size, size, 3), (len(indices), size, size)][: 1 + (masks and self.info.has_masks)]
+        arrays = [np.empty(shape, np.uint8) for shape in shapes]
+        for part, rows in places:
+            for array in arrays[: 1 + self._parts[part].info.has_masks]:
+                array[rows] = next(read)
+            for array in arrays[1 + self._parts[part].info.has_masks :]:
+                array[rows] = 0
+        return arrays[0], arrays[1] if len(arrays) > 1 else None
+
+    def factors_of(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Generating factors that all shards have, by name; zeros where a shard's scenes have fewer objects."""
+        indices = np.asarray(indices)
+        owner = np.searchsorted(self._starts, indices, side="right") - 1
+        places = {int(part): np.flatnonzero(owner == part) for part in np.unique(owner)}
+        found = {p: self._parts[p].factors_of(indices[rows] - self._starts[p]) for p, rows in places.items()}
+        names = set.intersection(*map(set, found.values())) if found else set()
+        out = {}
+        for name in sorted(names):
+            values = [part[name] for part in found.values()]
+            if len({(v.ndim, v.shape[2:]) for v in values}) > 1:
+                continue  # not the same thing under one name
+            objects = max(v.shape[1] for v in values) if values[0].ndim > 1 else 0
+            out[name] = np.zeros(
+                (len(indices), objects, *values[0].shape[2:])[: values[0].ndim], np.result_type(*values)
+            )
+            for part, rows in places.items():
+                own = found[part][name]
+                if own.ndim > 1:
+                    own = np.pad(own, [(0, 0), (0, objects - own.shape[1]), *[(0, 0)] * (own.ndim - 2)])
+                out[name][rows] = own
+        return out
+
+    def verify(self) -> None:
+        """UserError unless the arrays are those that were packed."""
+        for part in self._parts:
+            part.verify()
+
+
+def _what(info: DatasetInfo) -> str:
+    return f"{info.kind}, {info.size} x {info.size}, {'with' if info.has_masks else 'without'} masks"

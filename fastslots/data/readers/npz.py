@@ -1,0 +1,246 @@
+"""The authors' arrays: ``arr_0`` images, ``arr_1`` latents, ``arr_2`` label maps, or these in NAME_mask.npz beside.
+
+Read a row at a time straight from the archive, so memory does not grow with the file, compressed or not; and a header
+that claims more than the archive holds allocates nothing. An array in Fortran order, whose rows lie scattered, is read
+whole.
+"""
+
+from __future__ import annotations
+
+import math
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from fastslots.data.readers.scene import BadRecordError, Scene
+from fastslots.errors import UserError
+
+ROWS = 64  # read at once,
+MOST_BYTES = 1 << 26  # but no more than this, whatever the header claims
+MOST_WHOLE = 1 << 32  # of an array in Fortran order, which is read whole
+PROBED = 16  # images that tell how floats are scaled
+IMAGENET = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+"""Mean and deviation that many store pixels with, as DINO takes them."""
+MEND = "save plain arrays with numpy.savez"
+# What zipfile, zlib and NumPy's parser of headers (which falls back to Python's tokenizer) raise on damaged bytes
+_DAMAGE: tuple[type[Exception], ...] = (ValueError, TypeError, SyntaxError, tokenize.TokenError, OverflowError)
+_DAMAGE += (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)  # RuntimeError: encrypted, unimplemented
+
+
+class Member:
+    """One array of an npz: shape and dtype from its header, verified against the archive; rows in order."""
+
+    def __init__(self, path: Path, name: str):
+        self.name = f"{path}: {name}"
+        self._path, self._name = path, f"{name}.npy"
+        try:
+            with zipfile.ZipFile(path) as archive, archive.open(self._name) as file:
+                self.shape, self.dtype, self._fortran = self._header(file)
+                held = archive.getinfo(self._name).file_size - file.tell()
+        except KeyError:
+            raise
+        except _DAMAGE as error:
+            raise UserError(f"{self.name} cannot be read ({error}): {MEND}") from None
+        if held != math.prod(self.shape) * self.dtype.itemsize:
+            raise UserError(
+                f"{self.name} holds {held} bytes, its header says {list(self.shape)} of {self.dtype}: {MEND}"
+            )
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def _header(self, file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, bool]:
+        """shape, dtype, and whether the first axis varies fastest"""
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+        if dtype.hasobject:
+            raise ValueError("it holds pickled objects, which are never loaded")
+        if not shape or not shape[0]:
+            raise ValueError(f"its shape is {list(shape)}")
+        if math.prod(shape[1:]) * dtype.itemsize > MOST_BYTES:
+            raise ValueError(f"its shape is {list(shape)} of {dtype}, over {MOST_BYTES:,} bytes a row")
+        if (whole := math.prod(shape) * dtype.itemsize) > MOST_WHOLE and fortran:
+            raise ValueError(f"it is in Fortran order and of {whole:,} bytes: save numpy.ascontiguousarray of it")
+        return shape, dtype, fortran
+
+    def read(self) -> np.ndarray:
+        """All rows, [N, ...]."""
+        return np.stack(list(self.rows()))
+
+    def rows(self, start: int = 0) -> Iterator[np.ndarray]:
+        """Rows from ``start`` on. UserError where the archive is damaged (its CRC-32 is verified at the end)."""
+        try:
+            with zipfile.ZipFile(self._path) as archive, archive.open(self._name) as file:
+                self._header(file)
+                for block in self._blocks(file, start):
+                    yield from block
+                file.read(1)  # the end, where zipfile compares checksums
+        except _DAMAGE as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{self.name} is damaged ({error}): download or save the file again") from None
+
+    def _blocks(self, file: IO[bytes], start: int) -> Iterator[np.ndarray]:
+        """Rows from ``start`` on, some at once; ``file`` stands at the first row."""
+        width = math.prod(self.shape[1:]) * self.dtype.itemsize
+        at_once = max(1, min(ROWS, MOST_BYTES // max(width, 1)))
+        if self._fortran:
+            whole = np.frombuffer(file.read(len(self) * width), self.dtype).reshape(self.shape, order="F")
+            for first in range(start, len(self), at_once):
+                yield np.ascontiguousarray(whole[first : first + at_once])
+            return
+        file.seek(start * width, 1)
+        for first in range(start, len(self), at_once):
+            rows = min(at_once, len(self) - first)
+            yield np.frombuffer(file.read(rows * width), self.dtype).reshape(rows, *self.shape[1:])
+
+
+def member_names(path: Path) -> list[str]:
+    """The arrays of an npz. UserError where it is none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} cannot be read as npz ({error}): download or save the file again") from None
+
+
+def mask_file(path: Path) -> Path | None:
+    """The label maps of an npz in a file of their own: those of clevrtex_val.npz in clevrtex_val_mask.npz."""
+    masks = path.with_name(f"{path.stem}_mask.npz")
+    return masks if path.suffix == ".npz" and masks.is_file() else None
+
+
+def images_of(path: Path) -> Path | None:
+    """The npz that a file of masks belongs to; None where there is none, and for what is no file of masks."""
+    images = path.with_name(path.name.removesuffix("_mask.npz") + ".npz")
+    return images if path.name.endswith("_mask.npz") and images.is_file() else None
+
+
+class NpzReader:
+    crop = False
+    published_split = True
+
+    def __init__(self, path: Path):
+        self._path = path
+        if owner := images_of(path):
+            raise UserError(f"{path} holds the masks of {owner.name}: name that file, or the folder of both")
+        names = member_names(path)
+        if "arr_0" not in names:
+            found = ", ".join(names)
+            raise UserError(f"{path}: no member arr_0 (it has {found}): expected arr_0 images, arr_2 label maps")
+        members = [Member(path, name) if name in names else None for name in ("arr_0", "arr_1", "arr_2")]
+        images, self._latents, self._masks = members
+        assert images is not None
+        shape = images.shape
+        self._channels_first = len(shape) == 4 and shape[3] not in (1, 3) and shape[1] == 3
+        if self._channels_first:
+            shape = (shape[0], *shape[2:], shape[1])
+        if len(shape) != 4 or shape[3] not in (1, 3):
+            mend = ": the images of these masks must lie beside them" if path.name.endswith("_mask.npz") else ""
+            raise UserError(f"{path}: arr_0 has shape {list(shape)}, expected images [N, R, R, 3]{mend}")
+        if self._masks is None and (beside := mask_file(path)):
+            self._masks = _only_array(beside)
+        if self._masks is not None:
+            n, height, width, _ = shape
+            if self._masks.shape not in ((n, height, width), (n, height, width, 1), (n, 1, height, width)):
+                shapes = f"{list(self._masks.shape)}, the images {list(shape)}"
+                raise UserError(f"{self._masks.name} has shape {shapes}: expected label maps [N, R, R] or [N, R, R, 1]")
+        if self._latents is not None and len(self._latents) != len(images):
+            raise UserError(f"{path}: arr_1 has {len(self._latents)} rows for {len(images)} images: leave it out")
+        self._images, self.native = images, shape[1:3]
+        self._imagenet = images.dtype.kind == "f" and shape[3] == 3 and self._is_imagenet()
+        scaled = ", scaled by ImageNet's mean and deviation" if self._imagenet else ""
+        self.kind = f"npz in the authors' layout{scaled}"
+
+    def _is_imagenet(self) -> bool:
+        """Whether the first images reach beyond [0, 1] and are 8-bit pixels once ImageNet's scaling is undone.
+
+        Their range alone would not tell: [-1, 1], and other statistics, lie within it.
+        """
+        try:
+            some = max(1, min(PROBED, (1 << 22) // math.prod(self._images.shape[1:])))
+            images = np.stack(list(islice(self._pictures(0), some))).astype(np.float64)
+        except UserError:  # said where the images are read
+            return False
+        images = images[np.isfinite(images).all((1, 2, 3))]
+        if not images.size or (images.min() >= 0 and images.max() <= 1):
+            return False
+        levels = (images * IMAGENET[1] + IMAGENET[0]) * 255
+        near = np.rint(levels).clip(0, 255)
+        return bool(np.abs(levels - near).max() < 0.1)  # 16-bit floats are off by up to 0.06
+
+    def _pictures(self, start: int) -> Iterator[np.ndarray]:
+        """Rows of the images, channels last."""
+        for image in self._images.rows(start):
+            yield image.transpose(1, 2, 0) if self._channels_first else image
+
+    def share(self, done: int) -> float:
+        return done / len(self._images)
+
+    def scenes(self, start: int = 0) -> Iterator[Scene | BadRecordError]:
+        latents = self._latents.rows(start) if self._latents else None
+        masks = self._masks.rows(start) if self._masks else None
+        for i, image in enumerate(self._pictures(start), start):
+            labels = None if masks is None else next(masks).reshape(self.native)
+            factors = {} if latents is None else {"latents": next(latents)}
+            try:
+                yield self._scene(i, image, labels, factors)
+            except UserError as error:
+                yield BadRecordError(str(error))
+        for others in (latents, masks):
+            if others is not None:
+                next(others, None)  # to the end, where checksums are compared
+
+    def _scene(self, i: int, image: np.ndarray, labels: np.ndarray | None, factors: dict) -> Scene:
+        name, mask, objects = f"{self._path}: arr_0[{i}]", None, None
+        if self._imagenet:
+            image = image * IMAGENET[1] + IMAGENET[0]
+            near = image.clip(0, 1)
+            image = near if (np.abs(image - near) < 1 / 255).all() else image  # no more than rounding
+        image = to_uint8(image, name)
+        if self._masks is not None and labels is not None:
+            mask = to_labels(labels, f"{self._masks.name}[{i}]")
+            objects = len(np.unique(mask[mask > 0]))
+        return Scene(image.repeat(3, 2) if image.shape[2] == 1 else image, mask, objects, factors)
+
+
+def _only_array(path: Path) -> Member:
+    """UserError where a file of masks has no member arr_0."""
+    try:
+        return Member(path, "arr_0")
+    except KeyError:
+        raise UserError(f"{path}: no member arr_0: expected the masks of the images beside it") from None
+
+
+def to_uint8(image: np.ndarray, name: str) -> np.ndarray:
+    """uint8 as it is; floats in [0, 1] scaled. UserError names the image with NaN or values outside."""
+    if image.dtype == np.uint8:
+        return image
+    if image.dtype.kind != "f":
+        raise UserError(f"{name} holds {image.dtype}: expected uint8, or floats in [0, 1]")
+    if not np.isfinite(image).all():
+        raise UserError(f"{name} has NaN or infinite pixels: remove or mend that image")
+    if image.min() < 0 or image.max() > 1:
+        values = f"{image.min():.3g} to {image.max():.3g}"
+        raise UserError(
+            f"{name} has values from {values}: undo their scaling (x * std + mean) and save floats in [0, 1], or uint8"
+        )
+    return (image * 255 + 0.5).astype(np.uint8)
+
+
+def to_labels(mask: np.ndarray, name: str) -> np.ndarray:
+    """Labels (integers, or floats that are whole) as uint8. UserError names the map with labels outside 0..255."""
+    if mask.dtype.kind == "f" and np.isfinite(mask).all() and (mask == np.rint(mask)).all():
+        mask = mask.clip(-1, 256).astype(np.int64)
+    if mask.dtype.kind not in "iub":
+        raise UserError(f"{name} holds {mask.dtype}: expected integer labels")
+    if mask.min() < 0 or mask.max() > 255:
+        raise UserError(f"{name} has labels from {mask.min()} to {mask.max()}: expected 0 (background) to 255")
+    return mask.astype(np.uint8)

@@ -1,0 +1,189 @@
+"""The images of a run: built-in sprites, a data set on disk, or any torch data set, each with its split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastslots.config.run import GIVEN, TrainConfig
+from fastslots.data import SpritesDataset, split_indices
+from fastslots.data.factors import factor_words, numbered_objects
+from fastslots.data.holdout import Holdout
+from fastslots.data.packed.dataset import DatasetInfo
+from fastslots.data.packed.features import FeatureDataset, is_features
+from fastslots.data.sampling import Purpose, step_seed
+from fastslots.data.sprites import FACTORS
+from fastslots.errors import UserError
+
+HELD_OUT = 1_000  # built-in images in val and in test
+SEARCH = 100  # scenes that are looked through for each with a held-out combination
+
+
+@dataclass(frozen=True)
+class Source:
+    """Data sets with the rows that each split draws from."""
+
+    description: str
+    splits: dict[str, tuple[Any, Any]]  # train, val, test -> (data set, rows)
+    warnings: list[str] = field(default_factory=list)  # what looks wrong (``fastslots data check``)
+    digest: str = ""  # fingerprint of a set on disk
+    split_note: str = ""  # how many images each split has, and by which rule; part of the description
+
+    def on_training_images(self, split: str) -> bool:
+        """Whether a split is the training images: of a set that has too few to set some aside."""
+        (dataset, rows), (trained, on) = self.splits[split], self.splits["train"]
+        return dataset is trained and len(rows) > 0 and rows[0] in on
+
+
+def open_source(config: TrainConfig, dataset: Any = None) -> Source:
+    """The images of ``config.data``, or of ``dataset`` (any map-style data set; see ``fastslots.data.read_batch``).
+
+    Raises UserError where training would fail: unreadable data, or images of another shape than the model's.
+    """
+    if dataset is not None:
+        return _split(dataset, f"{type(dataset).__name__} of {len(dataset)} images", config.holdout)
+    if config.data.startswith(GIVEN):
+        raise UserError(f"the run's images were {config.data.removeprefix(GIVEN)}: name a data set with --data")
+    check_named(config)
+    if (config.input == "features") != is_features(config.data):
+        raise UserError(
+            f"this model reads features of a frozen network, and {config.data} holds none: make them with "
+            f"`fastslots data features DATA --checkpoint FILE --out DIR` and train with --data DIR"
+            if config.input == "features"
+            else f"{config.data} holds features of a frozen network: train preset clevrtex, or set --input features"
+        )
+    if config.input == "features":
+        features = FeatureDataset(Path(config.data), config.max_objects or None)
+        made = f"{features.channels} x {features.side} x {features.side} by {features.made_by.get('checkpoint')}"
+        source = _split(features, f"{features.info}; {made}", config.holdout, features.info)
+        return replace(source, digest=features.info.digest)
+    if config.data == "sprites":
+        return _builtin(config)
+    from fastslots.data import open_dataset
+    from fastslots.data.check import check
+    from fastslots.data.packed.remote import is_remote
+
+    max_objects = config.max_objects or None
+    # What is read by byte range is not read whole first; what is fetched was compared with its checksum then.
+    quick = is_remote(config.data)
+    report = check(config.data, max_objects, config.resolution, quick=quick, on_bad_record=config.on_bad_record)
+    opened = open_dataset(config.data, max_objects, config.resolution, config.on_bad_record)
+    source = _split(opened, str(opened.info), config.holdout, opened.info)
+    return replace(source, warnings=report.warnings, digest=opened.info.digest)
+
+
+def check_named(config: TrainConfig) -> None:
+    """UserError where a preset needs a data set and none is named."""
+    if not config.data:
+        what = f"preset {config.preset_name} is" if config.preset_name else "this configuration is"
+        raise UserError(
+            f"{what} for data that are not built in: name them with --data (docs/data.md says where to get them), "
+            f"or try --data sprites"
+        )
+
+
+def _builtin(config: TrainConfig) -> Source:
+    """Scenes made on the fly. Validation and test scenes are the same for every seed of a run."""
+    objects = _objects(config)
+    avoid = _avoidable(config) if config.holdout else None
+
+    def sprites(seed: int, count: int) -> tuple[SpritesDataset, range]:
+        return SpritesDataset(seed, config.resolution, objects, count, avoid), range(count)
+
+    splits = {
+        "train": sprites(step_seed(config.seed, 0, Purpose.TRAIN) >> 1, 1 << 31),
+        "val": sprites(step_seed(0, 0, Purpose.VAL) >> 1, HELD_OUT),
+        "test": sprites(step_seed(0, 0, Purpose.TEST) >> 1, HELD_OUT),
+    }
+    least, most = objects
+    shapes = f"{least} to {most} coloured shapes at {config.resolution} x {config.resolution}"
+    without = f", none with {config.holdout}" if config.holdout else ""
+    note = f"val and test {HELD_OUT} images each"
+    return Source(f"built-in sprites, made on the fly: {shapes}{without}; {note}", splits, split_note=note)
+
+
+def unseen(config: TrainConfig, count: int) -> tuple[Any, np.ndarray]:
+    """The first ``count`` test images with an object that ``config.holdout`` kept from the run, as (data set, rows).
+
+    Of a data set on disk they are those of the test split that were set aside, fewer where there are not so many; of
+    the built-in data scenes of the test seed as they come, so that their other objects are as everywhere.
+
+    Raises UserError where the run held nothing out, or built-in scenes are rarer than one in ``SEARCH``.
+    """
+    if not config.holdout:
+        raise UserError("the run held no combination out: train with --holdout shape=square,hue=0.5:0.75, say")
+    if config.data != "sprites":
+        dataset, rows = open_source(replace(config, holdout="")).splits["test"]
+        found = np.asarray(rows)[_held_out(dataset, rows, config.holdout)]
+        if not len(found):
+            raise UserError(f"holdout {config.holdout!r}: no test image has such an object: widen it")
+        return dataset, found[:count]
+    holdout = _builtin_holdout(config)
+    dataset = SpritesDataset(step_seed(0, 0, Purpose.TEST) >> 1, config.resolution, _objects(config), SEARCH * count)
+    parts: list[np.ndarray] = []
+    for first in range(0, len(dataset), HELD_OUT):
+        scenes = np.arange(first, min(first + HELD_OUT, len(dataset)))
+        parts.append(scenes[holdout.matches(*numbered_objects(dataset, scenes))])
+        if sum(map(len, parts)) >= count:
+            return dataset, np.concatenate(parts)[:count]
+    raise UserError(f"holdout {config.holdout!r}: fewer than one scene in {SEARCH} has such an object: widen it")
+
+
+def _builtin_holdout(config: TrainConfig) -> Holdout:
+    return Holdout.parse(config.holdout, FACTORS, factor_words(SpritesDataset()))
+
+
+def _avoidable(config: TrainConfig) -> Holdout:
+    """The holdout of a run on scenes made on the fly. UserError where ``SpritesDataset`` could not redraw them all."""
+    holdout, scenes = _builtin_holdout(config), SpritesDataset(0, 16, _objects(config))
+    if holdout.matches(*numbered_objects(scenes, range(HELD_OUT))).mean() > 0.9:
+        raise UserError(f"holdout {config.holdout!r}: more than 9 in 10 scenes have such an object: narrow it")
+    return holdout
+
+
+def _held_out(dataset: Any, rows: Any, holdout: str) -> np.ndarray:
+    """bool: which images have an object with the combination. UserError where the data do not tell."""
+    factors, present = numbered_objects(dataset, rows)
+    if not factors:
+        raise UserError("holdout needs data that tell factors of their objects (shape, colour, ...): leave it out")
+    return Holdout.parse(holdout, tuple(factors), factor_words(dataset)).matches(factors, present)
+
+
+def _objects(config: TrainConfig) -> tuple[int, int]:
+    return 2, max(2, min(config.num_slots - 1, 4))  # a slot is left for the background
+
+
+def _split(dataset: Any, description: str, holdout: str, info: DatasetInfo | None = None) -> Source:
+    if not len(dataset):
+        raise UserError(f"{description}: no images are left; raise --max_objects or name another data set")
+    splits = split_indices(len(dataset), *((info.published_split, info.parts) if info else ()))
+    rows = {"train": splits.train, "val": splits.val, "test": splits.test}
+    if not holdout:
+        parts = {name: (dataset, part) for name, part in rows.items()}
+        return Source(f"{description}; {splits}", parts, split_note=str(splits))
+    kept = {name: np.asarray(part)[~_held_out(dataset, part, holdout)] for name, part in rows.items()}
+    for name, part in kept.items():
+        if not len(part):
+            raise UserError(f"holdout {holdout!r}: every image of {name} has such an object: narrow it")
+    counts = ", ".join(f"{len(part):,} of {len(rows[name]):,} {name}" for name, part in kept.items())
+    note = f"{splits}; none with {holdout} ({counts} images left)"
+    return Source(f"{description}; {note}", {name: (dataset, part) for name, part in kept.items()}, split_note=note)
+
+
+def same_images(before: str, now: str) -> bool:
+    """Whether two descriptions are of one set, whose path may have been given relative to the working directory."""
+    here = f"{Path.cwd()}/"
+    return before.replace(here, "").strip() == now.replace(here, "").strip()
+
+
+def check_shape(config: TrainConfig, images: Any) -> None:
+    """UserError unless a float batch [b, C, R, R] fits the model."""
+    expected = (config.channels, config.resolution, config.resolution)
+    if tuple(images.shape[1:]) != expected:
+        raise UserError(
+            f"the data gives images of shape {list(images.shape[1:])}, the model expects {list(expected)}: "
+            f"set --resolution (and --channels), or give images of that size"
+        )

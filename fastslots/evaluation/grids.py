@@ -1,0 +1,60 @@
+"""Pictures of what the slots hold: one row an image, columns input, reconstruction, masks, maps, Jacobians."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastslots.metrics import slot_jacobian
+from fastslots.models import SlotVAE
+from fastslots.models.decoder_jacobian import slot_share
+from fastslots.models.vae import SlotVAEOutput
+from fastslots.report.pictures import by_colour, grey, rgb
+
+GAP = 2
+SIDE = 96  # small images are enlarged to at least this
+
+
+class SlotPictures:
+    """The first ``room`` images of an evaluation, as it saw them: nothing is computed twice.
+
+    Rows of ``tiles``: input, reconstruction, slots by colour (map, then Jacobian), each slot's map, each slot's share
+    of the Jacobian; uint8 [R, R, 3].
+    """
+
+    def __init__(self, model: SlotVAE, room: int):
+        self._model, self._room = model, room
+        self.tiles: list[list[np.ndarray]] = []
+
+    @torch.no_grad()
+    def see(self, images: Tensor, result: SlotVAEOutput, jacobian: Tensor | None) -> None:
+        """What ``evaluate`` tells after each batch."""
+        images = images[: self._room - len(self.tiles)]
+        if not len(images):
+            return
+        n, R = len(images), images.shape[-1]
+        maps = result.slot_map[:n].transpose(1, 2).unflatten(-1, (R, R)).cpu() / self._model.config.decoder_heads
+        jacobian = slot_jacobian(self._model.decoder, result.slots[:n]) if jacobian is None else jacobian[:n]
+        parts = slot_share(jacobian).cpu()
+        for i in range(n):
+            row = [rgb(images[i]), rgb(result.recon[i]), by_colour(maps[i]), by_colour(parts[i])]
+            self.tiles.append(row + [grey(values) for values in (*maps[i], *parts[i])])
+
+    def grid(self) -> Image.Image:
+        """One picture of all rows."""
+        rows = [_join([_enlarge(tile) for tile in row], axis=1) for row in self.tiles]
+        return Image.fromarray(_join(rows, axis=0))
+
+
+def _enlarge(tile: np.ndarray) -> np.ndarray:
+    factor = max(1, -(-SIDE // tile.shape[0]))
+    return tile.repeat(factor, 0).repeat(factor, 1)
+
+
+def _join(parts: list[np.ndarray], axis: int) -> np.ndarray:
+    shape = list(parts[0].shape)
+    shape[axis] = GAP
+    gap = np.full(shape, 255, np.uint8)
+    return np.concatenate([piece for part in parts for piece in (part, gap)][:-1], axis)

@@ -1,0 +1,131 @@
+"""What a run writes while it goes: ``metrics.jsonl`` and ``machine.jsonl``, a flushed JSON object a line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL.Image import Image
+
+from fastslots.errors import UserError
+from fastslots.runs.curves import is_number
+from fastslots.runs.folder import MACHINE_LOG
+
+
+class Lines:
+    """One flushed JSON object a line. A resume first cuts what lies after its checkpoint; ``last`` is what remains."""
+
+    def __init__(self, path: Path, last_step: int = 0):
+        self.last = _cut(path, last_step) if path.exists() else {}
+        # Unbuffered: Python's buffers lose what they hold when a write fails half-way on a full disk.
+        self._file = open(path, "ab", buffering=0)
+        self._pending = b""
+
+    def write(self, values: dict[str, object]) -> None:
+        """OSError where the disk is full; the line is kept and written with the next that succeeds."""
+        # JSON has no NaN: null says the same and every reader takes it.
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._pending += json.dumps(clean).encode() + b"\n"
+        self._flush()
+
+    def sync(self) -> None:
+        """Bring to the disk what has been written."""
+        os.fsync(self._file.fileno())
+
+    def _flush(self) -> None:
+        while self._pending:
+            self._pending = self._pending[self._file.write(self._pending) :]
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # a disk still full, of which the run has said so
+            self._flush()
+        self._file.close()
+
+
+class MetricsLog:
+    """metrics.jsonl, which follows from the seed but for images_per_s; machine.jsonl, which does not; and trackers."""
+
+    def __init__(self, path: Path, last_step: int = 0, trackers: Sequence[Any] = ()):
+        self._trackers = [*trackers]
+        self._metrics, self._machine = (Lines(file, last_step) for file in (path, path.with_name(MACHINE_LOG)))
+        used: Any = self._machine.last.get("energy_wh")
+        self.energy_wh = used if is_number(used) else 0.0  # what a run that goes on had used
+
+    def write(self, values: dict[str, object]) -> None:
+        """A step's losses, or an evaluation's scores. OSError and UserError: as ``Lines.write`` and ``_tell``."""
+        self._metrics.write(values)
+        self._track(values)
+
+    def cost(self, values: dict[str, object]) -> None:
+        """What the run costs its machine (``runs.machine.Meter``)."""
+        self._machine.write(values)
+        self._track(values)
+
+    def _track(self, values: dict[str, object]) -> None:
+        split, step = f"{values.get('eval', 'train')}/", values["step"]
+        numbers = {split + name: v for name, v in values.items() if name != "step" and isinstance(v, int | float)}
+        self._tell(lambda tracker: tracker.numbers(numbers, step))
+
+    def picture(self, name: str, picture: Image, step: int) -> None:
+        """To those who take pictures; a run's own lie in its folder."""
+        self._tell(lambda tracker: tracker.picture(name, np.asarray(picture), step))
+
+    def _tell(self, what: Callable[[Any], None]) -> None:
+        """UserError where a tracker fails, a service that has gone, say; it is told no more until the next resume."""
+        for tracker in [*self._trackers]:
+            try:
+                what(tracker)
+            except Exception as error:  # each package has errors of its own
+                self._trackers.remove(tracker)
+                name, reason = type(tracker).__name__.lower(), str(error) or type(error).__name__
+                raise UserError(f"{name} has failed ({reason}): the run goes on without it") from None
+
+    def sync(self) -> None:
+        """Bring to the disk what has been written."""
+        self._metrics.sync()
+        self._machine.sync()
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._machine.close()
+        for tracker in self._trackers:
+            with contextlib.suppress(Exception):  # as above: the run itself is done
+                tracker.close()
+
+
+def _cut(path: Path, last_step: int) -> dict[str, Any]:
+    """Remove what follows the lines up to ``last_step``; the last of those. In place, so that a kill meanwhile, or a
+    full disk, loses nothing; and a long log is never in memory."""
+    place = end = 0
+    last = b"{}"
+    with open(path, "r+b") as file:
+        for line in file:
+            place += len(line)
+            if line.endswith(b"\n") and _step_of(line) <= last_step:
+                end, last = place, line
+        file.truncate(end)
+    return json.loads(last)
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line; a line cut short by a crash belongs to no step that is kept."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
+    return step if type(step) is int else math.inf
+
+
+def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
+    """(training lines, evaluation lines) of a metrics.jsonl; a torn last line is left out."""
+    lines = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        if _step_of(line) < math.inf:
+            lines.append(json.loads(line))
+    return [line for line in lines if "eval" not in line], [line for line in lines if "eval" in line]

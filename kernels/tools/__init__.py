@@ -1,0 +1,1 @@
+"""What examines the Triton kernels: compiles them for GPUs that are not there, counts what they cost, tunes them."""

@@ -1,0 +1,267 @@
+"""A model of bytes and floating-point operations, per launch and per training step of a decoder or encoder layer.
+
+Not a measurement. ``Cost.bytes`` is the least that must move between memory and the chip: every tensor of a launch,
+once. ``Cost.requested`` is what its loads and stores ask for, most of it answered by L2, and ``Cost.issued`` the padded
+products that run; a test counts these two in Triton's interpreter. ``Cost.flops`` leaves out padded rows, slots and row
+widths (heads and units padded to a whole group count). Floors divide by published peaks: no kernel can be faster, and
+how near one comes must be measured on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..gpu.launch import Launch
+
+
+@dataclass(frozen=True)
+class Device:
+    """Published peaks, dense: bytes/s and FLOP/s by kind of product."""
+
+    name: str
+    arch: str
+    bandwidth: float
+    peak: dict[str, float]
+
+    def floor_us(self, bytes_: float, flops: float, precision: str) -> float:
+        """The longer of the time to move the bytes and the time to do the products, in microseconds."""
+        return 1e6 * max(bytes_ / self.bandwidth, flops / self.peak[precision])
+
+
+DEVICES = (
+    Device("A100 SXM 80GB", "sm_80", 2.039e12, {"bf16": 312e12, "fp16": 312e12, "tf32": 156e12, "fp32": 19.5e12}),
+    Device("H100 SXM", "sm_90", 3.35e12, {"bf16": 989e12, "fp16": 989e12, "tf32": 494e12, "fp32": 67e12}),
+    Device("B200", "sm_100", 8.0e12, {"bf16": 2250e12, "fp16": 2250e12, "tf32": 1120e12, "fp32": 75e12}),
+)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes and operations of one launch."""
+
+    bytes: int
+    requested: int
+    flops: int
+    issued: int
+
+
+def launch_cost(launch: Launch) -> Cost:
+    """The model of one recorded launch, from its arguments, constexprs and grid alone."""
+    requested, flops, issued = _MODELS[launch.name](_Terms(launch))
+    tensors = {id(t): t for name, t in launch.args.items() if isinstance(t, Tensor) and name != "residual_ptr"}
+    residual = launch.args.get("residual_ptr")
+    if residual is not None and launch.constexprs["NORM"]:
+        tensors[id(residual)] = residual
+    return Cost(sum(t.numel() * t.element_size() for t in tensors.values()), requested, flops, issued)
+
+
+class _Terms:
+    """Short names for the sizes of a launch."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.args, self.consts, self.grid = launch.args, launch.constexprs, launch.grid
+        self.programs = math.prod(launch.grid)
+        self.D, self.BL = self.consts["D"], self.consts.get("BLOCK_L", 0)  # 0: a kernel without tiles of rows
+        self.W = -(-self.D // self.consts["BLOCK_D"]) * self.consts["BLOCK_D"]
+
+    def of(self, name: str) -> Any:
+        return self.args[name]
+
+    def size(self, *names: str) -> int:
+        """Bytes of whole tensors."""
+        return sum(self.args[n].numel() * self.args[n].element_size() for n in names)
+
+    def element(self, name: str) -> int:
+        return self.args[name].element_size()
+
+
+def _cross_attention_fwd(t: _Terms) -> tuple[int, int, int]:
+    B, H, L, d = t.of("q_ptr").shape
+    K, KP, tiles = t.consts["K"], t.consts["KP"], t.grid[0]
+    requested = t.size("q_ptr", "out_ptr", "map_ptr") + tiles * (t.size("k_ptr", "v_ptr") + H * t.size("bias_ptr"))
+    return requested, 4 * B * H * L * K * d, 4 * t.programs * H * t.BL * KP * t.W
+
+
+def _cross_attention_bwd(t: _Terms) -> tuple[int, int, int]:
+    B, H, L, d = t.of("q_ptr").shape
+    K, KP, visits = t.consts["K"], t.consts["KP"], t.grid[0] * t.of("blocks")
+    # k is loaded for the scores and again for dq.
+    loads = t.size("q_ptr", "dout_ptr") + H * t.size("dmap_ptr")
+    loads += visits * (2 * t.size("k_ptr") + t.size("v_ptr") + H * t.size("bias_ptr"))
+    return loads + t.size("dq_ptr", "dk_ptr", "dv_ptr"), 10 * B * H * L * K * d, 10 * visits * B * H * t.BL * KP * t.W
+
+
+def _attention_columns(t: _Terms) -> tuple[int, int, int, int, int]:
+    """Images, pixels, columns without padded slots (padded heads count), all columns, bytes of an image's weights."""
+    columns = t.consts["COLUMNS"]
+    real = columns // t.consts["KP"] * t.consts["K"]
+    B = t.of("w_in_ptr").shape[0]
+    return B, t.of("L"), real, columns, t.size("w_in_ptr", "w_out_ptr", "b_in_ptr") // B
+
+
+def _folded_attention_fwd(t: _Terms) -> tuple[int, int, int]:
+    B, L, real, columns, weights = _attention_columns(t)
+    requested = B * L * t.D * t.element("x_ptr") + t.programs * (weights + t.size("bias_ptr"))
+    return requested + t.size("y_ptr", "map_ptr"), 4 * B * L * real * t.D, 4 * t.programs * t.BL * columns * t.W
+
+
+def _folded_attention_dx(t: _Terms) -> tuple[int, int, int]:
+    B, L, real, columns, weights = _attention_columns(t)
+    tiles = t.grid[0] * B
+    requested = t.size("x_ptr", "dy_ptr", "dmap_ptr", "dx_ptr", "db_ptr") + tiles * weights
+    requested += t.size("residual_ptr") if t.consts["NORM"] else 0
+    return requested, 6 * B * L * real * t.D, 6 * tiles * t.BL * columns * t.W
+
+
+def _folded_attention_dw(t: _Terms) -> tuple[int, int, int]:
+    B, L, real, columns, weights = _attention_columns(t)
+    groups, parts, _ = t.grid
+    rows = B * L * t.D * t.element("x_ptr") + t.size("dy_ptr", "dmap_ptr")
+    requested = groups * rows + parts * B * weights + t.size("dw_in_ptr", "dw_out_ptr", "db_in_ptr")
+    tiles = parts * t.of("blocks") * B
+    return requested, 8 * B * L * real * t.D, 8 * tiles * t.BL * columns * t.W
+
+
+def _decoder_layer_fwd(t: _Terms) -> tuple[int, int, int]:
+    requested, flops, issued = _folded_attention_fwd(t)
+    rows, units = t.grid[1] * t.of("L"), t.consts["UNITS"]
+    requested += t.programs * t.size("w1_ptr", "w2_ptr", "b1_ptr", "b2_ptr")
+    return requested, flops + 4 * rows * units * t.D, issued + 4 * t.programs * t.BL * units * t.W
+
+
+def _feed_forward_dx(t: _Terms) -> tuple[int, int, int]:
+    rows, units = t.of("rows"), t.consts["UNITS"]
+    requested = t.size("z_ptr", "dy_ptr", "dz_ptr", "db2_ptr") + t.programs * t.size("w1_ptr", "w2_ptr", "b1_ptr")
+    return requested, 6 * rows * units * t.D, 6 * t.programs * t.BL * units * t.W
+
+
+def _feed_forward_dw(t: _Terms) -> tuple[int, int, int]:
+    rows, units = t.of("rows"), t.consts["UNITS"]
+    groups, parts = t.grid
+    requested = groups * t.size("z_ptr", "dy_ptr") + parts * t.size("w1_ptr", "w2_ptr", "b1_ptr")
+    requested += t.size("dw1_ptr", "dw2_ptr", "db1_ptr")
+    return requested, 8 * rows * units * t.D, 8 * parts * t.of("blocks") * t.BL * units * t.W
+
+
+_PARTS = ("part_sum_ptr", "part_top_ptr", "part_total_ptr")
+
+
+def _token_attention_fwd(t: _Terms) -> tuple[int, int, int]:
+    (B, M, S), T = t.of("rows_ptr").shape, t.of("T")
+    requested = t.size("tokens_ptr", *_PARTS) + t.grid[0] * t.of("blocks") * t.size("rows_ptr")
+    issued = 4 * t.programs * t.of("blocks") * t.BL * t.consts["BLOCK_M"] * t.W
+    return requested, 4 * B * M * T * S, issued
+
+
+def _token_attention_combine(t: _Terms) -> tuple[int, int, int]:
+    sums, *others = _PARTS
+    return t.size("gathered_ptr", "lse_ptr", sums) + t.grid[0] * t.size(*others), 0, 0
+
+
+def _token_attention_bwd(t: _Terms) -> tuple[int, int, int]:
+    (B, M, S), T = t.of("rows_ptr").shape, t.of("T")
+    requested = t.size("tokens_ptr", "dtokens_ptr", "drows_ptr")
+    requested += t.grid[0] * t.size("dgathered_ptr", "gathered_ptr", "lse_ptr")
+    requested += t.grid[0] * t.of("blocks") * t.size("rows_ptr", "dgathered_ptr")
+    issued = 10 * t.programs * t.of("blocks") * t.BL * t.consts["BLOCK_M"] * t.W
+    return requested, 10 * B * M * T * S, issued
+
+
+_MODELS: dict[str, Callable[[_Terms], tuple[int, int, int]]] = {
+    "cross_attention_fwd": _cross_attention_fwd,
+    "cross_attention_bwd": _cross_attention_bwd,
+    "folded_attention_fwd": _folded_attention_fwd,
+    "folded_attention_dx": _folded_attention_dx,
+    "folded_attention_dw": _folded_attention_dw,
+    "decoder_layer_fwd": _decoder_layer_fwd,
+    "feed_forward_dx": _feed_forward_dx,
+    "feed_forward_dw": _feed_forward_dw,
+    "token_attention_fwd": _token_attention_fwd,
+    "token_attention_combine": _token_attention_combine,
+    "token_attention_bwd": _token_attention_bwd,
+}
+
+
+# ---- layers in plain PyTorch, operation by operation -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EagerOp:
+    """Per pixel or token: values read and written by the forward, and the multiply-adds of a product."""
+
+    reads: int
+    writes: int
+    product: int = 0
+
+
+def eager_ops(method: str, D: int, F: int, H: int, d: int, K: int) -> list[EagerOp]:
+    """The operations of one layer as eager PyTorch runs them: "published" or "folded"."""
+    HK, Hd = H * K, H * d
+    published = [
+        EagerOp(D, D),  # norm
+        EagerOp(D, Hd, D * Hd),  # query projection
+        EagerOp(Hd, Hd),  # scale
+        EagerOp(Hd, HK, Hd * K),  # scores
+        EagerOp(HK, HK),  # softmax
+        EagerOp(HK, K),  # slot map
+        EagerOp(HK, Hd, Hd * K),  # A v
+        EagerOp(Hd, D, D * Hd),  # output projection
+    ]
+    folded = [
+        EagerOp(D, D),  # norm
+        EagerOp(D, HK, D * HK),  # x G
+        EagerOp(HK, HK),  # + g
+        EagerOp(HK, HK),  # softmax
+        EagerOp(HK, K),  # slot map
+        EagerOp(HK, D, D * HK),  # A U
+        EagerOp(D, D),  # + b
+    ]
+    feed_forward = [
+        EagerOp(2 * D, D),  # residual
+        EagerOp(D, D),  # norm
+        EagerOp(D, F, D * F),
+        EagerOp(F, F),  # gelu
+        EagerOp(F, D, F * D),
+        EagerOp(2 * D, D),  # residual
+    ]
+    return {"published": published, "folded": folded}[method] + feed_forward
+
+
+def eager_cost(
+    method: str, pixels: int, D: int, F: int, H: int, d: int, K: int, element: int, backward: bool = True
+) -> tuple[int, int]:
+    """Bytes and FLOPs of one decoder layer in plain PyTorch, forward or forward and backward."""
+    return _total(eager_ops(method, D, F, H, d, K), pixels, element, backward)
+
+
+def eager_token_cost(method: str, tokens: int, S: int, M: int, K: int, layers: int, element: int) -> tuple[int, int]:
+    """Bytes and FLOPs on the tokens' side of ``layers`` encoder cross-attentions, forward and backward.
+
+    "published": each layer norms all tokens and projects them to keys and values; K queries in M / K heads.
+    "folded": tokens are normed once; M rows attend to them as they are. What has K rows an image is left out.
+    """
+    norm, softmax = EagerOp(S, S), EagerOp(M, M)
+    if method == "published":
+        # A head of width S·K / M: M rows of that width are K·S multiply-adds a token.
+        ops = [norm, EagerOp(S, 2 * S, 2 * S * S), EagerOp(S, M, K * S), softmax, EagerOp(M + S, 0, K * S)] * layers
+    else:
+        ops = [norm, *[EagerOp(S, M, M * S), softmax, EagerOp(M + S, 0, M * S)] * layers]
+    return _total(ops, tokens, element, backward=True)
+
+
+def _total(ops: list[EagerOp], rows: int, element: int, backward: bool) -> tuple[int, int]:
+    """Bytes and FLOPs. The backward of an operation reads the gradient and what the forward read, and writes a gradient
+    of that; a product reads the gradient once more (two products) and does twice the operations."""
+    values = macs = 0
+    for op in ops:
+        values += op.reads + op.writes
+        macs += op.product
+        if backward:
+            values += op.writes * (2 if op.product else 1) + 2 * op.reads
+            macs += 2 * op.product
+    return values * rows * element, 2 * macs * rows

@@ -1,0 +1,137 @@
+"""The launches that ship: every op, forward and backward, at the shapes of the presets, recorded without a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..gpu.cross_attention import cross_attention_bwd, cross_attention_fwd
+from ..gpu.decoder_layer import decoder_layer_bwd, decoder_layer_fwd
+from ..gpu.folded_cross_attention import folded_attention_bwd, folded_attention_fwd
+from ..gpu.launch import Launch, allows_tf32, has_entries, record
+from ..gpu.token_attention import table_width, token_attention_bwd, token_attention_fwd
+from ..gpu_backend import KERNELS
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One decoder layer: B images of L pixels, K slots, H heads of d, query width D, feed-forward width F; and one
+    encoder layer: M rows (heads x queries) against T tokens of width S."""
+
+    name: str
+    B: int
+    L: int
+    K: int
+    H: int
+    d: int
+    D: int
+    F: int
+    M: int
+    T: int
+    S: int
+
+    def row_width(self, kernel: str) -> int:
+        """Width of the rows that a kernel takes: what its block sizes are chosen by."""
+        if kernel.startswith("token_"):
+            return table_width(self.M, self.S)
+        return self.d if kernel.startswith("cross_") else self.D
+
+
+# As fastslots.config.presets has them: kernels import no models, a test compares.
+PRESETS = {
+    shape.name: shape
+    for shape in (
+        Shape("sprites", 64, 64 * 64, 5, 12, 43, 180, 360, 20, 64 * 64, 64),
+        Shape("clevr6", 32, 128 * 128, 7, 12, 43, 180, 360, 28, 128 * 128, 128),
+        Shape("clevrtex", 32, 16 * 16, 11, 12, 43, 360, 720, 44, 16 * 16, 128),
+        Shape("sprites-mini", 32, 32 * 32, 4, 8, 8, 64, 128, 16, 8 * 8, 64),
+        Shape("clevr6-mini", 32, 64 * 64, 7, 8, 12, 96, 192, 28, 16 * 16, 64),
+    )
+}
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
+"""Name in tables -> element type; fp32 products are TF32 or IEEE (``launch.precision``)."""
+
+
+@contextlib.contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """torch's own switch between TF32 and IEEE products, which the kernels follow."""
+    before = "high" if allows_tf32() else "highest"
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def inputs(shape: Shape, dtype: torch.dtype, device: str = "meta", shared: bool = False) -> dict[str, Tensor]:
+    """Random inputs (uninitialised on ``meta``) of every op at this shape, by the names of the launchers."""
+    B, L, K, H, d, D, F = shape.B, shape.L, shape.K, shape.H, shape.d, shape.D, shape.F
+
+    def make(*size: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*size, device=device) * scale).to(dtype)
+
+    return {
+        "q": make(B, H, L, d, dtype=dtype), "k": make(B, H, K, d, dtype=dtype), "v": make(B, H, K, d, dtype=dtype),
+        "dout": make(B, H, L, d, dtype=dtype), "dmap": make(B, L, K),
+        "x": make(1 if shared else B, L, D, dtype=dtype), "dy": make(B, L, D, dtype=dtype),
+        "G": make(B, D, H, K, scale=2 * D**-0.5), "g": make(B, H, K), "U": make(B, H, K, D), "b": make(D),
+        "norm_weight": make(D), "norm_bias": make(D), "w1": make(F, D, scale=D**-0.5), "b1": make(F),
+        "w2": make(D, F, scale=F**-0.5), "b2": make(D),
+        "rows": make(B, shape.M, shape.S, scale=2 * shape.S**-0.5), "tokens": make(B, shape.T, shape.S, dtype=dtype),
+        "dgathered": make(B, shape.M, shape.S),
+    }  # fmt: skip
+
+
+def run_op(op: str, t: dict[str, Tensor]) -> None:
+    """Forward and backward of one of ``OPS``."""
+    if op == "token_attention":
+        gathered, lse = token_attention_fwd(t["rows"], t["tokens"])
+        token_attention_bwd(t["dgathered"], t["rows"], t["tokens"], gathered, lse)
+        return
+    if op == "cross_attention":
+        scale = t["x"].shape[2] ** -0.5
+        cross_attention_fwd(t["q"], t["k"], t["v"], scale)
+        cross_attention_bwd(t["dout"], t["dmap"], t["q"], t["k"], t["v"], scale)
+        return
+    folded = (t["G"], t["g"], t["U"])
+    if op == "folded_cross_attention":
+        folded_attention_fwd(t["x"], *folded, t["b"], None, norm=False)
+        folded_attention_bwd(t["dy"], t["dmap"], t["x"], *folded, None, norm=False)
+        return
+    layer = (t["x"], *folded, t["b"], t["norm_weight"], t["norm_bias"], t["w1"], t["b1"], t["w2"], t["b2"])
+    decoder_layer_fwd(*layer)
+    decoder_layer_bwd(t["dy"], t["dmap"], *layer)
+
+
+OPS = ("cross_attention", "folded_cross_attention", "decoder_layer", "token_attention")
+
+
+def serves(op: str, shape: Shape, t: dict[str, Tensor]) -> bool:
+    """Whether the launch table has block sizes for all kernels of ``op`` (on the architecture of ``record``)."""
+    return has_entries(t["q"], shape.row_width(KERNELS[op][0]), KERNELS[op])
+
+
+def record_shipped(arch: str, shape: Shape, precision: str) -> list[tuple[str, Launch]]:
+    """Every distinct launch of every op that ``arch`` serves at this shape, each under a name that says its variant.
+
+    The first layer of a decoder has the same queries for every image: ``shared`` launches.
+    """
+    found: dict[tuple, tuple[str, Launch]] = {}
+    for op in OPS:
+        for shared in (False, True) if op == "decoder_layer" else (False,):
+            tensors = inputs(shape, PRECISIONS[precision], shared=shared)
+            with matmul_precision(precision), record(arch) as launches:
+                if serves(op, shape, tensors):
+                    run_op(op, tensors)
+            for launch in launches:
+                norm = launch.constexprs.get("NORM", True)
+                name = launch.name + ("" if norm else "_plain") + ("_shared" if shared else "")
+                scalars = tuple(v == 1 for v in launch.args.values() if not isinstance(v, Tensor))
+                types = tuple(v.dtype for v in launch.args.values() if isinstance(v, Tensor))
+                key = (launch.name, tuple(launch.constexprs.items()), launch.config, scalars, types)
+                found.setdefault(key, (name, launch))
+    return list(found.values())

@@ -1,0 +1,186 @@
+"""Capture and replay of the decoder's loss, all but ``torch.cuda.CUDAGraph``: a stand-in calls the function again.
+
+Like a graph, the stand-in sees the buffers it was given at capture and no Python value that came later.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is first imported
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastslots.kernels.gpu import decoder_loss as loss_module
+from fastslots.kernels.gpu import graphs, launch
+from fastslots.kernels.gpu.decoder_loss import decoder_loss
+from fastslots.kernels.gpu.graphs import Graphs
+from fastslots.ops import decoder_loss as tiled
+from fastslots.ops.reference import FeedForward, FoldedProjections, OutputHead
+
+B, L, K, H, D, F = 2, 6, 3, 2, 12, 10
+
+
+class StandIn:
+    """Counts captures; a replay overwrites the outputs of the capture, as a graph does."""
+
+    def __init__(self):
+        self.captures = self.replays = 0
+
+    def __call__(self, function, inputs):
+        self.captures += 1
+        outputs = function(inputs)
+
+        def replay():
+            self.replays += 1
+            for out, value in zip(outputs, function(inputs), strict=True):
+                out.copy_(value)
+
+        return replay, outputs
+
+
+def loss_inputs(seed: int = 0, device: str = "cpu", pixel_weight: bool = True, slot_mask: bool = True):
+    gen = torch.Generator().manual_seed(seed)
+
+    def randn(*size, scale=0.3):
+        return (torch.randn(*size, generator=gen) * scale).to(device)
+
+    layers = [
+        (FoldedProjections(randn(B, D, H, K), randn(B, H, K), randn(B, H, K, D), randn(D)),
+         FeedForward(1 + randn(D), randn(D), randn(F, D), randn(F), randn(D, F), randn(D)))
+    ]  # fmt: skip
+    head = OutputHead(1 + randn(D), randn(D), [randn(D, D), randn(3, D)], [randn(D), randn(3)])
+    mask = torch.tensor([[True] * K, [True, False, True]]).to(device)
+    return tiled.LossInputs(
+        randn(1, L, D), layers, head, randn(B, L, 3), randn(B, L).abs() if pixel_weight else None,
+        mask if slot_mask else None, 1.5, 0.25,
+    )  # fmt: skip
+
+
+def run(inputs, cache=None, need=True, **kwargs):
+    recon, interaction, grads = decoder_loss(inputs, [need] * len(inputs.differentiable()), graphs=cache, **kwargs)
+    return [recon, interaction, *(g for g in grads if g is not None)]
+
+
+def assert_equal(got, want):
+    assert len(got) == len(want) and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_replays_give_the_bits_of_the_plain_call_on_new_values():
+    capture = StandIn()
+    cache = Graphs(capture)
+    for seed in range(3):
+        inputs = replace(loss_inputs(seed), interaction_weight=0.1 * seed)  # a float that changes from step to step
+        assert_equal(run(inputs, cache, rows=6), run(inputs, rows=6))  # a tile an image
+    assert (capture.captures, capture.replays) == (1, 2)  # the first call of a shape is not captured
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    """In place of the kernels, something that reads every input and takes no time."""
+
+    def cheap_run(inputs, need, grad_scale, rows, dtype):
+        total = sum(t.double().sum() for t in inputs.differentiable()) + inputs.target.double().sum()
+        total = total + sum(t.double().sum() for t in (inputs.pixel_weight, inputs.slot_mask) if t is not None)
+        weights = inputs.recon_weight * total + inputs.interaction_weight, grad_scale * total + rows
+        return [*weights, *(t * total for t, n in zip(inputs.differentiable(), need, strict=True) if n)]
+
+    monkeypatch.setattr(loss_module, "_run", cheap_run)
+
+
+def test_weights_of_the_terms_are_read_at_each_replay(cheap):
+    """Floats, 0-d tensors and a loss scale, in turn."""
+    cache = Graphs(StandIn())
+    inputs = loss_inputs()
+    for weight, scale in ((0.0, 1.0), (0.5, 2.0), (torch.tensor(2.0), torch.tensor(1024.0)), (3.0, 1.0)):
+        weighted = replace(inputs, interaction_weight=weight, recon_weight=1.0 + float(weight))
+        assert_equal(run(weighted, cache, grad_scale=scale), run(weighted, grad_scale=scale))
+
+
+def test_results_outlive_the_next_replay(cheap):
+    cache = Graphs(StandIn())
+    first, second = loss_inputs(0), loss_inputs(1)
+    for _ in range(2):
+        run(first, cache)
+    kept = run(first, cache)
+    run(second, cache)
+    assert_equal(kept, run(first))
+
+
+def test_another_shape_type_or_request_is_another_graph(cheap):
+    capture = StandIn()
+    cache = Graphs(capture, capacity=16)
+    inputs = loss_inputs()
+    calls = [
+        lambda c: run(inputs, c),
+        lambda c: run(inputs, c, need=False),
+        lambda c: run(inputs, c, rows=8),
+        lambda c: run(loss_inputs(pixel_weight=False), c),
+        lambda c: run(loss_inputs(slot_mask=False), c),
+        lambda c: run(replace(inputs, eps=1e-3), c),
+        lambda c: run(replace(inputs, target=inputs.target.bfloat16()), c),
+        lambda c: run(replace(inputs, layers=inputs.layers * 2), c),
+    ]
+    for _ in range(3):
+        for call in calls:
+            assert_equal(call(cache), call(None))
+    assert capture.captures == len(calls)
+
+
+def test_the_least_recently_used_graph_is_dropped():
+    capture = StandIn()
+    cache = Graphs(capture, capacity=2)
+
+    def double(tensors):
+        return [2 * t for t in tensors]
+
+    for key in "aabbab":
+        cache(key, double, [torch.ones(1)])
+    assert capture.captures == 2
+    cache("c", double, [torch.ones(1)])  # drops a
+    cache("b", double, [torch.ones(1)])
+    assert capture.captures == 2
+    cache("a", double, [torch.ones(1)])  # seen for the first time again
+    assert capture.captures == 2
+
+
+def test_only_cuda_is_captured_and_the_environment_turns_it_off(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert not graphs.wanted(torch.device("cpu"))
+    assert graphs.wanted(torch.device("cuda", 0))
+    monkeypatch.setenv("FASTSLOTS_CUDA_GRAPHS", "0")
+    assert not graphs.wanted(torch.device("cuda", 0))
+    monkeypatch.delenv("FASTSLOTS_CUDA_GRAPHS")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # the caller captures a whole step
+    assert not graphs.wanted(torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("need", [True, False], ids=["gradients", "forward-only"])
+def test_nothing_waits_for_the_device(need):
+    """On tensors without values every read of one raises: .item(), .cpu(), a branch on a tensor, a boolean index."""
+    inputs = loss_inputs(device="meta")
+    scale = torch.empty((), device="meta")
+    with launch.record("sm_90") as launches:
+        outputs = loss_module._run(inputs, [need] * len(inputs.differentiable()), scale, 6, torch.bfloat16)
+    assert launches and all(t.is_meta for t in outputs)
+    with pytest.raises((RuntimeError, NotImplementedError)):  # the test can fail
+        float(scale)
+
+
+def test_tiles_fit_the_l2_of_the_device(monkeypatch):
+    """Published L2 sizes: A100 40 MB, H100 50 MB, B200 126 MB; a small one gets the fewest rows that fill a GPU."""
+    like = torch.empty(1, device="meta")
+    monkeypatch.setattr(type(like), "is_cuda", property(lambda self: True))
+    sizes = {"A100": 40 << 20, "H100": 50 << 20, "B200": 126 << 20, "small": 6 << 20}
+    rows = {}
+    for name, size in sizes.items():
+        loss_module._rows_in_l2.cache_clear()
+        properties = type("Properties", (), {"L2_cache_size": size})
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, properties=properties: properties)
+        rows[name] = loss_module.tile_rows(like.new_empty(4, 180), torch.bfloat16)
+        assert rows[name] * 180 * 2 * loss_module.LIVE_TENSORS <= size or name == "small"
+    loss_module._rows_in_l2.cache_clear()
+    assert rows == {"A100": 28672, "H100": 32768, "B200": 90112, "small": 16384}

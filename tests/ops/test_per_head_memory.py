@@ -1,0 +1,135 @@
+"""No path of the ``cpu`` and ``triton`` backends makes a tensor of all heads over all pixels, [B, H, L, K].
+
+K > d and H·K > D, so it would be larger than every input and output and no size coincides with it. For C++ the peak of
+the process is measured, which sees what its allocator gives; for Triton every tensor made around the launches is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is first imported
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastslots.kernels.gpu import decoder_loss, launch
+from fastslots.ops import decoder_loss as tiled
+from fastslots.ops.reference import FeedForward, FoldedProjections, OutputHead
+
+PROGRAM = """
+import json, sys, torch
+from fastslots import ops
+from fastslots.ops import decoder_loss as tiled
+from fastslots.ops.reference import FeedForward, FoldedProjections, OutputHead
+
+backend = sys.argv[1]
+B, H, K, d, D, F, M, S = 1, 8, 32, 2, 8, 8, 128, 4
+torch.set_num_threads(1)
+
+
+def status(field):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+
+
+def added(call):
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak starts again from what is resident
+    before = status("VmRSS:")
+    call()
+    return status("VmHWM:") - before
+
+
+def leaf(*size):
+    return torch.randn(*size, requires_grad=True)
+
+
+def both_ways(*outputs):
+    torch.autograd.backward([o.sum() for o in outputs])
+
+
+def calls(L):
+    q, k, v = leaf(B, H, L, d), leaf(B, H, K, d), leaf(B, H, K, d)
+    x, folded = leaf(B, L, D), FoldedProjections(leaf(B, D, H, K), leaf(B, H, K), leaf(B, H, K, D), leaf(D))
+    ff = FeedForward(leaf(D), leaf(D), leaf(F, D), leaf(F), leaf(D, F), leaf(D))
+    head = OutputHead(leaf(D), leaf(D), [leaf(3, D)], [leaf(3)])
+    loss = tiled.LossInputs(x, [(folded, ff)] * 2, head, torch.zeros(B, L, 3), None, None, 1.0, 1.0)
+    rows, tokens = leaf(B, M, S), leaf(B, L, S)
+    return {  # those that need least come first: what they free may be given out again unseen
+        "decoder_loss": lambda: both_ways(tiled.decoder_loss(loss, backend=backend).total),
+        "token_attention": lambda: both_ways(ops.token_attention(rows, tokens, backend)),
+        "decoder_layer": lambda: both_ways(*ops.decoder_layer(x, folded, ff, backend)),
+        "folded_cross_attention": lambda: both_ways(*ops.folded_cross_attention(x, folded, backend)),
+        "cross_attention": lambda: both_ways(*ops.cross_attention(q, k, v, backend=backend)),
+    }
+
+
+for call in calls(64).values():  # what is imported at the first call is not what is looked for
+    call()
+L = 2**16
+per_head = {name: 4 * L * B * (M if name == "token_attention" else H * K) for name in calls(1)}
+print(json.dumps({name: [added(call), per_head[name]] for name, call in calls(L).items()}))
+"""
+
+
+def measured(backend: str) -> dict[str, list[int]]:
+    done = subprocess.run([sys.executable, "-P", "-c", PROGRAM, backend], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+needs_peak = pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no peak of memory to read")
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest storage made inside."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, torch.Tensor):
+                self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size())
+        return out
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared-queries", "own-queries"])
+@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "all-pixels"])
+def test_triton_loss_makes_none(shared, weighted):
+    """Its single ops are in test_triton_ops.py and test_triton_tokens.py. All pixels in one tile, on tensors without
+    memory; half of [B, H, L, K] is more than all heads of one of two images."""
+    B, L, H, K, D, F = 2, 2**15, 4, 24, 32, 32
+
+    def make(*size):
+        return torch.empty(size, device="meta")
+
+    folded = FoldedProjections(make(B, D, H, K), make(B, H, K), make(B, H, K, D), make(D))
+    ff = FeedForward(make(D), make(D), make(F, D), make(F), make(D, F), make(D))
+    head = OutputHead(make(D), make(D), [make(D, D), make(3, D)], [make(D), make(3)])
+    weight = make(B, L) if weighted else None
+    x = make(1 if shared else B, L, D)
+    inputs = tiled.LossInputs(x, [(folded, ff)] * 2, head, make(B, L, 3), weight, make(B, K) > 0, 1.0, 1.0)
+    with launch.record("sm_90") as launches, Largest() as seen:
+        decoder_loss._run(inputs, [True] * len(inputs.differentiable()), 1.0, B * L, torch.float32)
+    assert len(launches) == 2 * 6
+    assert B * L * D <= seen.elements < B * H * L * K / 2
+
+
+@needs_peak
+def test_cpu_kernels_add_less_than_a_per_head_tensor():
+    pytest.importorskip("fastslots._cpu")
+    for name, (added, limit) in measured("cpu").items():
+        assert added < limit / 2, f"{name} added {added / 2**20:.0f} MiB, a per-head tensor has {limit / 2**20:.0f}"
+
+
+@needs_peak
+def test_the_measurement_sees_a_per_head_tensor():
+    """The reference makes them, but for its loss in tiles."""
+    for name, (added, limit) in measured("reference").items():
+        assert added > limit or name == "decoder_loss", name

@@ -1,0 +1,143 @@
+"""`fastslots eval`: on what images, by which weights, and how it says so."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny import MODEL_16
+
+from fastslots.cli import main
+from fastslots.config.run import read_config
+from fastslots.data import read_batch, to_float
+from fastslots.data.sources import open_source
+from fastslots.metrics import JacobianMeter, slot_jacobian
+from fastslots.models import SlotVAE
+from fastslots.models.weights import WEIGHTS
+from fastslots.train import TrainConfig, fit
+
+
+def config_of(**overrides) -> TrainConfig:
+    few = dict(octaves=3, batch_size=4, steps=2, threads=1, eval_images=4, checkpoint_every=0)
+    return TrainConfig.preset("sprites-mini", **{**MODEL_16, **few, **overrides})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return fit(config_of(), out=tmp_path_factory.mktemp("runs") / "sprites").out
+
+
+@pytest.fixture
+def evaluated(capsys):
+    def scores_of(*argv: str) -> tuple[dict, str]:
+        capsys.readouterr()
+        assert main(["eval", *map(str, argv), "--json"]) == 0
+        printed = capsys.readouterr()
+        return json.loads(printed.out), printed.err
+
+    return scores_of
+
+
+def write_npz(path, count: int, masks: bool = True) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+    labels = rng.integers(0, 3, (count, 16, 16), dtype=np.uint8)
+    np.savez(path, images, np.zeros((count, 1)), *([labels] if masks else []))
+
+
+@pytest.mark.parametrize("split, sizes, counted", [("val", (50, 14), 12), ("test", (10,) * 6 + (4,), 10)])
+def test_paper_mode_repeats_the_published_evaluation(run, evaluated, split, sizes, counted):
+    """Validation: batches of 50, the Jacobian of the first 12 of each; test: batches of 10. It had taken all images."""
+    model, meter, first = SlotVAE.from_run(run), JacobianMeter("paper"), 0
+    dataset, rows = open_source(read_config(run / "config.json")).splits[split]
+    for size in sizes:
+        images, masks = read_batch(dataset, np.asarray(rows[first : first + size])[:counted])
+        with torch.no_grad():
+            slots = model(to_float(images), noise=torch.zeros(len(images), 3, 4)).slots
+        meter.update(slot_jacobian(model.decoder, slots), masks.long())
+        first += size
+    scores, _ = evaluated(run, "--split", split, "--images", 64, "--score-mode", "paper")
+    expected = meter.result()
+    assert scores["j_ari"] == pytest.approx(expected.j_ari, rel=1e-4)
+    assert scores["jis"] == pytest.approx(expected.jis, rel=1e-4)
+    assert scores["images"] == 64 and scores["jacobian_images"] == expected.images == (24 if split == "val" else 64)
+    said = {"val": "50, the first 12 of each", "test": "10"}[split]
+    assert scores["score_batches"] == f"J-ARI and JIS: means over batches of {said}"
+    pooled, _ = evaluated(run, "--split", split, "--images", 64)
+    assert pooled["fg_ari"] == pytest.approx(scores["fg_ari"]) and pooled["jis"] != scores["jis"]
+
+
+def test_scores_of_training_images_say_so(tmp_path, evaluated, monkeypatch):
+    """Under 20 images none are set aside; `train` said it, `eval` did not."""
+    monkeypatch.setenv("FASTSLOTS_CACHE", str(tmp_path / "cache"))
+    for name, count in (("few", 12), ("many", 40)):
+        write_npz(tmp_path / f"{name}.npz", count)
+        run = fit(config_of(data=str(tmp_path / f"{name}.npz")), out=tmp_path / name).out
+        scores, said = evaluated(run)
+        assert scores["evaluated_on_training_images"] is (name == "few")
+        assert scores["split_note"] in said and ("training images" in scores["split_note"]) is (name == "few")
+    scores, said = evaluated(run, "--data", tmp_path / "few.npz")  # trained on others
+    assert scores["evaluated_on_training_images"] is False and "few.npz" in said
+
+
+def test_what_looks_wrong_with_the_data_is_said(run, tmp_path, evaluated, monkeypatch):
+    monkeypatch.setenv("FASTSLOTS_CACHE", str(tmp_path / "cache"))
+    images = np.zeros((40, 16, 16, 3), np.uint8)
+    np.savez(tmp_path / "black.npz", images, np.zeros((40, 1)), np.zeros((40, 16, 16), np.uint8))
+    _, said = evaluated(run, "--data", tmp_path / "black.npz")
+    assert said.count("warning   ") >= 1
+
+
+def test_scores_that_need_masks_are_null_without_them(run, tmp_path, evaluated, monkeypatch, capsys):
+    monkeypatch.setenv("FASTSLOTS_CACHE", str(tmp_path / "cache"))
+    write_npz(tmp_path / "bare.npz", 40, masks=False)
+    scores, _ = evaluated(run, "--data", tmp_path / "bare.npz")
+    assert all(scores[name] is None for name in ("j_ari", "jis", "fg_ari", "ari", "mbo", "miou"))
+    assert main(["eval", str(run), "--data", str(tmp_path / "bare.npz")]) == 0
+    assert "none: it needs masks" in capsys.readouterr().out
+
+
+def test_the_weights_that_were_read_are_named(tmp_path, evaluated):
+    """Where no evaluation has been the last ones stand for the best; they were called the best."""
+    run = fit(config_of(), out=tmp_path / "run").out
+    assert evaluated(run)[0]["weights"] == "best"
+    (run / WEIGHTS["best"]).unlink()
+    scores, said = evaluated(run)
+    assert scores["weights"] == "last" and "no best weights yet: scoring the last ones" in said
+    assert main(["report", str(run)]) == 0
+    assert json.loads((run / "explorer.json").read_text())["weights"] == "last"
+
+
+def test_a_run_is_evaluated_from_any_directory(tmp_path, monkeypatch, evaluated):
+    """Its configuration kept the path of its data as it was given."""
+    monkeypatch.setenv("FASTSLOTS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    write_npz("data.npz", 40)
+    run = fit(config_of(data="data.npz", init_from=str(fit(config_of(steps=1), out="first").out)), out="run").out
+    stored = read_config(run / "config.json")
+    assert (stored.data, stored.init_from) == (str(tmp_path / "data.npz"), str(tmp_path / "first"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    scores, _ = evaluated(tmp_path / "run")
+    assert scores["data"] == str(tmp_path / "data.npz")
+    assert fit(stored, out=tmp_path / "run", resume=True).step == 2
+    for data in ("", "sprites", "s3://bucket/set", "python:a list", "/there"):
+        assert config_of(data=data).resolved().data == data
+
+
+def test_a_run_stored_with_a_relative_path_goes_on(tmp_path, monkeypatch, capsys):
+    """As runs were before: the same set by its absolute path is no other set, and no other trial."""
+    monkeypatch.setenv("FASTSLOTS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    write_npz("data.npz", 40)
+    run = fit(config_of(data="data.npz"), out="run").out
+    for name in ("config.json", "data.txt"):
+        text = (run / name).read_text()
+        assert str(tmp_path / "data.npz") in text
+        (run / name).write_text(text.replace(str(tmp_path / "data.npz"), "data.npz"))
+    assert main(["train", "--resume", "--out", "run", "--steps", "3"]) == 0
+    said = capsys.readouterr().err
+    assert "resumed at step 2" in said and "other images" not in said
+    assert read_config(run / "config.json").data == str(tmp_path / "data.npz")
