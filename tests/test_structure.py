@@ -81,7 +81,7 @@ def test_files_and_folders_stay_small():
 
 
 MOST_LINES = {"loop.py": 430, "decoder_jacobian.py": 322}
-MOST_FILES = {"bench": 17}
+MOST_FILES = {"bench": 18}
 """What is not yet as small as the rest."""
 
 
