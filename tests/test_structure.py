@@ -11,7 +11,7 @@ import fastslots
 
 ROOT = Path(fastslots.__file__).parent
 ROOMS = """
-    errors files records
+    errors threads files records
     kernels
     ops nn
     config models interop

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from fastslots import threads
 from fastslots.errors import UserError, print_error
 
 
@@ -44,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command -> exit code."""
+    threads.prepare()  # before torch, which the commands import
     try:
         args = build_parser().parse_args(argv)
         code = args.run(args)

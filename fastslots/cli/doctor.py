@@ -74,17 +74,20 @@ def _versions(found: Findings) -> None:
 def _processors(found: Findings) -> None:
     import torch
 
-    from fastslots.runs.machine import usable_cores
+    from fastslots.threads import asked, chosen, usable_cores, usable_processors, waits_asleep
 
-    usable, threads = usable_cores(), torch.get_num_threads()
-    text = f"{os.cpu_count()} processors, {usable} for this process, torch uses {threads} threads"
-    if threads > usable:
+    usable, count, choice = usable_processors(), torch.get_num_threads(), chosen()
+    text = f"{os.cpu_count()} processors, {usable} for this process, torch uses {count} threads"
+    text += f": {choice.why}" if choice else ""
+    if count > usable:
         found.problem("cpu", text, f"more threads than processors slow each other down: --threads {usable}")
-    elif "OMP_NUM_THREADS" in os.environ and threads < usable:
-        mend = f"OMP_NUM_THREADS is {os.environ['OMP_NUM_THREADS']}: unset it, or --threads {usable}, if no one else"
+    elif asked() and count < min(usable, usable_cores()):
+        mend = f"OMP_NUM_THREADS is {asked()}: unset it, or --threads {usable}, if no one else"
         found.problem("cpu", text, f"{mend} needs them")
     else:
         found.say("cpu", text)
+    asleep = "wait for one another asleep" if waits_asleep() else "spin while they wait for one another"
+    found.say("threads", asleep + ("" if waits_asleep() else ", on a busy machine at the others' cost"))
 
 
 def _gpus(found: Findings) -> None:

@@ -23,7 +23,7 @@ from fastslots.config.run import TrainConfig, read_config
 from fastslots.errors import UserError
 from fastslots.files import write_atomic
 from fastslots.runs.log import read_metrics
-from fastslots.runs.machine import usable_cores
+from fastslots.threads import COUNT, asked, usable_processors
 
 LOG = "sweep.log"  # what a trial printed
 SCORES = "sweep_scores.json"  # what `fastslots eval` gave, with the step and arguments that it was asked for
@@ -98,7 +98,7 @@ def run_trials(
     eval_arguments: of ``fastslots eval``, run on each finished trial; none: the scores are those of the run's own
     last evaluation. An exception here (Ctrl-C) asks the running trials to stop at a checkpoint, and waits for them.
     """
-    processes = Processes(max(1, usable_cores() // jobs))
+    processes = Processes(max(1, usable_processors() // jobs))
     results: dict[str, TrialResult] = {}
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(run_trial, trial, tuple(eval_arguments), processes) for trial in trials]
@@ -139,7 +139,7 @@ class Processes:
 
     def __init__(self, threads: int):
         # PYTHONSAFEPATH: a checkout in the working directory must not hide the installed package.
-        self._environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONSAFEPATH": "1"}
+        self._environment = {**os.environ, COUNT: asked() or str(threads), "PYTHONSAFEPATH": "1"}
         self._running: set[subprocess.Popen] = set()
         self._stopping = False
 

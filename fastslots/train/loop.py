@@ -36,6 +36,7 @@ from fastslots.runs.machine import PACKAGES, Meter, versions
 from fastslots.runs.progress import ProgressView, Silent
 from fastslots.runs.trackers import open_trackers
 from fastslots.runs.view import open_progress
+from fastslots.threads import usable_processors
 from fastslots.train.checkpoint import Checkpoint, Writer, latest_checkpoint, save_checkpoint, snapshot
 from fastslots.train.optim import Optimizers
 from fastslots.train.step import LEAST_SCALE, Precision, training_step
@@ -114,6 +115,8 @@ class Trainer:
         self.device = self.group.device(config.torch_device())
         if config.threads:
             torch.set_num_threads(config.threads)
+        elif torch.get_num_threads() > usable_processors():
+            torch.set_num_threads(usable_processors())  # torch knows nothing of a container's quota
         self.source = open_source(config, dataset)
         train, rows = self.source.splits["train"]
         check_shape(config, to_float(read_batch(train, rows[:1])[0]))
