@@ -87,7 +87,7 @@ def encode(encoder: Encoder, images: Tensor) -> Tensor:
     if encoder.cnn is not None:
         x = x + encoder.position(encoder.grid)
     tokens = encoder.token_mlp(F.layer_norm(x, x.shape[1:]))
-    queries = encoder.queries.repeat(images.shape[0], 1, 1)
+    queries = encoder.first_queries(encoder.queries, images, F.layer_norm(tokens, tokens.shape[-1:]), None)
     for layer in cast(Iterable[EncoderLayer], encoder.transformer):
         cross, own = layer.cross, layer.self_attention
         y, _ = cross_attention(cross.projections, cross.norm_q(queries), cross.norm_tokens(tokens), stored_weights)

@@ -82,7 +82,7 @@ def load_official(path: str | Path, preset: str = "clevr6", **overrides: object)
 
 def to_official(model: SlotVAE, unused_as_zeros: bool = False) -> dict[str, Tensor]:
     """The model's weights under the authors' names and shapes. UserError for what theirs cannot hold: a baseline, or an
-    encoder that ends in a layer of its own (the mini presets).
+    encoder that ends in a layer of its own (the mini presets), has other first queries or smaller convolutions.
 
     unused_as_zeros: for a model of features, also give zeros for the CNN and grid embedding that their ClevrTex
     program holds (and never reads), so that its strict loading succeeds.
@@ -94,6 +94,9 @@ def to_official(model: SlotVAE, unused_as_zeros: bool = False) -> dict[str, Tens
         )
     if model.config.encoder_width:
         raise UserError("encoder_width adds a last layer to the encoder, which has no place in the authors' state_dict")
+    for field, published in (("queries", "learned"), ("cnn_kernel", 5)):
+        if (value := getattr(model.config, field)) != published:
+            raise UserError(f"{field} {value!r} has no place in the authors' state_dict: only {published!r} has")
     state = {official_name(name): value.detach().clone() for name, value in model.state_dict().items()}
     if unused_as_zeros and model.config.input == "features":
         C, S = model.config.cnn_channels, model.config.token_width

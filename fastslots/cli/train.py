@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fastslots.config.presets import preset_names
 from fastslots.config.run import TrainConfig, read_config
+from fastslots.config.spans import Span, checked_span
 from fastslots.errors import UserError, print_error
 
 DEFAULT_PRESET = "sprites-mini"
@@ -47,7 +48,7 @@ def add_fields(parser: argparse.ArgumentParser, each: Callable = lambda field_ty
             dest=f"field_{field.name}",
             default=argparse.SUPPRESS,
             type=each(str(field.type), _converter(field)),
-            metavar=str(field.type).split("[")[0].upper(),
+            metavar="LENGTH" if field.type == "int | str" else str(field.type).split("[")[0].upper(),
             help=f"{field.metadata['help']} (default {field.default}; presets set their own)".replace("%", "%%"),
             nargs="?" if field.type == "bool" else None,
             const="true" if field.type == "bool" else None,  # a text, so that argparse converts it
@@ -79,7 +80,15 @@ def _converter(field: dataclasses.Field):
     def widths(text: str) -> tuple[int, ...]:
         return tuple(whole(part) for part in text.split(",") if part)
 
-    return {"int": whole, "float": number, "bool": truth, "tuple[int, ...]": widths}.get(str(field.type), str)
+    def span(text: str) -> Span:
+        try:
+            return checked_span(field.name, text)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return {"int": whole, "int | str": span, "float": number, "bool": truth, "tuple[int, ...]": widths}.get(
+        str(field.type), str
+    )
 
 
 def config_of(args: argparse.Namespace) -> TrainConfig:

@@ -37,12 +37,18 @@ class SlotVAEConfig:
     num_slots: int = option("K, latent slots an image", 7)
     slot_dim: int = option("D, width of a slot", 64)
     cnn_channels: int = option("channels of the first three convolutions", 64)
+    cnn_kernel: int = option("side of the CNN's convolutions, odd", 5)
     cnn_stride: int = option("down-sampling of the CNN: 1, 2, 4, 8 or 16; tokens form a grid of side R / stride", 1)
     encoder_width: int = option(
         "token and query width of the encoder; 0: what the slots need (2·D, or D if beta is 0)", 0
     )
     encoder_layers: int = option("layers of the encoder's Transformer", 5)
     encoder_heads: int = option("heads of the encoder's attentions", 4)
+    queries: str = option(
+        "the encoder's first queries: 'learned' (as published), 'seeded' (also of places that differ from the image's "
+        "ground and from one another) or 'sampled' (from a learned Gaussian)",
+        "learned",
+    )
     token_hidden: int = option("hidden width of the token MLP; 0: the encoder's width", 0)
     log_scale_bias: float = option("initial bias of the log-scale; needs an explicit encoder_width", 0.0)
     slot_attention_iterations: int = option("refinements of the slots by the slot-attention encoder", 3)
@@ -92,6 +98,16 @@ class SlotVAEConfig:
     def token_width(self) -> int:
         return self.encoder_width or self.posterior_width
 
+    @property
+    def token_side(self) -> int:
+        """Side of the grid of tokens."""
+        return self.resolution // (self.cnn_stride if self.input == "pixels" else 1)
+
+    @property
+    def patch_side(self) -> int:
+        """Side of the grid of patches in which seeded queries look: twice that of the tokens, at most the image's."""
+        return min(2 * self.token_side, self.resolution)
+
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
@@ -114,11 +130,13 @@ class SlotVAEConfig:
         self._choice("encoder", ("transformer", "slot-attention"))
         self._choice("decoder", ("transformer", "broadcast"))
         self._choice("cnn_stride", (1, 2, 4, 8, 16))
+        self._choice("queries", ("learned", "seeded", "sampled"))
         zero_allowed = ("encoder_width", "token_hidden", "slot_attention_hidden")
         positive = (
-            "resolution", "channels", "num_slots", "slot_dim", "cnn_channels", "encoder_layers", "encoder_heads",
-            "decoder_layers", "decoder_heads", "query_width", "query_hidden", "slot_width", "slot_hidden", "octaves",
-            "slot_attention_iterations", "broadcast_side", "broadcast_channels", "jacobian_pixels",
+            "resolution", "channels", "num_slots", "slot_dim", "cnn_channels", "cnn_kernel", "encoder_layers",
+            "encoder_heads", "decoder_layers", "decoder_heads", "query_width", "query_hidden", "slot_width",
+            "slot_hidden", "octaves", "slot_attention_iterations", "broadcast_side", "broadcast_channels",
+            "jacobian_pixels",
         )  # fmt: skip
         self._at_least(1, *positive)
         self._at_least(0, *zero_allowed, "alpha", "beta", "sigma", "jacobian_weight")
@@ -129,6 +147,10 @@ class SlotVAEConfig:
             raise UserError(f"resolution must be at least 2, got {self.resolution}")
         if self.resolution % self.cnn_stride:
             raise UserError(f"resolution {self.resolution} must be a multiple of cnn_stride {self.cnn_stride}")
+        if self.cnn_kernel % 2 == 0:
+            raise UserError(f"cnn_kernel must be odd, got {self.cnn_kernel}")
+        if self.queries == "seeded":
+            self._check_seeds()
         if self.encoder == "transformer":
             self._divides("encoder_heads", "token_width")
         self._divides("decoder_heads", "slot_width")
@@ -140,6 +162,15 @@ class SlotVAEConfig:
         if self.log_scale_bias and not self.encoder_width and self.encoder == "transformer":
             raise UserError(
                 "log_scale_bias needs an explicit encoder_width (the published encoder has no output layer)"
+            )
+
+    def _check_seeds(self) -> None:
+        if self.input != "pixels":
+            raise UserError("queries 'seeded' looks at an image's colours, and features have none: choose learned")
+        if self.num_slots > self.patch_side**2:
+            raise UserError(
+                f"queries 'seeded' needs a patch for each of num_slots {self.num_slots}, and resolution "
+                f"{self.resolution} with cnn_stride {self.cnn_stride} has {self.patch_side**2}: ask for fewer slots"
             )
 
     def _choice(self, name: str, allowed: tuple) -> None:

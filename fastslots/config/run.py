@@ -11,10 +11,15 @@ from typing import Any
 import torch
 
 from fastslots.config.model import SlotVAEConfig, option
+from fastslots.config.spans import checked_span, in_steps
 from fastslots.errors import UserError, first_line
 
 SCHEDULES = ("constant", "cosine", "paper", "paper-clevrtex")
 TRACKERS = ("tensorboard", "wandb", "trackio")
+SPAN = "steps, or a share of the run such as 8%"
+LATER_FIELDS = ("queries", "cnn_kernel", "plateau_end", "decay_steps")
+"""Fields that runs of earlier versions did not have. Where a run's file lacks one, the run had its default, whatever
+the preset has by now."""
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 GIVEN = "python:"  # begins ``data`` of a run whose data set was handed to ``fit``
 
@@ -40,16 +45,20 @@ class TrainConfig(SlotVAEConfig):
     lr: float = option("learning rate at its highest", 5e-4)
     weight_decay: float = option("weight decay of the optimiser", 0.0)
     schedule: str = option(f"of the learning rate: {', '.join(SCHEDULES)}", "paper")
-    warmup: int = option("steps of linear warm-up of the rate", 2_500)
-    alpha_start: int = option("step before which alpha is held at alpha_floor of its value", 0)
-    alpha_warmup: int = option("steps over which alpha then rises to its full value", 25_000)
+    warmup: int | str = option(f"linear warm-up of the rate: {SPAN}", 2_500)
+    plateau_end: int | str = option(f"where the rate of schedule paper falls to a fifth: {SPAN}", 30_000)
+    decay_steps: int | str = option(f"over what the rate of the paper's schedules falls to a tenth: {SPAN}", 500_000)
+    alpha_start: int | str = option(f"until when alpha is held at alpha_floor of its value: {SPAN}", 0)
+    alpha_warmup: int | str = option(f"over what alpha then rises to its full value: {SPAN}", 25_000)
     alpha_floor: float = option("share of alpha that the ramp starts from", 0.0)
-    beta_start: int = option("step before which beta is 0", 0)
-    beta_warmup: int = option("steps over which beta then rises to its full value; 0: at once", 0)
+    beta_start: int | str = option(f"until when beta is 0: {SPAN}", 0)
+    beta_warmup: int | str = option(f"over what beta then rises to its full value (0: at once): {SPAN}", 0)
     grad_clip: float = option("largest norm of all gradients together; 0: no clipping", 0.0)
     pixels_per_step: int = option("pixels of each image that a step decodes, drawn with replacement; 0: all", 0)
     pixel_sampling: str = option(
-        "uniform, or foreground: half of them where the image differs from its border", "uniform"
+        "uniform; foreground: half of them where the image differs from its border; or edges: half of them where it "
+        "changes, and the others as foreground does",
+        "uniform",
     )
     precision: str = option(f"of matrix products: {', '.join(PRECISIONS)}", "fp32")
     compile: bool = option("torch.compile the encoder (the decoder runs in tiles of its own)", False)
@@ -71,13 +80,21 @@ class TrainConfig(SlotVAEConfig):
         self._choice("schedule", SCHEDULES)
         self._choice("precision", PRECISIONS)
         self._choice("on_bad_record", ("stop", "skip"))
-        self._choice("pixel_sampling", ("uniform", "foreground"))
+        self._choice("pixel_sampling", ("uniform", "foreground", "edges"))
         for name in self.trackers():
             if name not in TRACKERS:
                 raise UserError(f"log_to must name {', '.join(TRACKERS)}, got {name!r}")
         self._at_least(1, "steps", "batch_size", "accumulate", "eval_batch", "keep_checkpoints", "log_every")
-        self._at_least(0, "max_objects", "warmup", "alpha_start", "alpha_warmup", "alpha_floor", "beta_start")
-        self._at_least(0, "beta_warmup", "grad_clip", "pixels_per_step", "threads", "eval_every", "eval_images")
+        for f in dataclasses.fields(self):
+            if f.type == "int | str":
+                object.__setattr__(self, f.name, checked_span(f.name, getattr(self, f.name)))
+        if in_steps(self.decay_steps, self.steps) == 0 and self.schedule.startswith("paper"):
+            raise UserError(
+                f"decay_steps must be at least one step for schedule {self.schedule}, got {self.decay_steps}"
+            )
+        self._at_least(
+            0, "max_objects", "alpha_floor", "grad_clip", "pixels_per_step", "threads", "eval_every", "eval_images"
+        )
         self._at_least(0, "checkpoint_every", "weight_decay", "seed", "lr")
         if self.lr == 0:
             raise UserError("lr must be above 0, got 0")
@@ -92,6 +109,10 @@ class TrainConfig(SlotVAEConfig):
             raise UserError(
                 f"optimizer must be muon or a class of torch.optim (adam, adamw, sgd, ...), got {self.optimizer!r}"
             )
+
+    def in_steps(self, field: str) -> int:
+        """A schedule's length in steps, where the field may give it as a share of the run."""
+        return in_steps(getattr(self, field), self.steps)
 
     def resolved(self) -> TrainConfig:
         """The same with local paths that hold in every working directory."""
@@ -134,8 +155,8 @@ def read_config(
 ) -> Any:
     """A run's ``config.json`` (or any JSON object of fields), as a ``cls``.
 
-    What it leaves out is the preset's, or where none is named has its default. Raises UserError where it names fields
-    that no run has, or another preset.
+    What it leaves out is the preset's, or where none is named has its default; so have, in the file of a run, the
+    ``LATER_FIELDS``. Raises UserError where it names fields that no run has, or another preset.
     """
     path = Path(path)
     try:
@@ -150,6 +171,8 @@ def read_config(
     unknown = sorted(values.keys() - {f.name for f in dataclasses.fields(TrainConfig)})
     if unknown:
         raise UserError(f"{path} has unknown fields: {', '.join(unknown)}")
+    if "preset_name" in values:  # a run wrote it, with all fields of its time
+        values = {f.name: f.default for f in dataclasses.fields(TrainConfig) if f.name in LATER_FIELDS} | values
     given = {key: value for key, value in values.items() if key in known} | overrides
     if not preset:
         return cls(**given)

@@ -21,6 +21,7 @@ class Purpose(IntEnum):
     NOISE = 1
     PIXELS = 2
     JACOBIAN = 3
+    QUERIES = 4
     TRAIN = 11  # built-in data of the splits
     VAL = 12
     TEST = 13

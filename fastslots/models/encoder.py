@@ -1,4 +1,4 @@
-"""Images to slots: CNN (or given features) -> tokens -> Transformer with learned queries."""
+"""Images to slots: CNN (or given features) -> tokens -> Transformer whose queries become the slots."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastslots.config.model import SlotVAEConfig
 from fastslots.models.layers import FeedForwardLayer, grid, mlp, xavier_
+from fastslots.models.queries import KINDS
 from fastslots.nn import AttentionProjections
 from fastslots.ops import token_attention
 from fastslots.ops.reference import feed_forward
@@ -96,8 +97,7 @@ class TokenEncoder(nn.Module):
         if config.input == "pixels":
             self.cnn = _cnn(config, width)
             token_input = width
-            side = config.resolution // config.cnn_stride
-            yx = grid(side)
+            yx = grid(config.token_side)
             self.register_buffer("grid", torch.cat([yx, 1 - yx], -1), persistent=False)  # (y, x, 1-y, 1-x)
             self.position = nn.Linear(4, width)
         self.token_mlp = mlp(token_input, config.token_hidden or width, width)
@@ -114,12 +114,16 @@ class TokenEncoder(nn.Module):
 
 
 class Encoder(TokenEncoder):
-    """images [B, 3, R, R] in [0, 1] (or features [B, C, R, R]) -> [B, K, S], S = mean | log-scale, or the slots."""
+    """images [B, 3, R, R] in [0, 1] (or features [B, C, R, R]) -> [B, K, S], S = mean | log-scale, or the slots.
+
+    query_noise: [B, K, S'], for first queries that are drawn (``fastslots.models.queries``); others leave it alone.
+    """
 
     def __init__(self, config: SlotVAEConfig):
         super().__init__(config)
         width = config.token_width
-        self.queries = nn.Parameter(torch.rand(1, config.num_slots, width))
+        self.first_queries = KINDS[config.queries](config)
+        self.queries = nn.Parameter(torch.rand(1, self.first_queries.rows or config.num_slots, width))
         self.transformer = nn.ModuleList(
             EncoderLayer(width, config.encoder_heads) for _ in range(config.encoder_layers)
         )
@@ -127,9 +131,9 @@ class Encoder(TokenEncoder):
         xavier_(self.transformer)
         self.output: nn.Module = posterior_layer(config) if config.encoder_width else nn.Identity()
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, query_noise: Tensor | None = None) -> Tensor:
         tokens = self.tokens(images)
-        queries = self.queries.expand(images.shape[0], -1, -1)
+        queries = self.first_queries(self.queries, images, tokens, query_noise)
         for layer in self.transformer:
             queries = layer(queries, tokens)
         return self.output(self.norm(queries))
@@ -144,9 +148,9 @@ def posterior_layer(config: SlotVAEConfig) -> nn.Linear:
 
 
 def _cnn(config: SlotVAEConfig, width: int) -> nn.Sequential:
-    """Four 5x5 convolutions with GELU after each; the first log2(stride) of them halve the picture."""
-    halvings, C = int(math.log2(config.cnn_stride)), config.cnn_channels
+    """Four convolutions (published: 5x5) with GELU after each; the first log2(stride) of them halve the picture."""
+    halvings, C, side = int(math.log2(config.cnn_stride)), config.cnn_channels, config.cnn_kernel
     layers: list[nn.Module] = []
     for i, (fan_in, fan_out) in enumerate(((config.channels, C), (C, C), (C, C), (C, width))):
-        layers += [nn.Conv2d(fan_in, fan_out, 5, stride=2 if i < halvings else 1, padding=2), nn.GELU()]
+        layers += [nn.Conv2d(fan_in, fan_out, side, stride=2 if i < halvings else 1, padding=side // 2), nn.GELU()]
     return nn.Sequential(*layers)

@@ -7,8 +7,8 @@ With normalised tokens n_t and K slots s_k, three times the same step::
     u_k  = Σ_t (A_tk + ε) Wv n_t / Σ_t (A_tk + ε)
     s_k <- GRU(u_k, state s_k);   s_k <- s_k + MLP(norm(s_k))
 
-The first slots are learned, one each (the published ones are drawn from one learned Gaussian), so that this encoder
-differs from the Transformer in the way slots are refined alone: the tokens are the same.
+The first slots are those of ``config.queries``, as in the Transformer ("sampled" draws them from one learned Gaussian,
+as published), so that this encoder differs from it in the way slots are refined alone: the tokens are the same.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastslots.config.model import SlotVAEConfig
 from fastslots.models.encoder import TokenEncoder, posterior_layer
+from fastslots.models.queries import KINDS
 
 EPSILON = 1e-8
 
@@ -31,7 +32,8 @@ class SlotAttentionEncoder(TokenEncoder):
         width = config.token_width
         hidden = config.slot_attention_hidden or 2 * width
         self.iterations = config.slot_attention_iterations
-        self.queries = nn.Parameter(torch.rand(1, config.num_slots, width))
+        self.first_queries = KINDS[config.queries](config)
+        self.queries = nn.Parameter(torch.rand(1, self.first_queries.rows or config.num_slots, width))
         self.norm_tokens, self.norm_slots = nn.LayerNorm(width), nn.LayerNorm(width)
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, width, bias=False) for _ in range(3))
         self.gru = nn.GRUCell(width, width)
@@ -39,10 +41,11 @@ class SlotAttentionEncoder(TokenEncoder):
         self.norm = nn.LayerNorm(width)
         self.output = posterior_layer(config)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, query_noise: Tensor | None = None) -> Tensor:
+        tokens = self.tokens(images)
+        slots = self.first_queries(self.queries, images, tokens, query_noise)
         # The tokens come normalised: only the affine part of their norm is left.
-        tokens = self.tokens(images) * self.norm_tokens.weight + self.norm_tokens.bias
-        slots = self.queries.expand(images.shape[0], -1, -1)
+        tokens = tokens * self.norm_tokens.weight + self.norm_tokens.bias
         for _ in range(self.iterations):
             slots = self.refine(slots, tokens)
         return self.output(self.norm(slots))

@@ -74,14 +74,17 @@ class SlotVAE(nn.Module):
 
         return load_run(Path(run), weights)
 
-    def encode(self, images: Tensor, noise: Tensor | None = None) -> Posterior:
+    def encode(self, images: Tensor, noise: Tensor | None = None, query_noise: Tensor | None = None) -> Posterior:
         """images [B, C, R, R] -> z = mean + std · noise; noise [B, K, D], None draws it, zeros give the mean.
+
+        query_noise [B, K, S]: of first queries that are sampled (S the encoder's width); None draws it in training and
+        takes a fixed draw in evaluation.
 
         std = 0.5 · exp(s), as published, not exp(0.5 · s); KL against N(0, 1). Raises TypeError, ValueError for images
         or noise of another dtype or shape.
         """
         self._check(images)
-        out = self.encoder(images)
+        out = self.encoder(images, query_noise)
         out = out.to(torch.promote_types(out.dtype, torch.float32))
         if not self.config.variational:
             return Posterior(out, out, torch.zeros_like(out), out.new_zeros(()))
@@ -124,6 +127,7 @@ class SlotVAE(nn.Module):
         alpha: float | Tensor | None = None,
         *,
         beta: float | Tensor | None = None,
+        query_noise: Tensor | None = None,
         pixels: Tensor | None = None,
         pixel_weight: Tensor | None = None,
         jacobian_weight: float | None = None,
@@ -132,12 +136,12 @@ class SlotVAE(nn.Module):
     ) -> LossTerms:
         """``loss`` of ``forward`` through the tiled decoder, and ``jacobian_weight`` times the Jacobian's penalty.
 
-        images [B, C, R, R]; noise [B, K, D] or None; alpha, beta: this step's weights (None: the config's);
+        images [B, C, R, R]; noise, query_noise as in ``encode``; alpha, beta: this step's weights (None: the config's);
         pixels, pixel_weight [B, P]: decode a weighted subset of the pixels (``Decoder.loss``).
         jacobian_weight: of the Jacobian's own penalty (``jacobian_penalty``), part of ``total`` alone; None: the
         config's, 0 costs nothing. jacobian_pixels [B, P'] int64: where it looks; None draws them.
         """
-        z, _, _, kl = self.encode(images, noise)
+        z, _, _, kl = self.encode(images, noise, query_noise)
         alpha = self.config.alpha if alpha is None else alpha
         beta = self.config.beta if beta is None else beta
         decoded = self.decoder.loss(

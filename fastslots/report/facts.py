@@ -26,6 +26,7 @@ def run_facts(run: Path, reader: MetricsReader | None = None) -> dict[str, Any]:
     config = _json(run / "config.json")
     machine = _json(run / MACHINE)
     trained_with, fingerprint = machine.pop("versions", None), machine.pop("digest", "")
+    warnings = machine.pop("warnings", [])
     return {
         "name": run.resolve().name,
         "step": reader.last.get("step", 0),
@@ -42,6 +43,7 @@ def run_facts(run: Path, reader: MetricsReader | None = None) -> dict[str, Any]:
         "config": config,
         "stopped": "stopped" in reader.last,  # a resume cuts that line
         "machine": machine,
+        "warnings": warnings if isinstance(warnings, list) else [],  # said before the first step
         "versions": trained_with or versions(PACKAGES),
         "versions_of": "trained the run" if trained_with else "wrote this page",
         "written": int(time.time()),

@@ -39,6 +39,7 @@ from fastslots.runs.view import open_progress
 from fastslots.threads import usable_processors
 from fastslots.train.checkpoint import Checkpoint, Writer, latest_checkpoint, save_checkpoint, snapshot
 from fastslots.train.optim import Optimizers
+from fastslots.train.schedule import late_ramps
 from fastslots.train.step import LEAST_SCALE, Precision, training_step
 
 GRID_IMAGES = 8
@@ -223,13 +224,14 @@ class Trainer:
             say(f"warning   other images than before from here on: the run had {before}")
         self._store("data.txt", f"{self.source.description}\n".encode())
         facts = self.meter.facts()
-        made_with = {"versions": versions(PACKAGES), "digest": self.source.digest}
+        warnings = [*self.source.warnings, *late_ramps(config)]
+        made_with = {"versions": versions(PACKAGES), "digest": self.source.digest, "warnings": warnings}
         self._store(MACHINE, json.dumps(facts | made_with).encode())
         count = sum(p.numel() for p in self.model.parameters())
         probe = torch.empty(1, device=self.device)
         say(f"run       {self.folder.path}" + (f" (resumed at step {self.step})" if self.step else ""))
         say(f"data      {self.source.description}")
-        for warning in self.source.warnings:
+        for warning in warnings:
             say(f"warning   {warning}")
         say(f"model     {count:,} parameters, K {config.num_slots}, D {config.slot_dim}, {config.resolution}²")
         where = f"{self.device}" if self.group.size == 1 else f"{self.group.size} processes on {self.device.type}"

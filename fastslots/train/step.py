@@ -14,19 +14,19 @@ from fastslots.distributed import Group
 from fastslots.errors import UserError
 from fastslots.models import SlotVAE
 from fastslots.train.optim import Optimizers
+from fastslots.train.pixels import pixel_probabilities
 from fastslots.train.schedule import alpha_at, beta_at, jacobian_weight_at, lr_at
 
 LEAST_SCALE = 2.0**-20
 """Of the fp16 loss scaler, which starts at 2^16 and halves where gradients overflow: below, they do so for another
 reason, and the run would go on without learning."""
-FOREGROUND_DISTANCE = 0.05
-"""A pixel is foreground where any channel is this far from the median of the image's border."""
 
 
 class Draws(NamedTuple):
     """All of a step's random numbers but its batch; they follow from (seed, step)."""
 
     noise: Tensor  # [B, K, D]
+    query_noise: Tensor | None  # [B, K, S], where the first queries are sampled
     pixels: Tensor | None  # [B, P]
     pixel_weight: Tensor | None  # [B, P]
     jacobian_pixels: Tensor | None  # [B, P'], uniform: those that the Jacobian's penalty looks at
@@ -42,31 +42,25 @@ def draw(config: TrainConfig, step: int, images: Tensor, start: int = 0) -> Draw
     device, ours = images.device, slice(start, start + len(images))
     generator = torch.Generator().manual_seed(step_seed(config.seed, step, Purpose.NOISE))
     noise = torch.randn(B, config.num_slots, config.slot_dim, generator=generator)[ours].to(device)
-    jacobian_pixels = None
+    query_noise = jacobian_pixels = None
+    if config.queries == "sampled":
+        generator.manual_seed(step_seed(config.seed, step, Purpose.QUERIES))
+        query_noise = torch.randn(B, config.num_slots, config.token_width, generator=generator)[ours].to(device)
     if config.jacobian_weight:
         generator.manual_seed(step_seed(config.seed, step, Purpose.JACOBIAN))
         jacobian_pixels = torch.randint(L, (B, config.jacobian_pixels), generator=generator)[ours].to(device)
     if not P:
-        return Draws(noise, None, None, jacobian_pixels)
+        return Draws(noise, query_noise, None, None, jacobian_pixels)
     generator.manual_seed(step_seed(config.seed, step, Purpose.PIXELS))
     if config.pixel_sampling == "uniform":
         pixels = torch.randint(L, (B, P), generator=generator)[ours].to(device)
-        return Draws(noise, pixels, None, jacobian_pixels)
-    foreground = foreground_pixels(images).cpu().float()
-    share = foreground / foreground.sum(1, keepdim=True).clamp_min(1)
-    probability = torch.where(foreground.any(1, keepdim=True), 0.5 / L + 0.5 * share, 1 / L)
+        return Draws(noise, query_noise, pixels, None, jacobian_pixels)
+    probability = pixel_probabilities(images, config.pixel_sampling).cpu()
     # Every row takes P numbers from the generator: rows before this process's stand in for images it has not read.
     probabilities = torch.cat([probability.new_full((start, L), 1 / L), probability])
     pixels = torch.multinomial(probabilities, P, replacement=True, generator=generator)[start:]
     weight = 1 / (L * probability.gather(1, pixels))
-    return Draws(noise, pixels.to(device), weight.to(device), jacobian_pixels)
-
-
-def foreground_pixels(images: Tensor) -> Tensor:
-    """[B, C, R, R] -> bool [B, R·R]: pixels unlike the border, a guess that only steers which pixels are drawn."""
-    border = torch.cat([images[:, :, 0], images[:, :, -1], images[:, :, :, 0], images[:, :, :, -1]], -1)
-    background = border.median(-1).values[..., None, None]
-    return ((images - background).abs().amax(1) > FOREGROUND_DISTANCE).flatten(1)
+    return Draws(noise, query_noise, pixels.to(device), weight.to(device), jacobian_pixels)
 
 
 class Precision:
@@ -99,7 +93,7 @@ def training_step(
     group: Group | None = None,
 ) -> dict[str, float]:
     """Update the weights once -> the step's values, of the global batch. One host sync for those; foreground
-    sampling, a loss scaler and a group of processes each add one.
+    or edge sampling, a loss scaler and a group of processes each add one.
 
     images: [b, C, R, R], this process's share of the batch (``group.share(config.batch_size)``; all of it without).
     A non-finite loss or gradient leaves the weights as they were; the caller sees it in ``loss`` or ``grad_norm``. With
@@ -120,6 +114,7 @@ def training_step(
                 part.noise,
                 alpha,
                 beta=beta,
+                query_noise=part.query_noise,
                 pixels=part.pixels,
                 pixel_weight=part.pixel_weight,
                 jacobian_weight=jacobian_weight_at(config, step),

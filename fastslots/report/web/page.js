@@ -25,7 +25,8 @@ document.querySelectorAll("header .run").forEach((box, i) => {
     h("div.soft", {}, `step ${number(run.step)} of ${number(run.steps)}${run.stopped ? ": stopped, a loss was not finite" : ""}`),
     h("progress", { max: run.steps || 1, value: run.step, "aria-label": "steps done" }),
     h("div.figures", {}, figures.map(([name, value]) => h("span.soft", {}, h("b", {}, number(value)), name))),
-    h("p.soft", {}, run.data));
+    h("p.soft", {}, run.data),
+    run.warnings.map(warning => h("p.soft", {}, `Warning: ${warning}.`)));
 });
 
 main.append(...[navigation(), scores(), curves("training", "Training", FIRST), curves("scores", "Held-out images", SCORES, histograms),

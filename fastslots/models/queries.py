@@ -1,0 +1,138 @@
+"""First queries of an encoder: where its slots start, and so how they break the tie between objects.
+
+Each kind is a module that turns the encoder's learned queries into those of a batch. A new kind is one more class here
+with an entry in ``KINDS``; the encoders know none of them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastslots.config.model import SlotVAEConfig
+from fastslots.models.layers import grid
+
+TIE = 1e-6
+"""Added to a patch's distance from the ground, so that seeds left over (an image of one colour has K of them) spread
+over the picture, where a product that is 0 everywhere would give every one of them the first patch."""
+
+
+class LearnedQueries(nn.Module):
+    """Query k of every image is learned query k, as published. It has no weights beside those."""
+
+    rows: int | None = None  # how many queries the encoder learns; None: K, one a slot
+
+    def __init__(self, config: SlotVAEConfig):
+        super().__init__()
+
+    def forward(self, learned: Tensor, images: Tensor, tokens: Tensor, noise: Tensor | None) -> Tensor:
+        """The first queries [B, K, S] of a batch.
+
+        learned: [1, rows, S], the encoder's parameter. images: [B, C, R, R]. tokens: [B, T, S], normalised.
+        noise: [B, K, S], standard normal, or None; the kinds that draw nothing leave it alone.
+        """
+        return learned.expand(len(images), -1, -1)
+
+
+class SampledQueries(nn.Module):
+    """Queries drawn from one learned Gaussian for all slots (Slot Attention, Locatello et al., 2020).
+
+    Its mean is the encoder's one learned query. Without ``noise``, training draws it, and evaluation takes the draw
+    kept in ``draw``, the same for every image: the mean would make all slots alike.
+    """
+
+    rows: int | None = 1
+    draw: Tensor
+
+    def __init__(self, config: SlotVAEConfig):
+        super().__init__()
+        width = config.token_width
+        self.log_std = nn.Parameter(torch.zeros(width))
+        generator = torch.Generator().manual_seed(0)  # of no run: every model is evaluated on the same draw
+        self.register_buffer("draw", torch.randn(1, config.num_slots, width, generator=generator), persistent=False)
+
+    def forward(self, learned: Tensor, images: Tensor, tokens: Tensor, noise: Tensor | None) -> Tensor:
+        """As ``LearnedQueries.forward``. ValueError for noise of another shape than [B, K, S]."""
+        shape = (len(images), *self.draw.shape[1:])
+        if noise is not None and noise.shape != shape:
+            raise ValueError(f"query_noise has shape {list(noise.shape)}, expected {list(shape)} (B, K, S)")
+        if noise is None and self.training:
+            noise = torch.randn(shape, device=learned.device, dtype=learned.dtype)
+        return (learned + self.log_std.exp() * (self.draw if noise is None else noise)).expand(shape)
+
+
+class SeededQueries(nn.Module):
+    """Learned query k, plus W · [token under seed k | its colour | its place], W without bias.
+
+    The seeds are places in the image that differ from its ground and from one another (``farthest_patches``): a prior
+    made by hand, which favours objects of other colours than a plain ground. No gradient goes through the choice.
+    """
+
+    rows: int | None = None
+    places: Tensor
+    token_of: Tensor
+
+    def __init__(self, config: SlotVAEConfig):
+        super().__init__()
+        self.slots, self.side, self.tokens = config.num_slots, config.patch_side, config.token_side
+        self.projection = nn.Linear(config.token_width + config.channels + 2, config.token_width, bias=False)
+        places = grid(self.side)
+        y, x = (torch.arange(self.side**2) // self.side, torch.arange(self.side**2) % self.side)
+        ratio = self.side // self.tokens
+        self.register_buffer("places", places, persistent=False)
+        self.register_buffer("token_of", y // ratio * self.tokens + x // ratio, persistent=False)
+
+    def forward(self, learned: Tensor, images: Tensor, tokens: Tensor, noise: Tensor | None) -> Tensor:
+        """As ``LearnedQueries.forward``."""
+        patches = patch_features(images.to(learned.dtype), self.places)  # [B, C + 2, P²]
+        seeds = farthest_patches(patches.detach(), self.slots)  # [B, K]
+        seen = patches.gather(2, seeds[:, None].expand(-1, patches.shape[1], -1)).transpose(1, 2)
+        # The token is picked by a product: seeds share tokens, and the gradient of an index adds those with atomics
+        # on GPUs, in any order.
+        under = self.token_of[seeds][..., None] == torch.arange(tokens.shape[1], device=tokens.device)
+        picked = under.to(tokens.dtype) @ tokens  # [B, K, S]
+        return learned + self.projection(torch.cat([picked, seen.to(picked.dtype)], -1))
+
+
+KINDS: dict[str, type[LearnedQueries] | type[SeededQueries] | type[SampledQueries]] = {
+    "learned": LearnedQueries,
+    "seeded": SeededQueries,
+    "sampled": SampledQueries,
+}
+
+
+def patch_features(images: Tensor, places: Tensor) -> Tensor:
+    """Mean colours and places of P x P patches: images [B, C, R, R], places [P², 2] -> [B, C + 2, P²] (c | y, x)."""
+    colours = F.avg_pool2d(images, images.shape[-1] // round(len(places) ** 0.5)).flatten(2)
+    return torch.cat([colours, places.T.to(colours.dtype).expand(len(images), -1, -1)], 1)
+
+
+def farthest_patches(patches: Tensor, count: int) -> Tensor:
+    """Seeds by farthest-first traversal (Gonzalez, 1985), weighted by the distance from the ground.
+
+    With c_p the colour of patch p and m the median colour (each channel's own), the next seed is
+
+        argmax_p |c_p − m| · min_s |(c, y, x)_p − (c, y, x)_s|
+
+    over the seeds s before it; for the first the second factor is 1. Of equal patches the first is taken.
+
+    patches: [B, C + 2, P²] as ``patch_features`` gives. Returns int64 [B, count]. Nothing waits for the device.
+    """
+    colours = patches[:, :-2]
+    # A sort gives the median of each channel: torch.median of rows is not deterministic on GPUs.
+    ground = colours.sort(2).values[..., (colours.shape[2] - 1) // 2, None]
+    weight = _length(colours - ground) + TIE  # [B, P²]
+    nearest, seeds = torch.ones_like(weight), []
+    for k in range(count):
+        seed = (weight * nearest).argmax(1, keepdim=True)  # [B, 1]
+        seeds.append(seed)
+        apart = _length(patches - patches.gather(2, seed[:, None].expand(-1, patches.shape[1], -1)))
+        nearest = apart if k == 0 else torch.minimum(nearest, apart)
+    return torch.cat(seeds, 1)
+
+
+def _length(vectors: Tensor) -> Tensor:
+    """[B, n, P²] -> [B, P²]; torch's norm over an axis takes 60 times as long on a CPU."""
+    return vectors.square().sum(1).sqrt()

@@ -1,0 +1,177 @@
+"""First queries of an encoder: learned, seeded at places of the image, sampled."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import MODEL_16
+
+from fastslots.cli import main
+from fastslots.data import SpritesDataset, to_float
+from fastslots.errors import UserError
+from fastslots.interop import to_official
+from fastslots.models import SlotVAE, SlotVAEConfig
+from fastslots.models.layers import grid
+from fastslots.models.queries import farthest_patches, patch_features
+from fastslots.train import TrainConfig, fit
+from fastslots.train.step import draw
+
+SMALL = {name: value for name, value in MODEL_16.items() if name != "pixels_per_step"} | {"cnn_stride": 4}
+
+
+def config(**overrides) -> SlotVAEConfig:
+    return SlotVAEConfig(**SMALL, **overrides)
+
+
+def model(**overrides) -> SlotVAE:
+    torch.manual_seed(0)
+    return SlotVAE(config(**overrides)).eval()
+
+
+def scenes(count: int, size: int = 16, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    images, masks = SpritesDataset(seed, size, (2, 3)).batch(np.arange(count))
+    return to_float(torch.from_numpy(images)), torch.from_numpy(masks).long()
+
+
+def traversal(image: torch.Tensor, side: int, count: int) -> list[int]:
+    """The definition, one patch after the other, in NumPy and float64."""
+    r = image.shape[-1] // side
+    pixels = image.double().numpy().reshape(image.shape[0], side, r, side, r)
+    colours = pixels.mean((2, 4)).reshape(image.shape[0], -1).T
+    places = np.array([(y, x) for y in range(side) for x in range(side)]) / (side - 1)
+    ground = np.sort(colours, 0)[(len(colours) - 1) // 2]
+    weight = np.linalg.norm(colours - ground, axis=1)
+    points = np.concatenate([colours, places], 1)
+    seeds: list[int] = []
+    for _ in range(count):
+        nearest = [min([np.linalg.norm(p - points[s]) for s in seeds], default=1) for p in points]
+        seeds.append(int(np.argmax(weight * nearest)))
+    return seeds
+
+
+def test_the_traversal_is_its_definition():
+    images, _ = scenes(20, 32)
+    seeds = farthest_patches(patch_features(images, grid(16)), 4)
+    assert seeds.tolist() == [traversal(image, 16, 4) for image in images]
+
+
+def test_seeds_lie_on_nearly_every_object():
+    images, masks = scenes(300, 32)
+    seeds = farthest_patches(patch_features(images, grid(16)), 4)
+    patches = masks.unflatten(1, (16, 2)).unflatten(3, (16, 2)).transpose(2, 3).flatten(3).flatten(1, 2)  # [B, 256, 4]
+    seen = objects = 0
+    for image, chosen in zip(patches, seeds, strict=True):
+        labels = set(image.unique().tolist()) - {0}
+        seen, objects = seen + len(labels & set(image[chosen].unique().tolist())), objects + len(labels)
+    assert seen / objects > 0.97
+
+
+def test_an_image_of_one_colour_has_its_seeds_spread_out():
+    for level in (0.0, 0.3, 1.0):
+        seeds = farthest_patches(patch_features(torch.full((2, 3, 16, 16), level), grid(8)), 3)
+        assert seeds.tolist() == [[0, 63, 7]] * 2  # corners, each as far as can be from those before
+    assert all(torch.isfinite(part).all() for part in model(queries="seeded")(torch.full((2, 3, 16, 16), 0.3)))
+
+
+def test_seeded_queries_are_their_formula():
+    net = model(queries="seeded")
+    encoder, (images, _) = net.encoder, scenes(4)
+    tokens = encoder.tokens(images)
+    found = encoder.first_queries(encoder.queries, images, tokens, None)
+    for b in range(4):
+        for k, seed in enumerate(traversal(images[b], 8, 3)):
+            y, x = divmod(seed, 8)
+            colour = images[b, :, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2].mean((1, 2))
+            place = torch.tensor([y / 7, x / 7])
+            row = torch.cat([tokens[b, y // 2 * 4 + x // 2], colour, place])
+            expected = encoder.queries[0, k] + encoder.first_queries.projection.weight @ row
+            torch.testing.assert_close(found[b, k], expected)
+
+
+def test_gradients_reach_the_token_under_a_seed_and_no_choice():
+    net = model(queries="seeded")
+    images, _ = scenes(3)
+    tokens = torch.randn(3, 16, 16, requires_grad=True)
+    net.encoder.first_queries(net.encoder.queries, images, tokens, None).sum().backward()
+    touched = tokens.grad.abs().sum(-1) > 0
+    for b in range(3):
+        expected = {s // 8 // 2 * 4 + s % 8 // 2 for s in traversal(images[b], 8, 3)}
+        assert set(touched[b].nonzero().flatten().tolist()) == expected
+    assert net.encoder.first_queries.projection.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("encoder", ["transformer", "slot-attention"])
+@pytest.mark.parametrize("queries", ["learned", "seeded", "sampled"])
+def test_an_image_has_the_same_slots_in_any_batch(queries, encoder):
+    net, (images, _) = model(queries=queries, encoder=encoder), scenes(5)
+    zeros = torch.zeros(5, 3, 4)
+    whole = net.encode(images, zeros).slots
+    torch.testing.assert_close(net.encode(images[2:4], zeros[:2]).slots, whole[2:4], rtol=1e-5, atol=1e-5)
+    assert net.encode(images[:0], zeros[:0]).slots.shape == (0, 3, 4)
+
+
+def test_sampled_slots_differ_and_evaluation_repeats():
+    net, (images, _) = model(queries="sampled"), scenes(4)
+    zeros = torch.zeros(4, 3, 4)
+    slots = net.encode(images, zeros).slots
+    assert torch.equal(net.encode(images, zeros).slots, slots)
+    assert (slots[:, 0] - slots[:, 1]).abs().max() > 1e-3  # the mean would make them alike
+    noise = torch.randn(4, 3, 16)
+    drawn = net.encode(images, zeros, noise).slots
+    assert not torch.equal(drawn, slots) and torch.equal(drawn, net.encode(images, zeros, noise).slots)
+    net.train()
+    assert not torch.equal(net.encode(images, zeros).slots, net.encode(images, zeros).slots)
+    with pytest.raises(ValueError, match=r"query_noise has shape \[4, 3, 15\], expected \[4, 3, 16\]"):
+        net.encode(images, zeros, noise[..., :15])
+
+
+def test_sampled_queries_follow_from_seed_step_and_place():
+    run = TrainConfig.preset("sprites-mini", **MODEL_16, queries="sampled", batch_size=6)
+    images = torch.rand(6, 3, 16, 16)
+    whole = draw(run, 3, images)
+    assert whole.query_noise.shape == (6, 3, 16)
+    assert torch.equal(draw(run, 3, images[2:5], start=2).query_noise, whole.query_noise[2:5])
+    assert not torch.equal(draw(run, 4, images).query_noise, whole.query_noise)
+    assert not torch.equal(whole.query_noise.flatten()[:72], whole.noise.flatten())
+    assert draw(TrainConfig.preset("sprites-mini", **MODEL_16, queries="learned"), 3, images).query_noise is None
+
+
+@pytest.mark.parametrize("queries", ["seeded", "sampled"])
+def test_runs_resume_bit_for_bit_and_are_scored(queries, tmp_path, capsys):
+    few = dict(
+        MODEL_16, batch_size=4, steps=4, threads=1, eval_every=2, eval_images=4, checkpoint_every=2, queries=queries
+    )
+    whole = fit(TrainConfig.preset("sprites-mini", **few), out=tmp_path / "whole")
+    part = tmp_path / "part"
+    fit(TrainConfig.preset("sprites-mini", **few), out=part)
+    (part / "checkpoints" / "step_00000004.safetensors").unlink()
+    again = fit(TrainConfig.preset("sprites-mini", **few), out=part, resume=True)
+    for a, b in zip(whole.model.state_dict().values(), again.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    capsys.readouterr()
+    assert main(["eval", str(part), "--images", "8", "--json"]) == 0
+
+
+def test_published_queries_keep_their_weights_and_names():
+    assert not [name for name in SlotVAE(config()).state_dict() if "first_queries" in name]
+    for preset in ("sprites", "clevr6", "clevrtex"):
+        assert SlotVAEConfig.preset(preset).queries == "learned"
+    for change in ({"queries": "seeded"}, {"queries": "sampled"}, {"cnn_kernel": 3}):
+        with pytest.raises(UserError, match=f"{next(iter(change))} .* has no place in the authors' state_dict"):
+            to_official(SlotVAE(SlotVAEConfig(resolution=16, cnn_stride=4, num_slots=2, slot_dim=8, **change)))
+
+
+def test_what_cannot_be_seeded_is_named():
+    with pytest.raises(UserError, match="features have none: choose learned"):
+        SlotVAEConfig.preset("clevrtex", queries="seeded")
+    with pytest.raises(UserError, match="num_slots 5, and resolution 2 with cnn_stride 1 has 4: ask for fewer slots"):
+        SlotVAEConfig(resolution=2, num_slots=5, queries="seeded")
+    with pytest.raises(UserError, match="queries must be one of learned, seeded, sampled, got 'random'"):
+        SlotVAEConfig(queries="random")
+    with pytest.raises(UserError, match="cnn_kernel must be odd, got 4"):
+        SlotVAEConfig(cnn_kernel=4)
+    full = SlotVAE(SlotVAEConfig(resolution=2, num_slots=4, queries="seeded", slot_dim=2)).eval()
+    assert torch.isfinite(full(torch.rand(2, 3, 2, 2)).recon).all()  # a slot for every patch
+    sampled = SlotVAEConfig.preset("clevrtex", queries="sampled", resolution=4, channels=8, encoder_layers=1)
+    assert SlotVAE(sampled).eval().encode(torch.rand(2, 8, 4, 4)).slots.shape == (2, 11, 64)
