@@ -28,6 +28,7 @@ from fastslots.train.step import LEAST_SCALE, Precision
 TINY = dict(
     MODEL_8, batch_size=2, threads=1, eval_every=0, eval_images=2,
     warmup=2, optimizer="adam", lr=1e-3, schedule="constant",
+    alpha_start=4, alpha_warmup=8, beta_start=4, beta_warmup=8,
 )  # fmt: skip
 
 
