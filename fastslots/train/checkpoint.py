@@ -40,6 +40,10 @@ class Checkpoint:
         metadata = {"header": json.dumps(header), "digest": _digest(self.tensors, header)}
         return safetensors.torch.save(self.tensors, metadata=metadata)
 
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names begin with ``prefix``, by the rest of their names."""
+        return {name.removeprefix(prefix): value for name, value in self.tensors.items() if name.startswith(prefix)}
+
     @classmethod
     def from_bytes(cls, data: bytes) -> Checkpoint:
         """ValueError where the bytes are not those of ``to_bytes``."""
@@ -77,7 +81,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
     """Steps and paths of a folder's checkpoints, the oldest first; other files there are none of ours."""
-    return sorted((int(found[1]), path) for path in folder.iterdir() if (found := NAME.fullmatch(path.name)))
+    return sorted((int(match[1]), path) for path in folder.iterdir() if (match := NAME.fullmatch(path.name)))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
-from PIL.Image import Image
 from safetensors.torch import save
 
 from fastslots.config.run import GIVEN, TrainConfig
 from fastslots.data import Batch, Loader, read_batch, to_float
-from fastslots.data.sources import check_shape, open_source, same_images
+from fastslots.data.sources import check_shape, open_source
 from fastslots.distributed import Group, LostProcessError, StoppedError, StopSignals
 from fastslots.errors import UserError
 from fastslots.evaluation.evaluate import evaluate
@@ -27,19 +24,11 @@ from fastslots.evaluation.grids import SlotPictures
 from fastslots.files import write_atomic
 from fastslots.models import SlotVAE
 from fastslots.models.weights import WEIGHTS, load_weights, weights_bytes, weights_path
-from fastslots.ops import backends
-from fastslots.report.pictures import encoded
-from fastslots.report.write import write_explorer, write_report
-from fastslots.runs.folder import MACHINE, OF_IMAGES, RunFolder, claim, next_run
-from fastslots.runs.log import MetricsLog
-from fastslots.runs.machine import PACKAGES, Meter, versions
-from fastslots.runs.progress import ProgressView, Silent
-from fastslots.runs.trackers import open_trackers
-from fastslots.runs.view import open_progress
+from fastslots.runs.folder import RunFolder, claim, next_run
 from fastslots.threads import usable_processors
-from fastslots.train.checkpoint import Checkpoint, Writer, latest_checkpoint, save_checkpoint, snapshot
+from fastslots.train.checkpoint import Checkpoint, latest_checkpoint, snapshot
 from fastslots.train.optim import Optimizers
-from fastslots.train.schedule import late_ramps
+from fastslots.train.recorder import Recorder
 from fastslots.train.step import LEAST_SCALE, Precision, training_step
 
 GRID_IMAGES = 8
@@ -65,7 +54,11 @@ class FitResult:
 
 
 def fit(
-    config: TrainConfig, dataset: Any = None, out: str | Path | None = None, resume: bool = False, stream: Any = None
+    config: TrainConfig,
+    dataset: Any = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    stream: TextIO | None = None,
 ) -> FitResult:
     """Train a model.
 
@@ -110,7 +103,7 @@ class Trainer:
         folder: RunFolder,
         stack: contextlib.ExitStack,
         group: Group | None = None,
-        stream: Any = None,
+        stream: TextIO | None = None,
     ):
         self.config, self.folder, self.group = config, folder, group or Group()
         self.device = self.group.device(config.torch_device())
@@ -127,32 +120,23 @@ class Trainer:
         self.optimizers = Optimizers(self.model, config)
         self.step, self.best = 0, -float("inf")
         self.scores: dict[str, Any] = {}
-        self._warned: set[str] = set()
         damaged: list[str] = []
         newest = self.group.on_first(lambda: self._start(damaged))
         if newest:
             self._load(Checkpoint.from_bytes(newest))
         self.group.on_first(self._store_config)
-        first = self.group.first
-        self.log = MetricsLog(folder.metrics, self.step, self._trackers()) if first else Silent()
-        stack.callback(self.log.close)
-        paced = (config.steps, config.log_every, self.step, stream, folder.metrics)
-        self.progress: ProgressView = open_progress(*paced) if first else Silent()
-        stack.callback(self.progress.close)
+        self.recorder = Recorder(folder, config, self.step, self.device, stream, self.group.first)
+        stack.callback(self.recorder.close)
         for reason in damaged:
-            self.progress.say(f"{reason}: going back to the one before")
-        self.meter = Meter(self.device, self.log.energy_wh)
-        self.writer = Writer(self.progress.say)
-        stack.callback(self.writer.close)
+            self.recorder.say(f"{reason}: going back to the one before")
         if config.compile:
             self.model.encoder.compile()
-        if first:
-            self._announce()
+        self.recorder.announce(self.source, self.model, self.step, self.group.size)
 
     def run(self) -> FitResult:
         config, group, (train, rows) = self.config, self.group, self.source.splits["train"]
-        own = group.share(config.batch_size)
-        loader = Loader(train, config.seed, len(own), self.step + 1, rows, own.start, device=self.device)
+        share = group.share(config.batch_size)
+        loader = Loader(train, config.seed, len(share), self.step + 1, rows, share.start, device=self.device)
         with StopSignals(group) as signals, loader:
             batches, last, stop, done = iter(loader), time.perf_counter(), 0, False
             while self.step < config.steps and not stop:
@@ -162,10 +146,7 @@ class Trainer:
                 self.step, stop = self.step + 1, group.stop_signal()
                 now = time.perf_counter()
                 values["images_per_s"], last = config.batch_size / (now - last), now
-                self._record({"step": self.step, **values})
-                if _due(self.step, config.log_every):
-                    self._or_warn(lambda: self.log.cost({"step": self.step, **self.meter.read()}))
-                self.progress.update(self.step, values)
+                self.recorder.trained(self.step, values)
                 done = self.step == config.steps
                 if done or _due(self.step, config.eval_every):
                     self._evaluate()
@@ -176,7 +157,7 @@ class Trainer:
             stop = self._finish(signals if done and not stop else None, stopped=bool(stop)) or stop
         if stop:
             rest = "all steps are done" if done else "go on with --resume"
-            self.progress.say(f"stopped by signal {stop} at step {self.step}: {rest}")
+            self.recorder.say(f"stopped by signal {stop} at step {self.step}: {rest}")
         return FitResult(self.model, self.folder.path, self.step, self.scores, stop, group.first)
 
     def _next(self, batches: Iterator[Batch]) -> torch.Tensor:
@@ -203,43 +184,14 @@ class Trainer:
     def _start(self, damaged: list[str]) -> bytes:
         """Make the folder; the newest good checkpoint in it, or nothing. ``damaged`` gets what is said of others."""
         self.folder.create()
-        found, reasons = latest_checkpoint(self.folder.checkpoints)
+        newest, reasons = latest_checkpoint(self.folder.checkpoints)
         damaged.extend(reasons)
-        return found.to_bytes() if found else b""
+        return newest.to_bytes() if newest else b""
 
     def _store_config(self) -> bytes:
         """Once it is known to fit what the run goes on from: the next resume reads it."""
         write_atomic(self.folder.path / "config.json", f"{self.config.to_json()}\n".encode())
         return b""
-
-    def _trackers(self) -> list[Any]:
-        return open_trackers(self.config.trackers(), self.folder.path, self.step, dataclasses.asdict(self.config))
-
-    def _announce(self) -> None:
-        """What is about to happen, in a few lines."""
-        config, say = self.config, self.progress.say
-        described = self.folder.path / "data.txt"
-        before = described.read_text(errors="replace").strip() if described.is_file() else ""
-        if self.step and before and not same_images(before, self.source.description):
-            say(f"warning   other images than before from here on: the run had {before}")
-        self._store("data.txt", f"{self.source.description}\n".encode())
-        facts = self.meter.facts()
-        warnings = [*self.source.warnings, *late_ramps(config)]
-        made_with = {"versions": versions(PACKAGES), "digest": self.source.digest, "warnings": warnings}
-        self._store(MACHINE, json.dumps(facts | made_with).encode())
-        count = sum(p.numel() for p in self.model.parameters())
-        probe = torch.empty(1, device=self.device)
-        say(f"run       {self.folder.path}" + (f" (resumed at step {self.step})" if self.step else ""))
-        say(f"data      {self.source.description}")
-        for warning in warnings:
-            say(f"warning   {warning}")
-        say(f"model     {count:,} parameters, K {config.num_slots}, D {config.slot_dim}, {config.resolution}²")
-        where = f"{self.device}" if self.group.size == 1 else f"{self.group.size} processes on {self.device.type}"
-        how = f"{config.optimizer}, {config.precision}, {where}"
-        say(f"training  {config.steps:,} steps of {config.batch_size} images, {how}")
-        name = backends.select("decoder_loss", [probe], "auto")  # explain would import every backend
-        say(f"kernels   {name if name != 'reference' else backends.explain(probe, op='decoder_loss')}")
-        say(f"energy    {facts['energy']}")
 
     def _evaluate(self) -> None:
         config, (dataset, rows) = self.config, self.source.splits["val"]
@@ -250,39 +202,17 @@ class Trainer:
             rows,
             config.eval_images,
             config.eval_batch,
-            progress=lambda images, total: self.progress.note(f"evaluating: {images} of {total} images"),
+            progress=lambda images, total: self.recorder.note(f"evaluating: {images} of {total} images"),
             group=self.group,
             see=pictures.see,
             of_images=True,
         )
         of_images = self.scores.pop("of_images")
-        if not self.group.first:
-            return
-        self._record({"step": self.step, "eval": "val", **self.scores})
-        self.progress.evaluated(self.step, self.scores, pictures.tiles)
         score = self.scores["j_ari"] + self.scores["jis"] if "j_ari" in self.scores else -self.scores["recon"]
         if score > self.best:
-            self.best, data = score, weights_bytes(self.model)
-            self.writer.submit(lambda: write_atomic(self.folder.path / WEIGHTS["best"], data))
-        if pictures.tiles:
-            grid = self._store_grid(pictures)
-            self._or_warn(lambda: self.log.picture("val/slots", grid, self.step))
-        if of_images:
-            short = {name: [round(score, 4) for score in scores] for name, scores in of_images.items()}
-            self._store(OF_IMAGES, json.dumps({"step": self.step, **short}).encode())
-        self._or_warn(lambda: write_report([self.folder.path]))
-
-    def _explore(self) -> None:
-        """The page once more, with pictures of the best weights, which are on the disk by now."""
-
-        def progress(images: int, total: int) -> None:
-            self.progress.note(f"slot explorer: {images} of {total} images decoded")
-
-        reason = write_explorer(self.folder.path, self.config, self.source, progress)
-        if reason:
-            self.progress.say(f"no slot explorer: {reason}")
-        else:
-            write_report([self.folder.path])
+            self.best = score
+            self.recorder.best(weights_bytes(self.model))
+        self.recorder.evaluated(self.step, self.scores, of_images, pictures)
 
     def _checkpoint(self) -> None:
         """Copy what a resume needs; the first process writes it while the next steps run."""
@@ -292,15 +222,8 @@ class Trainer:
         state, numbers = self.optimizers.state()
         tensors |= {f"optimizer.{name}": value for name, value in state.items()}
         extra = {"best": self.best, "scaler": self.precision.scaler.state_dict()}
-        checkpoint, weights = Checkpoint(self.step, snapshot(tensors), numbers, extra), weights_bytes(self.model)
-
-        def write() -> None:
-            with contextlib.suppress(OSError):  # of a full disk, which what follows reports
-                self.log.sync()
-            save_checkpoint(self.folder.checkpoints, checkpoint, self.config.keep_checkpoints)
-            write_atomic(self.folder.path / WEIGHTS["last"], weights)
-
-        self.writer.submit(write)
+        checkpoint = Checkpoint(self.step, snapshot(tensors), numbers, extra)
+        self.recorder.checkpoint(checkpoint, weights_bytes(self.model))
 
     def _finish(self, explore: StopSignals | None = None, stopped: bool = False) -> int:
         """Leave together, when everything is on the disk: torchrun ends the others once the first has left.
@@ -308,17 +231,17 @@ class Trainer:
         explore: make the slot explorer too, which these signals cut short. stopped: the run is to go on later.
         Returns the signal that cut the explorer short, 0 for none.
         """
-        self.writer.finish()
+        self.recorder.finish()
         stop = 0
         if stopped and self.group.first:
             self._leave_page()
         if explore and self.group.first:
             try:
                 with explore.at_once():
-                    self._or_warn(self._explore)
-            except StoppedError as stopped:
-                stop = stopped.number
-                self.progress.say(f"no slot explorer yet: fastslots report {self.folder.path} makes it")
+                    self.recorder.explore(self.source)
+            except StoppedError as interruption:
+                stop = interruption.number
+                self.recorder.unexplored()
         self.group.barrier()
         return stop
 
@@ -326,47 +249,25 @@ class Trainer:
         """The page as of a stop, and where no evaluation has left a picture of slots yet, one."""
         config, (dataset, rows) = self.config, self.source.splits["val"]
         try:
-            if config.input == "pixels" and not any(self.folder.images.iterdir()):
+            if config.input == "pixels" and not self.recorder.has_pictures():
                 pictures = SlotPictures(self.model, LAST_IMAGES)
                 evaluate(self.model, dataset, rows, LAST_IMAGES, LAST_IMAGES, see=pictures.see)
-                self._store_grid(pictures)
-            write_report([self.folder.path])
+                self.recorder.pictures(self.step, pictures)
+            self.recorder.page()
         except Exception as error:  # a user's data set may raise anything, and the weights be beyond use
-            self.progress.say(f"warning   {error or type(error).__name__}: the page is not up to date")
+            self.recorder.say(f"warning   {error or type(error).__name__}: the page is not up to date")
 
-    def _store_grid(self, pictures: SlotPictures) -> Image:
-        grid = pictures.grid()
-        self._store(f"images/step_{self.step:08d}.png", encoded(grid, "PNG", optimize=True))
-        return grid
-
-    def _store(self, name: str, data: bytes) -> None:
-        self._or_warn(lambda: write_atomic(self.folder.path / name, data))
-
-    def _record(self, values: dict[str, object]) -> None:
-        self._or_warn(lambda: self.log.write(values))
-
-    def _or_warn(self, write: Callable[[], object]) -> None:
-        """A run outlives a full disk: what is lost is said once for each reason."""
+    def _load(self, checkpoint: Checkpoint) -> None:
         try:
-            write()
-        except (OSError, UserError) as error:
-            if str(error) not in self._warned:
-                self._warned.add(str(error))
-                mend = "" if isinstance(error, UserError) else ": free space"
-                self.progress.say(f"warning   {error}{mend}; training goes on")
-
-    def _load(self, found: Checkpoint) -> None:
-        part = lambda prefix: {n.removeprefix(prefix): t for n, t in found.tensors.items() if n.startswith(prefix)}  # noqa: E731
-        try:
-            self.model.load_state_dict(part("model."))
-            self.optimizers.load_state(part("optimizer."), found.numbers)
-            self.step, self.best = found.step, found.extra["best"]
-            if found.extra["scaler"]:
-                self.precision.scaler.load_state_dict(found.extra["scaler"])
+            self.model.load_state_dict(checkpoint.part("model."))
+            self.optimizers.load_state(checkpoint.part("optimizer."), checkpoint.numbers)
+            self.step, self.best = checkpoint.step, checkpoint.extra["best"]
+            if checkpoint.extra["scaler"]:
+                self.precision.scaler.load_state_dict(checkpoint.extra["scaler"])
         except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
             reason = (str(error).splitlines() or [""])[-1].strip()
             raise UserError(
-                f"{self.folder.checkpoints}: the checkpoint at step {found.step} does not fit this configuration "
+                f"{self.folder.checkpoints}: the checkpoint at step {checkpoint.step} does not fit this configuration "
                 f"({reason}): leave out the flags that change the model or the optimiser, or name another --out"
             ) from None
 
@@ -379,9 +280,9 @@ class Trainer:
             return  # a step that the scaler has left out, to go on with a lower scale
         name, step = f"nan_batch{f'_{self.group.rank}' if self.group.rank else ''}.safetensors", self.step + 1
         path = self.folder.path / name  # on another machine there may be no such folder
-        self._store(name, save({"images": images.cpu().contiguous()}, {"step": str(step)}))
+        batch = save({"images": images.cpu().contiguous()}, {"step": str(step)})
         why = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
-        self._record({"step": step, **values, "stopped": why})
+        self.recorder.non_finite(name, batch, {"step": step, **values, "stopped": why})
         self._checkpoint()
         self._finish(stopped=True)
         raise NonFiniteLossError(
@@ -399,9 +300,9 @@ def _initial_model(config: TrainConfig) -> SlotVAE:
     model = SlotVAE(config)
     if config.init_from:
         path = Path(config.init_from)
-        given = load_weights(weights_path(path, "best") if path.is_dir() else path)
+        start = load_weights(weights_path(path, "best") if path.is_dir() else path)
         try:
-            model.load_state_dict(given.state_dict())
+            model.load_state_dict(start.state_dict())
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
             raise UserError(f"init_from {path}: its weights do not fit this model ({reason})") from None

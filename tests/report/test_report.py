@@ -39,7 +39,7 @@ from fastslots.report.explorer import (
 from fastslots.report.pictures import data_uri
 from fastslots.report.write import write_report
 from fastslots.runs.curves import POINTS, Curve, MetricsReader
-from fastslots.train import TrainConfig, fit, loop
+from fastslots.train import TrainConfig, fit, loop, recorder
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +272,8 @@ def test_images_given_in_python_are_not_explored_from_elsewhere_later(run, tmp_p
 @pytest.mark.parametrize("while_in", ["write_explorer", "evaluate"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_one_signal_ends_a_run_in_its_last_evaluation_or_explorer(tmp_path, monkeypatch, while_in, number):
-    original = getattr(loop, while_in)
+    home = recorder if while_in == "write_explorer" else loop
+    original = getattr(home, while_in)
 
     def interrupted(*args, **kwargs):
         os.kill(os.getpid(), number)
@@ -281,7 +282,7 @@ def test_one_signal_ends_a_run_in_its_last_evaluation_or_explorer(tmp_path, monk
             time.sleep(0.01)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(loop, while_in, interrupted)
+    monkeypatch.setattr(home, while_in, interrupted)
     config = TrainConfig.preset(
         "sprites-mini", **MODEL_16, steps=2, batch_size=4, eval_every=0, eval_images=1, threads=1
     )

@@ -21,7 +21,7 @@ from fastslots.cli import main
 from fastslots.errors import UserError
 from fastslots.files import write_atomic
 from fastslots.runs.log import MetricsLog, read_metrics
-from fastslots.train import NonFiniteLossError, TrainConfig, fit, loop
+from fastslots.train import NonFiniteLossError, TrainConfig, fit, loop, recorder
 from fastslots.train.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from fastslots.train.step import LEAST_SCALE, Precision
 
@@ -102,7 +102,7 @@ class Failing:
 
 def test_a_run_outlives_a_tracker_that_fails(tmp_path, monkeypatch):
     tracker, said = Failing(), io.StringIO()
-    monkeypatch.setattr(loop, "open_trackers", lambda *_: [tracker])
+    monkeypatch.setattr(recorder, "open_trackers", lambda *_: [tracker])
     assert fit(config_of(steps=6), out=tmp_path / "run", stream=said).step == 6
     assert tracker.asked == 3 and said.getvalue().count("failing has failed (no route to host)") == 1
     assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")[0]] == [1, 2, 3, 4, 5, 6]

@@ -24,7 +24,7 @@ from fastslots.files import write_atomic
 from fastslots.models import SlotVAE
 from fastslots.report import run_facts
 from fastslots.runs.log import read_metrics
-from fastslots.train import NonFiniteLossError, TrainConfig, fit, loop
+from fastslots.train import NonFiniteLossError, TrainConfig, fit, loop, recorder
 from fastslots.train.checkpoint import latest_checkpoint
 from fastslots.train.optim import Optimizers
 from fastslots.train.step import Precision, draw, training_step
@@ -150,8 +150,8 @@ def test_images_have_masks_all_or_none(tmp_path):
 def test_what_a_run_opened_is_closed_where_it_cannot_begin(tmp_path, monkeypatch):
     closed = []
     for name in ("MetricsLog", "Writer"):
-        monkeypatch.setattr(getattr(loop, name), "close", lambda self, name=name: closed.append(name))
-    monkeypatch.setattr(loop.Trainer, "_announce", lambda self: 1 / 0)
+        monkeypatch.setattr(getattr(recorder, name), "close", lambda self, name=name: closed.append(name))
+    monkeypatch.setattr(recorder.Recorder, "announce", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         fit(tiny(), out=tmp_path)
     assert closed == ["Writer", "MetricsLog"]
@@ -324,14 +324,13 @@ def test_unknown_trackers_are_named():
 
 def test_the_explorer_of_a_finished_run_shows_its_best_weights(tmp_path, monkeypatch):
     """Slow disks: the best weights of the last evaluation are still being written when the report is."""
-    import fastslots.train.loop as loop
 
     def slow(path, data):
         if path.name == "best.safetensors":
             time.sleep(0.5)
         write_atomic(path, data)
 
-    monkeypatch.setattr(loop, "write_atomic", slow)
+    monkeypatch.setattr(recorder, "write_atomic", slow)
     fit(tiny(eval_every=0), out=tmp_path)
     stamp = json.loads((tmp_path / "explorer.json").read_text())["stamp"]
     assert stamp == f"best.safetensors {(tmp_path / 'checkpoints' / 'best.safetensors').stat().st_mtime_ns}"

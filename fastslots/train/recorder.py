@@ -1,0 +1,201 @@
+"""What a run leaves in its folder and tells people while it goes: numbers, pictures, pages, weights and checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, TextIO
+
+import torch
+
+from fastslots.config.run import TrainConfig
+from fastslots.data.sources import Source, same_images
+from fastslots.errors import UserError
+from fastslots.evaluation.grids import SlotPictures
+from fastslots.files import write_atomic
+from fastslots.models.weights import WEIGHTS
+from fastslots.ops import backends
+from fastslots.report.pictures import encoded
+from fastslots.report.write import write_explorer, write_report
+from fastslots.runs.folder import MACHINE, OF_IMAGES, RunFolder
+from fastslots.runs.log import MetricsLog
+from fastslots.runs.machine import PACKAGES, Meter, versions
+from fastslots.runs.progress import ProgressView, Silent
+from fastslots.runs.trackers import open_trackers
+from fastslots.runs.view import open_progress
+from fastslots.train.checkpoint import Checkpoint, Writer, save_checkpoint
+from fastslots.train.schedule import late_ramps
+
+
+class Recorder:
+    """Writes a run's folder and speaks to whoever watches; it computes nothing.
+
+    A run outlives a full disk and a tracker that has gone: what is lost is said once for each reason. Of several
+    processes the first one writes and speaks; on the others every method but ``non_finite`` does nothing.
+
+    Args:
+        folder: the run's, made already.
+        step: the last step that is done; lines of the logs after it are cut.
+        stream: where progress goes; None: stderr.
+        first: whether this process is the one that writes.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: TrainConfig,
+        step: int,
+        device: torch.device,
+        stream: TextIO | None,
+        first: bool,
+    ):
+        self._folder, self._config, self._device, self._first = folder, config, device, first
+        self._warned: set[str] = set()
+        self._log: MetricsLog | Silent = Silent()
+        self._progress: ProgressView = Silent()
+        if first:
+            names, facts = config.trackers(), dataclasses.asdict(config)
+            self._log = MetricsLog(folder.metrics, step, open_trackers(names, folder.path, step, facts))
+            self._progress = open_progress(config.steps, config.log_every, step, stream, folder.metrics)
+        self._meter = Meter(device, self._log.energy_wh)
+        self._writer = Writer(self.say)
+
+    def close(self) -> None:
+        """Wait for what is being written, then close everything, also where one of them fails."""
+        with contextlib.ExitStack() as stack:
+            for part in (self._log, self._progress, self._writer):
+                stack.callback(part.close)
+
+    def say(self, text: str) -> None:
+        """A line that is to stay."""
+        self._progress.say(text)
+
+    def note(self, text: str) -> None:
+        """What is being done between steps."""
+        self._progress.note(text)
+
+    def announce(self, source: Source, model: torch.nn.Module, step: int, processes: int) -> None:
+        """Store what the run is made with, and say in a few lines what is about to happen."""
+        if not self._first:
+            return
+        config, say = self._config, self.say
+        described = self._folder.path / "data.txt"
+        before = described.read_text(errors="replace").strip() if described.is_file() else ""
+        if step and before and not same_images(before, source.description):
+            say(f"warning   other images than before from here on: the run had {before}")
+        self._store("data.txt", f"{source.description}\n".encode())
+        facts = self._meter.facts()
+        warnings = [*source.warnings, *late_ramps(config)]
+        made_with = {"versions": versions(PACKAGES), "digest": source.digest, "warnings": warnings}
+        self._store(MACHINE, json.dumps(facts | made_with).encode())
+        count = sum(p.numel() for p in model.parameters())
+        probe = torch.empty(1, device=self._device)
+        say(f"run       {self._folder.path}" + (f" (resumed at step {step})" if step else ""))
+        say(f"data      {source.description}")
+        for warning in warnings:
+            say(f"warning   {warning}")
+        say(f"model     {count:,} parameters, K {config.num_slots}, D {config.slot_dim}, {config.resolution}²")
+        where = f"{self._device}" if processes == 1 else f"{processes} processes on {self._device.type}"
+        how = f"{config.optimizer}, {config.precision}, {where}"
+        say(f"training  {config.steps:,} steps of {config.batch_size} images, {how}")
+        name = backends.select("decoder_loss", [probe], "auto")  # explain would import every backend
+        say(f"kernels   {name if name != 'reference' else backends.explain(probe, op='decoder_loss')}")
+        say(f"energy    {facts['energy']}")
+
+    def trained(self, step: int, values: dict[str, float]) -> None:
+        """The values of a training step."""
+        self._write({"step": step, **values})
+        if step % self._config.log_every == 0:
+            self._or_warn(lambda: self._log.cost({"step": step, **self._meter.read()}))
+        self._progress.update(step, values)
+
+    def evaluated(
+        self, step: int, scores: dict[str, Any], of_images: dict[str, Sequence[float]], pictures: SlotPictures
+    ) -> None:
+        """The scores of an evaluation, those of single images, and its pictures where there are any; then the page."""
+        if not self._first:
+            return
+        self._write({"step": step, "eval": "val", **scores})
+        self._progress.evaluated(step, scores, pictures.tiles)
+        if pictures.tiles:
+            self.pictures(step, pictures)
+        if of_images:
+            short = {name: [round(score, 4) for score in scores] for name, scores in of_images.items()}
+            self._store(OF_IMAGES, json.dumps({"step": step, **short}).encode())
+        self._or_warn(self.page)
+
+    def pictures(self, step: int, pictures: SlotPictures) -> None:
+        """The grid of an evaluation, in the run's folder and to trackers that take pictures."""
+        grid = pictures.grid()
+        self._store(f"images/step_{step:08d}.png", encoded(grid, "PNG", optimize=True))
+        self._or_warn(lambda: self._log.picture("val/slots", grid, step))
+
+    def has_pictures(self) -> bool:
+        """Whether an evaluation has left a grid."""
+        return any(self._folder.images.iterdir())
+
+    def best(self, weights: bytes) -> None:
+        """Write the best weights so far while the next steps run."""
+        if self._first:
+            self._writer.submit(lambda: write_atomic(self._folder.path / WEIGHTS["best"], weights))
+
+    def checkpoint(self, checkpoint: Checkpoint, weights: bytes) -> None:
+        """Write what a resume needs, and the weights of the same step, while the next steps run."""
+
+        def write() -> None:
+            with contextlib.suppress(OSError):  # of a full disk, which what follows reports
+                self._log.sync()
+            save_checkpoint(self._folder.checkpoints, checkpoint, self._config.keep_checkpoints)
+            write_atomic(self._folder.path / WEIGHTS["last"], weights)
+
+        if self._first:
+            self._writer.submit(write)
+
+    def finish(self) -> None:
+        """Wait until weights and checkpoints are on the disk; UserError where the newest was not written."""
+        self._writer.finish()
+
+    def page(self) -> None:
+        """Write report.html as of now. UserError where it cannot be written."""
+        write_report([self._folder.path])
+
+    def explore(self, source: Source) -> None:
+        """The page once more, with pictures of the best weights, which are on the disk by now."""
+
+        def progress(images: int, total: int) -> None:
+            self.note(f"slot explorer: {images} of {total} images decoded")
+
+        def write() -> None:
+            reason = write_explorer(self._folder.path, self._config, source, progress)
+            if reason:
+                self.say(f"no slot explorer: {reason}")
+            else:
+                self.page()
+
+        self._or_warn(write)
+
+    def unexplored(self) -> None:
+        """Say what makes the pictures that a signal has cut short."""
+        self.say(f"no slot explorer yet: fastslots report {self._folder.path} makes it")
+
+    def non_finite(self, name: str, batch: bytes, values: dict[str, Any]) -> None:
+        """Keep the batch of a step that went wrong, as the file ``name``, and its values, which say why."""
+        self._store(name, batch)
+        self._write(values)
+
+    def _store(self, name: str, data: bytes) -> None:
+        self._or_warn(lambda: write_atomic(self._folder.path / name, data))
+
+    def _write(self, values: dict[str, object]) -> None:
+        self._or_warn(lambda: self._log.write(values))
+
+    def _or_warn(self, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except (OSError, UserError) as error:
+            if str(error) not in self._warned:
+                self._warned.add(str(error))
+                mend = "" if isinstance(error, UserError) else ": free space"
+                self.say(f"warning   {error}{mend}; training goes on")
