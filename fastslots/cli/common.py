@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
+
+from fastslots.data.packed.urls import ALLOW_HELP
+
+
+def add_allow_remote(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--allow-remote", "--allow_remote", action="store_true", help=ALLOW_HELP)
 
 
 def progress_of(what: str) -> Callable[[int, int], None]:

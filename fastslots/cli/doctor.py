@@ -147,7 +147,7 @@ def _backends(found: Findings) -> None:
 
 def _folders(found: Findings) -> None:
     """The places that fastslots writes to."""
-    from fastslots.data.packed.writer import cache_root
+    from fastslots.data.packed.cache import cache_root
 
     for name, folder, flag in (("cache", cache_root(), "FASTSLOTS_CACHE"), ("runs", Path("runs").absolute(), "--out")):
         existing = next(path for path in (folder, *folder.parents) if path.exists())

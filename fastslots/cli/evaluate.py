@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from fastslots.cli.common import progress_of
+from fastslots.cli.common import add_allow_remote, progress_of
 from fastslots.config.run import read_config
 from fastslots.errors import UserError
 
@@ -18,6 +18,7 @@ def add_parser(commands) -> None:
     parser = commands.add_parser("eval", help="score a trained run on held-out images")
     parser.add_argument("run_folder", metavar="RUN", type=Path, help="folder that `fastslots train --out` wrote")
     parser.add_argument("--data", help="another data set (default: the run's own)")
+    add_allow_remote(parser)
     parser.add_argument("--split", choices=("val", "test"), default="val", help="default: val")
     parser.add_argument("--latent", choices=("mean", "sample"), default="mean", help="z: its mean, or drawn")
     parser.add_argument("--weights", choices=("best", "last"), default="best", help="default: best")
@@ -55,6 +56,7 @@ def add_parser(commands) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.images < 0 or (args.batch_size is not None and args.batch_size < 1):
         raise UserError("--images must be at least 0 and --batch_size at least 1")
+    from fastslots.data.packed.urls import check_allowed
     from fastslots.data.sources import open_source
     from fastslots.evaluation import analyses
     from fastslots.evaluation.evaluate import PAPER, WITH_MASKS, evaluate
@@ -64,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     model, weights = load_weights(path), weights_name(args.run_folder, path)
     recorded = read_config(args.run_folder / "config.json", device="auto")
     config = replace(recorded, data=args.data) if args.data else recorded
+    check_allowed(config.data, args.run_folder / "config.json", args.allow_remote or bool(args.data))
     source = open_source(config)
     dataset, rows = source.splits[args.split]
     say(f"data      {source.description}")

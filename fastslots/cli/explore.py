@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+from fastslots.cli.common import add_allow_remote
 from fastslots.errors import UserError
 
 IMAGES = 12
@@ -17,6 +18,7 @@ def add_parser(commands) -> None:
     parser = commands.add_parser("explore", help="decode any latent of a run's slots live, in the browser")
     parser.add_argument("run_folder", metavar="RUN", type=Path, help="folder that `fastslots train --out` wrote")
     parser.add_argument("--weights", choices=("best", "last"), default="best", help="default: best")
+    add_allow_remote(parser)
     parser.add_argument("--port", type=int, default=8000, help="on 127.0.0.1 (default 8000; 0: a free one)")
     parser.set_defaults(run=run)
 
@@ -36,7 +38,9 @@ def run(args: argparse.Namespace) -> int:
     if config.input != "pixels" or config.channels != 3:
         raise UserError(f"{args.run_folder} decodes features, not images: there is nothing to look at")
     session = Session(
-        model.to(config.torch_device()), held_out(args.run_folder, config), args.run_folder.resolve().name
+        model.to(config.torch_device()),
+        held_out(args.run_folder, config, args.allow_remote),
+        args.run_folder.resolve().name,
     )
     try:
         server = serve(session, args.port)
@@ -51,15 +55,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def held_out(run: Path, config):
+def held_out(run: Path, config, allow_remote: bool = False):
     """The first held-out images of a run, float [n, 3, R, R]; none where its data are not at hand."""
     import torch
 
     from fastslots.data import read_batch, to_float
+    from fastslots.data.packed.urls import check_allowed
     from fastslots.data.sources import open_source
     from fastslots.report.write import other_data
 
     try:
+        check_allowed(config.data, run / "config.json", allow_remote)
         source = open_source(config)
         reason = other_data(run, source)
     except UserError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastslots.cli.common import progress_of
+from fastslots.cli.common import add_allow_remote, progress_of
 
 
 def add_parser(commands) -> None:
@@ -17,6 +17,7 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--no_explorer", "--no-explorer", action="store_true", help="decode no pictures: curves at once"
     )
+    add_allow_remote(parser)
     parser.set_defaults(run=run)
 
 
@@ -26,6 +27,6 @@ def run(args: argparse.Namespace) -> int:
 
     for folder in args.runs:
         check_run(folder)
-    explorer = not args.no_explorer
-    print(write_report(args.runs, args.out, explorer=explorer, progress=progress_of("images decoded")))
+    explorer, progress = not args.no_explorer, progress_of("images decoded")
+    print(write_report(args.runs, args.out, explorer, progress, args.allow_remote))
     return 0

@@ -9,9 +9,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from fastslots.cli.common import add_allow_remote
 from fastslots.config.presets import preset_names
 from fastslots.config.run import TrainConfig, read_config
 from fastslots.config.spans import Span, checked_span
+from fastslots.data.packed.urls import check_allowed
 from fastslots.errors import UserError, print_error
 
 DEFAULT_PRESET = "sprites-mini"
@@ -29,6 +31,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--out", type=Path, help="folder of the run (default: the next free one in runs/)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--config", type=Path, metavar="FILE", help=CONFIG_HELP)
+    add_allow_remote(parser)
     add_fields(parser)
     parser.set_defaults(run=run)
 
@@ -97,15 +100,21 @@ def config_of(args: argparse.Namespace) -> TrainConfig:
     own = args.out / "config.json" if args.out and args.resume else None
     preset = preset_of(args.preset)
     if args.config:
-        return read_config(args.config, preset=args.preset, **explicit)
+        return allowed(read_config(args.config, preset=args.preset, **explicit), args.config, args)
     if own is not None and own.is_file():
         config = read_config(own, **explicit)
         if args.preset and config.preset_name != args.preset:
             raise UserError(
                 f"{own.parent} was not started from preset {args.preset!r}: leave the preset out to resume it"
             )
-        return config
+        return allowed(config, own, args)
     return TrainConfig.preset(preset, preset_name=preset, **explicit)
+
+
+def allowed(config: TrainConfig, path: Path, args: argparse.Namespace) -> TrainConfig:
+    """``config``, read from ``path``, unless its data lie at a URL that only the file names: UserError."""
+    check_allowed(config.data, path, args.allow_remote or "field_data" in vars(args))
+    return config
 
 
 def preset_of(given: str | None) -> str:

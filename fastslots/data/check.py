@@ -10,8 +10,8 @@ import numpy as np
 
 from fastslots.data.open import is_packed_at, open_dataset, pack
 from fastslots.data.packed.dataset import UNKNOWN, DatasetInfo, PackedDataset, is_packed
-from fastslots.data.packed.remote import is_remote
 from fastslots.data.packed.shards import PackedShards, find_shards
+from fastslots.data.packed.urls import is_remote
 from fastslots.data.splits import split_indices
 from fastslots.errors import UserError
 

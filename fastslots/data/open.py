@@ -17,10 +17,12 @@ from functools import partial
 from pathlib import Path
 
 from fastslots.data.packed.as_reader import PackedReader
+from fastslots.data.packed.cache import cache_root
 from fastslots.data.packed.dataset import VERSION, PackedDataset, is_packed, read_meta
-from fastslots.data.packed.remote import is_remote, openers
+from fastslots.data.packed.remote import openers
 from fastslots.data.packed.shards import PackedShards, find_shards, published_parts
-from fastslots.data.packed.writer import cache_root, write_packed
+from fastslots.data.packed.urls import is_remote
+from fastslots.data.packed.writer import write_packed
 from fastslots.data.readers.npz import mask_file
 from fastslots.data.readers.scene import BadRecordError, Reader, Scene, default_size, preprocess
 from fastslots.errors import UserError

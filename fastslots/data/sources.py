@@ -64,7 +64,7 @@ def open_source(config: TrainConfig, dataset: Any = None) -> Source:
         return _builtin(config)
     from fastslots.data import open_dataset
     from fastslots.data.check import check
-    from fastslots.data.packed.remote import is_remote
+    from fastslots.data.packed.urls import is_remote
 
     max_objects = config.max_objects or None
     # What is read by byte range is not read whole first; what is fetched was compared with its checksum then.

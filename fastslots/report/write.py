@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fastslots.config.run import TrainConfig, read_config
 from fastslots.data import read_batch, to_float
+from fastslots.data.packed.urls import check_allowed
 from fastslots.data.sources import Source, open_source, same_images
 from fastslots.errors import UserError
 from fastslots.files import write_atomic
@@ -24,18 +25,25 @@ Progress = Callable[[int, int], None]  # images done, of how many
 
 
 def write_report(
-    runs: Sequence[Path], out: Path | None = None, explorer: bool = False, progress: Progress | None = None
+    runs: Sequence[Path],
+    out: Path | None = None,
+    explorer: bool = False,
+    progress: Progress | None = None,
+    allow_remote: bool = False,
 ) -> Path:
     """Write the report of one run (into its folder), or of several side by side; returns its path.
 
-    explorer: decode the explorer's pictures first, where the weights have changed since.
+    explorer: decode the explorer's pictures first, where the weights have changed since. allow_remote: also where a
+    configuration names data at a URL that was never opened on this machine.
     """
     facts = []
     for run in runs:
         path = (run / "metrics.jsonl").resolve()
         reader = _readers.setdefault(path, MetricsReader(path)).update()
         if explorer:
-            write_explorer(run, read_config(run / "config.json", device="auto"), progress=progress)
+            config = read_config(run / "config.json", device="auto")
+            check_allowed(config.data, run / "config.json", allow_remote)
+            write_explorer(run, config, progress=progress)
         facts.append(run_facts(run, reader))
     path = out or runs[0] / "report.html"
     write_atomic(path, render(facts).encode())

@@ -196,7 +196,9 @@ def _evaluated(trial: Trial, arguments: tuple[str, ...], processes: Processes) -
             return kept["scores"]
     output, errors = trial.folder / ".eval.out", trial.folder / LOG
     with open(output, "wb") as out, open(errors, "ab") as log:
-        code = processes.run(["eval", str(trial.folder), "--weights", "last", *arguments, "--json"], out, log)
+        code = processes.run(
+            ["eval", str(trial.folder), "--weights", "last", "--allow-remote", *arguments, "--json"], out, log
+        )
     text = output.read_text()
     output.unlink()
     if code:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastslots.data.packed.urls import check_protocol
 from fastslots.errors import UserError, first_line
 
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
@@ -25,10 +26,12 @@ class Range(NamedTuple):
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system of a URL, and the path in it. UserError where its library is missing.
+    """fsspec's file system of a URL, and the path in it. UserError where it is of another protocol, or its library is
+    missing.
 
     Asked for at each use: fsspec keeps one for a process, and one made before a fork does not serve after it.
     """
+    check_protocol(url)
     try:
         from fsspec.core import url_to_fs
 

@@ -1,4 +1,4 @@
-"""Packed sets in object storage (``s3://``, ``gs://``, whatever fsspec has a library for).
+"""Packed sets in object storage (``s3://``, ``gs://`` and what else ``urls.PROTOCOLS`` names).
 
 Training draws images from everywhere at every step, so a cache smaller than the set can save no more than its share of
 the reads, whatever it keeps. Therefore as many shards as fit into the cache, in order, are fetched whole, once, and
@@ -23,18 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fastslots.data.packed.cache import cache_root
 from fastslots.data.packed.dataset import ARRAYS, PackedDataset, digest, parse_meta
 from fastslots.data.packed.ranges import RangedArray, filesystem
-from fastslots.data.packed.writer import cache_root
+from fastslots.data.packed.urls import check_protocol, remember
 from fastslots.errors import UserError, first_line
 
 MEND = "upload the packed folder again"
 MOST_META = 1 << 20  # bytes of a meta.json that are read
 ALWAYS = ("meta.json", "objects.u8", "factors.npz")  # little, and needed at once
-
-
-def is_remote(path: str | Path) -> bool:
-    return "://" in str(path)
 
 
 @dataclass(frozen=True)
@@ -55,8 +52,9 @@ class Shard:
 def openers(url: str, max_objects: int | None) -> list[Callable[[], PackedDataset]]:
     """What opens each packed folder at or directly in ``url``, in the order of their names.
 
-    Raises UserError where nothing packed is there, or it cannot be reached.
+    Raises UserError where the protocol is none of those, nothing packed is there, or it cannot be reached.
     """
+    check_protocol(url)
     root = cache_root() / "remote"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -64,6 +62,7 @@ def openers(url: str, max_objects: int | None) -> list[Callable[[], PackedDatase
     except OSError as error:
         raise _unwritable(root, error) from None
     shards = _find(url.rstrip("/"), root)
+    remember(url)
     total, whole = 0, set()
     for shard in shards:
         total += shard.bytes

@@ -71,11 +71,6 @@ def write_packed(
         ) from None
 
 
-def cache_root() -> Path:
-    """Where decoded and fetched data are kept: ``$FASTSLOTS_CACHE``, or ~/.cache/fastslots where that is not set."""
-    return Path(os.environ.get("FASTSLOTS_CACHE") or "~/.cache/fastslots").expanduser()
-
-
 @contextlib.contextmanager
 def locked(partial: Path, folder: Path) -> Iterator[None]:
     """One writer at a time; the lock goes with the process that holds it."""
