@@ -15,9 +15,10 @@ from fastslots.data.factors import counts_from_one, object_factors
 from fastslots.data.sources import open_source, unseen
 from fastslots.errors import UserError
 from fastslots.evaluation.evaluate import evaluate
-from fastslots.metrics import interaction_order
+from fastslots.metrics import interaction_order, slot_jacobian
 from fastslots.metrics.attributes import DECAY, circular, match_slots, probe
 from fastslots.models import SlotVAE
+from fastslots.models.jacobian import slot_share
 
 ORDER_IMAGES = 32
 """Images of the interaction order: its cost is that of many decodings, and one number comes of all of them."""
@@ -122,7 +123,7 @@ def recombination_scores(
     def error(given: Tensor) -> float:
         total = 0.0
         for part in given.split(batch_size):
-            picture = model.decoder(part)[0]
+            picture = model.decode(part).recon
             if model.config.input == "pixels":
                 picture = picture.clamp(0, 1)
             again = _mean_slots(model, picture)
@@ -147,7 +148,10 @@ def _encoded(
     for first in range(0, len(rows), batch_size):
         raw, masks = read_batch(dataset, np.asarray(rows[first : first + batch_size]))
         slots = _mean_slots(model, to_float(raw.to(device)))
-        yield first, (slots, model.decoder(slots)[1], masks)
+        slot_map = model.decode(slots).slot_map
+        if slot_map is None:  # what a slot acts on says the same, at a higher price
+            slot_map = slot_share(slot_jacobian(model.decoder, slots)).flatten(2).mT
+        yield first, (slots, slot_map, masks)
     model.train(training)
 
 

@@ -50,9 +50,10 @@ def evaluate(
     """Scores of a model on the first ``images`` rows (0: all) of a data set.
 
     Returns recon = Σ(x − x̂)²/image, kl, interaction (R) and interaction_normalized (R/H²), each a mean over images;
-    with masks also j_ari, fg_ari, ari, mbo, miou (means over images) and jis (pooled over all foreground pixels); the
-    counts, ``latent`` ("mean": z is the posterior mean; "sample": drawn) and seconds. Several processes take a share of
-    the rows each and return the same scores. ``score_mode``: of ``JacobianMeter``; "paper" averages batch means, and
+    with masks also j_ari (a mean over images) and jis (pooled over all foreground pixels), and of a decoder with a slot
+    map fg_ari, ari, mbo and miou (means over images); the counts, ``latent`` ("mean": z is the posterior mean;
+    "sample": drawn) and seconds. Several processes take a share of the rows each and return the same scores.
+    ``score_mode``: of ``JacobianMeter``; "paper" averages batch means, and
     then depends on ``batch_size``. ``progress`` is called with (images done, images), ``see`` as ``See``
     says. ``of_images``: also "of_images", J-ARI and FG-ARI of every image in the order of rows ({} without masks).
     ``jacobian_images``: J-ARI and JIS look at the first so many images of each batch (0: all), and "jacobian_images"
@@ -68,10 +69,10 @@ def evaluate(
     training, start = model.training, time.perf_counter()
     model.eval()
     sums = dict.fromkeys(("recon", "kl", "interaction"), 0.0)
-    by_jacobian, by_map = JacobianMeter(score_mode), SegmentationMeter()
+    by_jacobian, by_map, masked = JacobianMeter(score_mode), SegmentationMeter(), 0
     for first in range(own.start, own.stop, batch_size):
         raw, masks = read_batch(dataset, np.asarray(rows[first : min(first + batch_size, own.stop)]))
-        if first > own.start and (masks is None) != (by_map.images == 0):
+        if first > own.start and (masks is None) != (masked == 0):
             raise UserError(SOME_MASKS)
         x = to_float(raw.to(device))
         result = model(x, latent_noise(model, len(x), latent, seed, first, device))
@@ -80,10 +81,11 @@ def evaluate(
             sums[name] += getattr(terms, name).item() * len(x)
         jacobian = None
         if masks is not None:
-            masks, seen = masks.long(), jacobian_images or len(x)
+            masks, seen, masked = masks.long(), jacobian_images or len(x), masked + len(x)
             jacobian = slot_jacobian(model.decoder, result.slots[:seen]).cpu()
             by_jacobian.update(jacobian, masks[:seen])
-            by_map.update(result.slot_map.cpu(), masks)
+            if result.slot_map is not None:
+                by_map.update(result.slot_map.cpu(), masks)
         if see:
             see(x, result, jacobian)
         if progress:
@@ -91,28 +93,31 @@ def evaluate(
     model.train(training)
     found: dict[str, float] = {}
     pixels = 0.0
-    if by_map.images:
+    if masked:
         found["j_ari"], found["jis"], _, pixels = by_jacobian.result()
-        found |= by_map.result()
+        found |= by_map.result() if by_map.images else {}
     # Sums rather than means, so that those of all processes can be added; an image's own score counts in one of them
     each = torch.zeros(len(SHOWN), len(rows), dtype=torch.float64)
-    if by_map.images and of_images:
+    if masked and of_images:
         each[0, own.start : own.stop] = torch.tensor(by_jacobian.of_images, dtype=each.dtype)
-        each[1, own.start : own.stop] = torch.tensor(by_map.of_images["fg_ari"], dtype=each.dtype)
-    local = [*sums.values(), *(found.get(name, 0.0) * by_map.images for name in _OF_AN_IMAGE)]
-    local += [found.get("jis", 0.0) * pixels, by_map.images, len(by_jacobian.of_images), pixels]
+        if by_map.images:
+            each[1, own.start : own.stop] = torch.tensor(by_map.of_images["fg_ari"], dtype=each.dtype)
+    local = [*sums.values(), *(found.get(name, 0.0) * masked for name in _OF_AN_IMAGE)]
+    local += [found.get("jis", 0.0) * pixels, by_map.images, masked, len(by_jacobian.of_images), pixels]
     summed = group.sum([*local, *each.flatten().tolist()])
-    *totals, jis, masked, scored, pixels = summed[: len(local)]
+    *totals, jis, mapped, masked, scored, pixels = summed[: len(local)]
     out: dict[str, Any] = {name: total / max(len(rows), 1) for name, total in zip(sums, totals, strict=False)}
-    out["interaction_normalized"] = out["interaction"] / model.config.decoder_heads**2
+    out["interaction_normalized"] = out["interaction"] / model.slot_decoder.heads**2
     if masked:
-        scores = zip(_OF_AN_IMAGE, totals[len(sums) :], strict=True)
+        names = _OF_AN_IMAGE if mapped else ("j_ari",)
+        scores = zip(names, totals[len(sums) :], strict=False)
         out |= {name: total / masked for name, total in scores} | {"jis": jis / max(pixels, 1)}
     out |= {"images": len(rows), "images_with_masks": int(masked), "foreground_pixels": int(pixels)}
     out |= {"jacobian_images": int(scored)} if jacobian_images else {}
     if of_images:
         rest = torch.tensor(summed[len(local) :], dtype=each.dtype).view_as(each)
-        out["of_images"] = dict(zip(SHOWN, rest.tolist(), strict=True)) if masked else {}
+        shown = SHOWN if mapped else ("j_ari",)
+        out["of_images"] = dict(zip(shown, rest.tolist(), strict=False)) if masked else {}
     return out | {"latent": latent, "seconds": time.perf_counter() - start}
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastslots.metrics import slot_jacobian
 from fastslots.models import SlotVAE
-from fastslots.models.decoder_jacobian import slot_share
+from fastslots.models.jacobian import slot_share
 from fastslots.models.vae import SlotVAEOutput
 from fastslots.report.pictures import by_colour, grey, rgb
 
@@ -21,7 +21,7 @@ class SlotPictures:
     """The first ``room`` images of an evaluation, as it saw them: nothing is computed twice.
 
     Rows of ``tiles``: input, reconstruction, slots by colour (map, then Jacobian), each slot's map, each slot's share
-    of the Jacobian; uint8 [R, R, 3].
+    of the Jacobian; uint8 [R, R, 3]. Of a decoder without a slot map, its tiles are left out.
     """
 
     def __init__(self, model: SlotVAE, room: int):
@@ -35,12 +35,15 @@ class SlotPictures:
         if not len(images):
             return
         n, R = len(images), images.shape[-1]
-        maps = result.slot_map[:n].transpose(1, 2).unflatten(-1, (R, R)).cpu() / self._model.config.decoder_heads
+        pictures = []  # [n, K, R, R] each, in [0, 1]
+        if result.slot_map is not None:
+            maps = result.slot_map[:n].transpose(1, 2).unflatten(-1, (R, R)).cpu()
+            pictures.append(maps / self._model.slot_decoder.heads)
         jacobian = slot_jacobian(self._model.decoder, result.slots[:n]) if jacobian is None else jacobian[:n]
-        parts = slot_share(jacobian).cpu()
+        pictures.append(slot_share(jacobian).cpu())
         for i in range(n):
-            row = [rgb(images[i]), rgb(result.recon[i]), by_colour(maps[i]), by_colour(parts[i])]
-            self.tiles.append(row + [grey(values) for values in (*maps[i], *parts[i])])
+            row = [rgb(images[i]), rgb(result.recon[i]), *(by_colour(slots[i]) for slots in pictures)]
+            self.tiles.append(row + [grey(values) for slots in pictures for values in slots[i]])
 
     def grid(self) -> Image.Image:
         """One picture of all rows."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastslots.models.second_order import second_order
+from fastslots.models.slot_decoder import as_slot_decoder
 
 PIXELS = 1 << 17
 """Pixels (images x R² x pairs of directions) that are differentiated at once."""
@@ -102,8 +103,7 @@ def _second_derivative(decoder: Callable, slots: Tensor, u: Tensor, v: Tensor) -
 
 
 def _recon(decoder: Callable, slots: Tensor) -> Tensor:
-    out = decoder(slots)
-    return out if isinstance(out, Tensor) else out[0]
+    return as_slot_decoder(decoder).decode(slots).recon
 
 
 def _unit_vectors(slots: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastslots.errors import UserError
 from fastslots.metrics.rand_index import adjusted_rand_index
 from fastslots.metrics.segmentation import ari, as_masks, fg_ari, mean_best_overlap, mean_iou, resize_to, slot_labels
-from fastslots.models.decoder_jacobian import slot_share
+from fastslots.models.jacobian import slot_share
 
 
 def jacobian_ari(jacobian: Tensor, masks: Tensor) -> float:

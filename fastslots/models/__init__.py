@@ -1,6 +1,7 @@
-"""The model and its configuration."""
+"""The model, its configuration, and the interface of decoders."""
 
 from fastslots.config.model import SlotVAEConfig
+from fastslots.models.slot_decoder import SlotDecoder
 from fastslots.models.vae import LossTerms, SlotVAE, SlotVAEOutput
 
-__all__ = ["LossTerms", "SlotVAE", "SlotVAEConfig", "SlotVAEOutput"]
+__all__ = ["LossTerms", "SlotDecoder", "SlotVAE", "SlotVAEConfig", "SlotVAEOutput"]

@@ -9,6 +9,10 @@ slots is H as that of the Transformer's decoder, which adds up H heads, so alpha
 
 A slot is repeated over a small grid, a linear embedding of (y, x, 1-y, 1-x) is added, and 5x5 transposed convolutions
 of stride 2 double the side up to R; one more of stride 1 and a 3x3 convolution give r and a. ReLU between them.
+
+The slot Jacobian follows from x̂ = Σ_k m_k r_k with m = softmax(a)::
+
+    ∂x̂/∂z[k,d] = m_k (∂r_k/∂z[k,d] + (r_k − x̂) ∂a_k/∂z[k,d])
 """
 
 from __future__ import annotations
@@ -19,12 +23,20 @@ from torch import Tensor
 
 from fastslots.config.model import SlotVAEConfig
 from fastslots.models.layers import grid
-from fastslots.ops.decoder_loss import DecoderLossTerms
-from fastslots.ops.reference import interaction_penalty, reconstruction_error, slot_softmax
+from fastslots.models.slot_decoder import JacobianRequest, SlotDecoder, check_slots
+from fastslots.ops.reference import slot_softmax
+
+TANGENT_NUMBERS = 1 << 25
+"""Numbers that the widest layer may hold for all directions of a Jacobian pushed forward together."""
 
 
-class BroadcastDecoder(nn.Module):
-    """slots [B, K, D] -> recon [B, C, R, R], slot_map [B, R·R, K] (masks times ``decoder_heads``)."""
+class BroadcastDecoder(SlotDecoder):
+    """slots [B, K, D] -> recon [B, C, R, R], slot_map [B, R·R, K] (masks times ``decoder_heads``).
+
+    Convolutions mix pixels, so its loss has no tiles, and a subset of the pixels would cost as much as all of them.
+    """
+
+    any_slots = True
 
     def __init__(self, config: SlotVAEConfig):
         super().__init__()
@@ -64,33 +76,48 @@ class BroadcastDecoder(nn.Module):
         recon = (images * masks[:, :, None]).sum(1)
         return recon, self.heads * masks.flatten(2).transpose(1, 2)
 
-    def loss(
-        self,
-        slots: Tensor,
-        images: Tensor,
-        recon_weight: float | Tensor,
-        interaction_weight: float | Tensor,
-        *,
-        pixels: Tensor | None = None,
-        pixel_weight: Tensor | None = None,
-        slot_mask: Tensor | None = None,
-        grad_scale: float | Tensor = 1.0,
-        backend: str = "auto",
-    ) -> DecoderLossTerms:
-        """The loss of ``Decoder.loss``, by plain autograd: convolutions mix pixels, so there are no tiles.
+    def jacobian(self, slots: Tensor, request: JacobianRequest) -> Tensor:
+        """``SlotDecoder.jacobian`` in D forward derivatives instead of K·D: one direction serves all slots at once."""
+        if request.backend not in ("auto", "reference"):
+            return super().jacobian(slots, request)  # which says that there is none
+        check_slots(slots, request.slot_mask, self.slot_dim)
+        jacobian = _jacobian(self, slots, request)
+        return jacobian if request.pixels is not None else jacobian.unflatten(2, (self.resolution, self.resolution))
 
-        For the same reason a subset of pixels would save nothing: ``pixels`` and ``pixel_weight`` are not looked at,
-        and the loss is that of all pixels, which theirs estimates. Nor are ``grad_scale`` (gradients are made when
-        the scaled total is differentiated) and ``backend`` (there is one).
+    def multiplications(self, slots: Tensor) -> int:
+        # A pixel meets each weight at most once for each slot.
+        return slots.shape[:2].numel() * self.resolution**2 * sum(w.numel() for w in self.parameters())
 
-        Raises:
-            ValueError: images of another shape than the decoder's.
-        """
-        expected = (slots.shape[0], self.channels, self.resolution, self.resolution)
-        if tuple(images.shape) != expected:
-            raise ValueError(f"images has shape {list(images.shape)}, expected {list(expected)} (B of slots, C, R, R)")
-        decoded, slot_map = self(slots, slot_mask)
-        recon = reconstruction_error(decoded.flatten(2).mT, images.flatten(2).mT)
-        interaction = interaction_penalty(slot_map)
-        total = recon_weight * recon + interaction_weight * interaction
-        return DecoderLossTerms(total, recon.detach(), interaction.detach())
+
+def _jacobian(decoder: BroadcastDecoder, slots: Tensor, request: JacobianRequest) -> Tensor:
+    """Reduced: [B, K, R·R or P]; otherwise [B, C, R·R or P, K, D]."""
+    B, K, D = slots.shape
+    numbers = B * K * decoder.resolution**2 * decoder.width
+    chunk = request.chunk or max(1, TANGENT_NUMBERS // max(numbers, 1))
+
+    def at_pixels(x: Tensor) -> Tensor:  # [B, K, ..., R, R] -> [B, K, ..., L or P]
+        x = x.flatten(-2)
+        if request.pixels is None:
+            return x
+        index = request.pixels.view(B, *([1] * (x.ndim - 2)), -1)
+        return x.gather(-1, index.expand(*x.shape[:-1], -1))
+
+    with torch.set_grad_enabled(request.differentiable):
+        images, logits = decoder.components(slots)
+        masks = decoder.masks(logits, request.slot_mask)
+        recon = (images * masks[:, :, None]).sum(1, keepdim=True)
+        mask, rest = at_pixels(masks)[:, :, None], at_pixels(images - recon)
+
+        def derivative(direction: Tensor) -> Tensor:
+            tangents = torch.func.jvp(decoder.components, (slots,), (direction.expand_as(slots),))[1]
+            dimages, dlogits = map(at_pixels, tangents)
+            return mask * (dimages + rest * dlogits[:, :, None])  # [B, K, C, P]
+
+        def reduced(direction: Tensor) -> Tensor:
+            return derivative(direction).abs().sum(2)
+
+        directions = torch.eye(D, dtype=slots.dtype, device=slots.device).split(chunk)
+        function = torch.func.vmap(reduced if request.reduce else derivative)
+        if request.reduce:
+            return torch.stack([function(some).sum(0) for some in directions]).sum(0)
+        return torch.cat([function(some) for some in directions]).permute(1, 3, 4, 2, 0)

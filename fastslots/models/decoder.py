@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from typing import cast
@@ -11,7 +12,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from fastslots.config.model import SlotVAEConfig
+from fastslots.models.decoder_jacobian import transformer_jacobian
 from fastslots.models.layers import FeedForwardLayer, grid, mlp, rows_at, xavier_
+from fastslots.models.slot_decoder import JacobianRequest, SlotDecoder, check_loss, check_slots
 from fastslots.nn import AttentionProjections
 from fastslots.ops import checks, decoder_layer
 from fastslots.ops.backends import is_traced
@@ -50,12 +53,15 @@ class DecoderLayer(nn.Module):
         return fold_norm(folded, self.norm_q.weight, self.norm_q.bias)
 
 
-class Decoder(nn.Module):
+class Decoder(SlotDecoder):
     """slots [B, K, D] -> recon [B, C, R, R], slot_map [B, R·R, K] (sum over heads, mean over layers)."""
+
+    any_slots = decodes_pixels = True
 
     def __init__(self, config: SlotVAEConfig):
         super().__init__()
         self.resolution, self.channels, self.slot_dim = config.resolution, config.channels, config.slot_dim
+        self.heads = config.decoder_heads
         self.slot_mlp = mlp(config.slot_dim, config.slot_hidden, config.slot_width)
         self.query_mlp = mlp(4 * config.octaves, config.query_hidden, config.query_width)
         self.transformer = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
@@ -112,39 +118,18 @@ class Decoder(nn.Module):
         grad_scale: float | Tensor = 1.0,
         backend: str = "auto",
     ) -> DecoderLossTerms:
-        """The decoder's loss, forward and backward tile by tile (``fastslots.ops.decoder_loss``).
+        """``SlotDecoder.loss``, forward and backward tile by tile (``fastslots.ops.decoder_loss``).
 
-        Args:
-            slots: [B, K, D]. images: [B, C, R, R], the targets.
-            recon_weight, interaction_weight: floats or 0-d tensors, known on the way forward.
-            pixels: [B, P] int64, decode these pixels alone (rows of R·R, drawn with replacement); None decodes all.
-            pixel_weight: [B, P] (or [B, L]), 1 / (L · probability) of each drawn pixel, so that both terms estimate
-                those of all pixels without bias; None: drawn uniformly.
-            slot_mask: [B, K] bool, True = a real slot.
-            grad_scale: the loss scale of mixed precision.
-
-        Returns:
-            total (carries the gradient), recon = Σ(x − x̂)²/B, interaction = mean over pixels of Σ_{j<k} w_j w_k.
-
-        Raises:
-            TypeError, ValueError: naming the argument, its shape or dtype, and what was expected.
+        Weights must be known on the way forward. ``pixels`` decodes these alone, each image's own.
         """
         B, R = slots.shape[0], self.resolution
-        checks.tensor("images", images, 4, "[B, C, R, R]")
+        check_loss(slots, images, R * R, pixels, pixel_weight, slot_mask)
         checks.shape("images", images, (B, self.channels, R, R), "(B of slots, C, R, R)")
-        checks.slot_mask(slot_mask, slots, *slots.shape[:2])
-        if pixels is not None and (pixels.dtype != torch.int64 or pixels.ndim != 2 or not pixels.shape[1]):
-            raise ValueError(f"pixels must be int64 [{B}, P], P above 0, got {pixels.dtype} {list(pixels.shape)}")
-        P = R * R if pixels is None else pixels.shape[1]
-        if pixels is not None:
-            checks.shape("pixels", pixels, (B, P), "(B of slots, P)")
-        if pixel_weight is not None:
-            checks.shape("pixel_weight", pixel_weight, (B, P), "(B of slots, a pixel each)")
         target = images.flatten(2).transpose(1, 2)
         expansion = 1.0  # the error is a sum over all pixels, of which P are seen; the penalty is a mean
         queries: Tensor | QueryMlp = QueryMlp(cast(Tensor, self.position_code), *_linear_maps(self.query_mlp))
         if pixels is not None:
-            expansion = R * R / P
+            expansion = R * R / pixels.shape[1]
             queries = self._queries_at(pixels)
             target = target.gather(1, pixels[..., None].expand(-1, -1, self.channels))
         inputs = LossInputs(
@@ -160,6 +145,26 @@ class Decoder(nn.Module):
         )
         terms = decoder_loss(inputs, grad_scale, backend)
         return terms._replace(recon=terms.recon * expansion)
+
+    def jacobian(self, slots: Tensor, request: JacobianRequest) -> Tensor:
+        """``SlotDecoder.jacobian`` in C backward passes (``decoder_jacobian.py``), or by a kernel."""
+        check_slots(slots, request.slot_mask, self.slot_dim)
+        jacobian = transformer_jacobian(self, slots, request)
+        return jacobian if request.pixels is not None else jacobian.unflatten(2, (self.resolution, self.resolution))
+
+    def thinned(self, stride: int) -> Decoder:
+        """A copy for every ``stride``-th pixel: left out, not moved. Between the pixels that it was trained on a
+        decoder shows artefacts, since its highest octave alternates from one to the next."""
+        if stride == 1:
+            return self
+        thin, side = copy.deepcopy(self), (self.resolution, self.resolution)
+        code = cast(Tensor, self.position_code).unflatten(0, side)[::stride, ::stride]
+        thin.resolution, thin.position_code = code.shape[0], code.flatten(0, 1)
+        return thin
+
+    def multiplications(self, slots: Tensor) -> int:
+        # A pixel meets each weight once.
+        return len(slots) * self.resolution**2 * sum(w.numel() for w in self.parameters())
 
 
 def _by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

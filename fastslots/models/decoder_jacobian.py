@@ -1,6 +1,6 @@
-"""The slot Jacobian of our decoders, exactly and cheaply; ``fastslots.metrics.slot_jacobian`` is its public face.
+"""The slot Jacobian of the Transformer decoder, exactly, in C backward passes instead of K·D forward ones.
 
-**Transformer**, in C backward passes instead of K·D forward ones. Given the slots, pixels are independent: one backward
+Given the slots, pixels are independent: one backward
 pass of channel c, summed over pixels, gives ∂x̂_c/∂S and ∂x̂_c/∂y of every layer at every pixel at once, S the scores
 and y the output of the attention (``fastslots.ops.reference``). Slot k enters a layer through its key and value alone,
 S[l,h,k] = scale · q_lh · k_hk and y_l = Σ_hk A[l,h,k] Wo_h v_hk:
@@ -12,29 +12,22 @@ folded into the slots (Dq wide): 180 multiply-adds become 43 for each of H·K·D
 with Wq and Wo. |·| is summed on the fly, tile by tile: nothing of size C·K·D·L exists, and of what grows with R² only
 the pixels' queries and the result are held. On a CPU a kernel does the same (``kernels/cpu/slot_jacobian.h``).
 
-**Spatial broadcast**, in D forward derivatives instead of K·D: slots are decoded alone, into images r_k and mask logits
-a_k, so one direction serves all slots at once, and x̂ = Σ_k m_k r_k with m = softmax(a) gives
-
-    ∂x̂/∂z[k,d] = m_k (∂r_k/∂z[k,d] + (r_k − x̂) ∂a_k/∂z[k,d])
-
 With ``differentiable`` the result carries a gradient, to slots and weights.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastslots.models.broadcast import BroadcastDecoder
-from fastslots.models.decoder import Decoder, DecoderLayer
 from fastslots.models.layers import rows_at
 from fastslots.models.second_order import second_order
+from fastslots.models.slot_decoder import JacobianRequest
 from fastslots.ops import backends
 from fastslots.ops.backends import is_traced
 from fastslots.ops.decoder_loss import decoder_tensors
@@ -42,10 +35,12 @@ from fastslots.ops.reference import (
     FeedForward,
     FoldedProjections,
     feed_forward,
-    interaction_penalty,
     output_head,
     slot_softmax,
 )
+
+if TYPE_CHECKING:
+    from fastslots.models.decoder import Decoder, DecoderLayer
 
 CPU_ROWS = 512
 """Rows (images x pixels) of a tile on a CPU: what one head adds to a channel, K·D numbers a row, stays in L2."""
@@ -54,60 +49,6 @@ KERNEL_IMAGES = 16
 """Images handed to a kernel at once: each has Jacobians of its keys and values, 4·K·D·H·d numbers at two layers."""
 CHANNEL_BLOCK = 8
 """Channels whose gradients are held at once: all of an image, few enough of a feature map's 768."""
-TANGENT_NUMBERS = 1 << 25
-"""Numbers that the widest layer of a broadcast decoder may hold for all directions pushed forward together."""
-
-
-class Request(NamedTuple):
-    """What is asked of a Jacobian besides decoder and slots; see ``fastslots.metrics.slot_jacobian``."""
-
-    chunk: int | None = None
-    slot_mask: Tensor | None = None  # [B, K] bool
-    pixels: Tensor | None = None  # [B, P]
-    reduce: bool = True
-    differentiable: bool = False
-    backend: str = "auto"
-
-
-def jacobian_penalty(
-    decoder: Decoder | BroadcastDecoder, slots: Tensor, pixels: Tensor, pixel_weight: Tensor | None = None
-) -> Tensor:
-    """How much slots share pixels, by the Jacobian itself rather than by attention: a scalar with a gradient.
-
-    With P = each slot's share of a pixel's Jacobian (Σ_c Σ_d |∂x̂/∂z|, normalised over slots), the mean over the given
-    pixels of Σ_{j<k} P_j P_k: 0 where one slot alone acts on each pixel, ½(1 − 1/K) where all act alike. Shares make
-    it free of scale: a decoder cannot lower it by shrinking its derivatives.
-
-    slots: [B, K, D]; pixels: [B, P] int64, rows of R·R; pixel_weight: [B, P], 1 / (L · probability) of each.
-    """
-    request = Request(pixels=pixels, differentiable=True)
-    with torch.autocast(slots.device.type, enabled=False):
-        jacobian = exact_jacobian(decoder, slots.to(torch.promote_types(slots.dtype, torch.float32)), request)
-    return interaction_penalty(slot_share(jacobian).transpose(1, 2), pixel_weight)
-
-
-def slot_share(jacobian: Tensor) -> Tensor:
-    """Each slot's share of a pixel's Jacobian: [B, K, ...], of the same dtype; zeros where all are zero."""
-    return jacobian / jacobian.sum(1, keepdim=True).clamp_min(torch.finfo(jacobian.dtype).tiny)
-
-
-def exact_jacobian(decoder: Decoder | BroadcastDecoder, slots: Tensor, request: Request) -> Tensor:
-    """Reduced: [B, K, R·R or P]; otherwise [B, C, R·R or P, K, D]. slots: [B, K, D]."""
-    width = decoder.slot_dim
-    if slots.shape[2] != width:
-        raise ValueError(f"slots has shape {list(slots.shape)}, the decoder takes [B, K, {width}]")
-    mask = request.slot_mask
-    if mask is not None and mask.shape != slots.shape[:2]:
-        raise ValueError(f"slot_mask has shape {list(mask.shape)}, expected {list(slots.shape[:2])} (B, K)")
-    dtype = next(decoder.parameters()).dtype
-    if torch.finfo(dtype).bits < 32:  # derivatives in 16 bits mean little
-        if request.differentiable:
-            raise ValueError(f"a differentiable Jacobian needs weights of at least 32 bits, got {dtype}")
-        decoder, dtype = copy.deepcopy(decoder).float(), torch.float32
-    slots = slots.to(dtype)
-    if isinstance(decoder, BroadcastDecoder):
-        return _broadcast(decoder, slots, request)
-    return _transformer(decoder, slots, request)
 
 
 class _Layer(NamedTuple):
@@ -129,7 +70,8 @@ class _Tap(NamedTuple):
     attn: Tensor  # [B, H, K, 1, P]
 
 
-def _transformer(decoder: Decoder, slots: Tensor, request: Request) -> Tensor:
+def transformer_jacobian(decoder: Decoder, slots: Tensor, request: JacobianRequest) -> Tensor:
+    """slots [B, K, D] in the decoder's dtype -> reduced [B, K, R·R or P], otherwise [B, C, R·R or P, K, D]."""
     with torch.set_grad_enabled(request.differentiable):
         queries = decoder.queries()
         if request.pixels is not None:
@@ -151,7 +93,7 @@ def _transformer(decoder: Decoder, slots: Tensor, request: Request) -> Tensor:
     return torch.cat(parts)
 
 
-def _backend(decoder: Decoder, slots: Tensor, queries: Tensor, request: Request) -> str:
+def _backend(decoder: Decoder, slots: Tensor, queries: Tensor, request: JacobianRequest) -> str:
     """Name of the backend that serves: kernels give the sum alone, without a gradient."""
     if not request.reduce or request.differentiable or is_traced():
         if request.backend not in ("auto", "reference"):
@@ -224,7 +166,7 @@ def _layers(decoder: Decoder, slots: Tensor, differentiable: bool) -> list[_Laye
 
 
 def _tile(
-    decoder: Decoder, layers: list[_Layer], x: Tensor, slot_mask: Tensor | None, K: int, request: Request
+    decoder: Decoder, layers: list[_Layer], x: Tensor, slot_mask: Tensor | None, K: int, request: JacobianRequest
 ) -> Tensor:
     """Queries x [B or 1, P, Dq] of some pixels -> their part of the Jacobian: [B, K, P], or [B, C, P, K, D]."""
     differentiable = request.differentiable
@@ -288,36 +230,3 @@ def _contract(layers: list[_Layer], taps: list[_Tap], grads: list[tuple[Tensor, 
                 by_value = (layer.values[:, h] @ dout[c][..., head].transpose(1, 2)).unflatten(1, (K, -1))
                 channel.addcmul_(tap.attn[:, h], by_value).addcmul_(dscores[c][:, h], by_key)
     return total
-
-
-def _broadcast(decoder: BroadcastDecoder, slots: Tensor, request: Request) -> Tensor:
-    B, K, D = slots.shape
-    numbers = B * K * decoder.resolution**2 * decoder.width
-    chunk = request.chunk or max(1, TANGENT_NUMBERS // max(numbers, 1))
-
-    def at_pixels(x: Tensor) -> Tensor:  # [B, K, ..., R, R] -> [B, K, ..., L or P]
-        x = x.flatten(-2)
-        if request.pixels is None:
-            return x
-        index = request.pixels.view(B, *([1] * (x.ndim - 2)), -1)
-        return x.gather(-1, index.expand(*x.shape[:-1], -1))
-
-    with torch.set_grad_enabled(request.differentiable):
-        images, logits = decoder.components(slots)
-        masks = decoder.masks(logits, request.slot_mask)
-        recon = (images * masks[:, :, None]).sum(1, keepdim=True)
-        mask, rest = at_pixels(masks)[:, :, None], at_pixels(images - recon)
-
-        def derivative(direction: Tensor) -> Tensor:
-            tangents = torch.func.jvp(decoder.components, (slots,), (direction.expand_as(slots),))[1]
-            dimages, dlogits = map(at_pixels, tangents)
-            return mask * (dimages + rest * dlogits[:, :, None])  # [B, K, C, P]
-
-        def reduced(direction: Tensor) -> Tensor:
-            return derivative(direction).abs().sum(2)
-
-        directions = torch.eye(D, dtype=slots.dtype, device=slots.device).split(chunk)
-        function = torch.func.vmap(reduced if request.reduce else derivative)
-        if request.reduce:
-            return torch.stack([function(some).sum(0) for some in directions]).sum(0)
-        return torch.cat([function(some) for some in directions]).permute(1, 3, 4, 2, 0)

@@ -2,27 +2,21 @@
 
     jacobian[b,k,l] = Σ_c Σ_d |∂x̂[b,c,l] / ∂z[b,k,d]|        (arXiv 2411.07784; the published form is vmap(jacfwd))
 
-Our own decoders have cheaper routes than K·D forward-mode derivatives (``decoder_jacobian.py``); any other decoder
-gets those.
+Each decoder knows its own way to it (``SlotDecoder.jacobian``); what stands here is the same for all of them.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import cast
 
 import torch
-import torch.nn.functional as F
+import torch.nn as nn
 from torch import Tensor
 
-from fastslots.models.broadcast import BroadcastDecoder
-from fastslots.models.decoder import Decoder
-from fastslots.models.decoder_jacobian import Request, exact_jacobian
-from fastslots.models.second_order import second_order
-
-TANGENTS = 16
-"""Directions that a foreign decoder pushes forward at once."""
+from fastslots.models.slot_decoder import JacobianRequest, as_slot_decoder
+from fastslots.ops.reference import interaction_penalty
 
 
 def slot_jacobian(
@@ -39,8 +33,8 @@ def slot_jacobian(
     """Σ over channels and slot width of |∂recon/∂slots|, not normalised over slots; or every number of ∂recon/∂slots.
 
     Args:
-        decoder: a decoder of ``fastslots.models``; or any callable slots -> recon (or (recon, ...)), recon
-            [B, C, R, R], in which images do not mix: then K·D forward-mode derivatives are taken, exact but slower.
+        decoder: a ``SlotDecoder``; or any callable slots -> recon (or (recon, ...)), recon [B, C, R, R], in which
+            images do not mix: then K·D forward-mode derivatives are taken, exact but slower.
         slots: [B, K, D] float. Their graph is left alone unless ``differentiable``.
         chunk: rows (images x pixels) handled at once in plain PyTorch; for other decoders than ``Decoder``,
             directions. None: chosen for the device and the sizes. Kernels hold one tile and need none.
@@ -69,48 +63,43 @@ def slot_jacobian(
         raise ValueError(f"reduction must be 'sum' or None, got {reduction!r}")
     if pixels is not None and (pixels.ndim != 2 or len(pixels) != len(slots) or pixels.is_floating_point()):
         raise ValueError(f"pixels must be integers [{len(slots)}, P], got {pixels.dtype} {list(pixels.shape)}")
-    decoder = getattr(decoder, "_orig_mod", decoder)  # what torch.compile wrapped
     differentiable = differentiable and torch.is_grad_enabled()
-    request = Request(chunk, slot_mask, pixels, reduction == "sum", differentiable, backend)
-    if backend not in ("auto", "reference") and type(decoder) is not Decoder:
-        raise ValueError(f"backend={backend!r} takes a fastslots.models Decoder, got {type(decoder).__name__}")
+    request = JacobianRequest(chunk, slot_mask, pixels, reduction == "sum", differentiable, backend)
     # inference_mode off: autograd refuses its tensors; the clone is an ordinary one.
     inference = nullcontext() if differentiable else torch.inference_mode(False)
     with inference, torch.autocast(slots.device.type, enabled=False):
         if not differentiable:
             slots = slots.detach().clone()
-        if type(decoder) in (Decoder, BroadcastDecoder):  # a subclass may decode in another way
-            own = cast("Decoder | BroadcastDecoder", decoder)
-            jacobian, R = exact_jacobian(own, slots, request), own.resolution
-        else:
-            if slot_mask is not None:
-                raise ValueError("slot_mask is for our own decoders: bind it into the callable instead")
-            jacobian, R = _forward_route(decoder, slots, request)
-    return jacobian if pixels is not None else jacobian.unflatten(2, (R, R))
+        own = as_slot_decoder(decoder)
+        dtype = _dtype(own)
+        if dtype is not None and torch.finfo(dtype).bits < 32:  # derivatives in 16 bits mean little
+            if differentiable:
+                raise ValueError(f"a differentiable Jacobian needs weights of at least 32 bits, got {dtype}")
+            own, dtype = copy.deepcopy(own).float(), torch.float32
+        return own.jacobian(slots if dtype is None else slots.to(dtype), request)
 
 
-def _forward_route(decoder: Callable, slots: Tensor, request: Request) -> tuple[Tensor, int]:
-    """Any decoder: one forward-mode derivative for each number of a slot, all images at once -> Jacobian, R."""
-    (_, K, D), side = slots.shape, 0
+def _dtype(decoder: nn.Module) -> torch.dtype | None:
+    """Of the first of its floating-point weights; None where it has none."""
+    return next((p.dtype for p in decoder.parameters() if p.is_floating_point()), None)
 
-    def recon(z: Tensor) -> Tensor:
-        nonlocal side
-        out = decoder(z)
-        out = out if isinstance(out, Tensor) else out[0]
-        side = out.shape[-1]
-        out = out.flatten(2)
-        if request.pixels is None:
-            return out
-        return out.gather(2, request.pixels[:, None].expand(-1, out.shape[1], -1))
 
-    def influence(index: Tensor) -> Tensor:
-        direction = F.one_hot(index, K * D).to(slots.dtype).view(1, K, D).expand_as(slots)
-        tangent = torch.func.jvp(recon, (slots,), (direction,))[1]  # [B, C, P]
-        return tangent.abs().sum(1) if request.reduce else tangent
+def slot_share(jacobian: Tensor) -> Tensor:
+    """Each slot's share of a pixel's Jacobian: [B, K, ...], of the same dtype; zeros where all are zero."""
+    return jacobian / jacobian.sum(1, keepdim=True).clamp_min(torch.finfo(jacobian.dtype).tiny)
 
-    with torch.set_grad_enabled(request.differentiable), second_order() if request.differentiable else nullcontext():
-        indices = torch.arange(K * D, device=slots.device).split(request.chunk or TANGENTS)
-        parts = torch.cat([torch.func.vmap(influence)(some) for some in indices]).unflatten(0, (K, D))
-        if request.reduce:
-            return parts.sum(1).transpose(0, 1).contiguous(), side
-        return parts.permute(2, 3, 4, 0, 1), side
+
+def jacobian_penalty(decoder: Callable, slots: Tensor, pixels: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
+    """How much slots share pixels, by the Jacobian itself rather than by attention: a scalar with a gradient.
+
+    With P = each slot's share of a pixel's Jacobian (Σ_c Σ_d |∂x̂/∂z|, normalised over slots), the mean over the given
+    pixels of Σ_{j<k} P_j P_k: 0 where one slot alone acts on each pixel, ½(1 − 1/K) where all act alike. Shares make
+    it free of scale: a decoder cannot lower it by shrinking its derivatives.
+
+    decoder: as in ``slot_jacobian``; slots: [B, K, D]; pixels: [B, P] int64, rows of R·R; pixel_weight: [B, P],
+    1 / (L · probability) of each.
+    """
+    wide = slots.to(torch.promote_types(slots.dtype, torch.float32))
+    jacobian = slot_jacobian(decoder, wide, pixels=pixels, differentiable=True)
+    with torch.autocast(slots.device.type, enabled=False):
+        return interaction_penalty(slot_share(jacobian).transpose(1, 2), pixel_weight)

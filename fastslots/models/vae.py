@@ -10,11 +10,13 @@ import torch.nn as nn
 from torch import Tensor
 
 from fastslots.config.model import SlotVAEConfig
+from fastslots.errors import UserError
 from fastslots.models.broadcast import BroadcastDecoder
 from fastslots.models.decoder import Decoder
-from fastslots.models.decoder_jacobian import jacobian_penalty
 from fastslots.models.encoder import Encoder
+from fastslots.models.jacobian import jacobian_penalty
 from fastslots.models.slot_attention import SlotAttentionEncoder
+from fastslots.models.slot_decoder import Decoded, SlotDecoder, as_slot_decoder, no_penalty
 from fastslots.ops import interaction_penalty
 from fastslots.ops.reference import reconstruction_error
 
@@ -35,9 +37,9 @@ class SlotVAEOutput(NamedTuple):
     slots: Tensor  # [B, K, D], z
     mean: Tensor  # [B, K, D]
     std: Tensor  # [B, K, D], zeros for the plain autoencoder
-    slot_map: Tensor  # [B, R·R, K], sum over heads, mean over layers
+    slot_map: Tensor | None  # [B, R·R, K], sum over heads, mean over layers; None of a decoder without one
     kl: Tensor  # scalar
-    interaction: Tensor  # scalar
+    interaction: Tensor  # scalar, 0 without a slot map
 
 
 class LossTerms(NamedTuple):
@@ -56,13 +58,27 @@ class SlotVAE(nn.Module):
     autoencoder, alpha = 0 an unregularised VAE.
 
     Loss: ``sigma · Σ(x − x̂)²/B + beta · KL + alpha · R``, R the interaction penalty of the decoder's slot map.
+
+    Args:
+        config: sizes and loss weights; what it says of an encoder or a decoder is not looked at where one is given.
+        encoder: any module, images [B, C, R, R] -> [B, K, S], S = 2·D (mean | log-scale), or D (the slots) where
+            beta is 0. None: the config's.
+        decoder: any module, slots [B, K, D] -> image [B, C, R, R], or (image, slot_map [B, R·R, K]), in which images
+            do not mix. Without a slot map there is no penalty, and alpha must be 0. A ``SlotDecoder`` brings its own
+            loss and Jacobian; any other gets the generic ones, which are exact. None: the config's.
+
+    Raises:
+        UserError (a ValueError): where encoder or decoder give other shapes, at their first use.
     """
 
-    def __init__(self, config: SlotVAEConfig):
+    def __init__(self, config: SlotVAEConfig, encoder: nn.Module | None = None, decoder: nn.Module | None = None):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config) if config.encoder == "transformer" else SlotAttentionEncoder(config)
-        self.decoder = Decoder(config) if config.decoder == "transformer" else BroadcastDecoder(config)
+        if encoder is None:
+            encoder = Encoder(config) if config.encoder == "transformer" else SlotAttentionEncoder(config)
+        if decoder is None:
+            decoder = Decoder(config) if config.decoder == "transformer" else BroadcastDecoder(config)
+        self.encoder, self.decoder = encoder, decoder
 
     @classmethod
     def from_run(cls, run: str | Path, weights: str = "best") -> SlotVAE:
@@ -74,6 +90,11 @@ class SlotVAE(nn.Module):
 
         return load_run(Path(run), weights)
 
+    @property
+    def slot_decoder(self) -> SlotDecoder:
+        """The decoder as the package uses it: itself, or with the generic loss and Jacobian."""
+        return as_slot_decoder(self.decoder)
+
     def encode(self, images: Tensor, noise: Tensor | None = None, query_noise: Tensor | None = None) -> Posterior:
         """images [B, C, R, R] -> z = mean + std · noise; noise [B, K, D], None draws it, zeros give the mean.
 
@@ -84,7 +105,14 @@ class SlotVAE(nn.Module):
         or noise of another dtype or shape.
         """
         self._check(images)
-        out = self.encoder(images, query_noise)
+        out = self.encoder(images) if query_noise is None else self.encoder(images, query_noise)
+        expected = (len(images), self.config.num_slots, self.config.posterior_width)
+        if not isinstance(out, Tensor) or tuple(out.shape) != expected:
+            got = list(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
+            parts = "mean | log-scale" if self.config.variational else "the slots, since beta is 0"
+            raise UserError(
+                f"the encoder {type(self.encoder).__name__} gives {got}, expected {list(expected)} (B, K, S: {parts})"
+            )
         out = out.to(torch.promote_types(out.dtype, torch.float32))
         if not self.config.variational:
             return Posterior(out, out, torch.zeros_like(out), out.new_zeros(()))
@@ -98,6 +126,25 @@ class SlotVAE(nn.Module):
         kl = 0.5 * (mean.square() + std.square() - 1) - (log_scale + torch.log(log_scale.new_tensor(0.5)))
         return Posterior(mean + std * noise, mean, std, kl.sum((1, 2)).sum() / max(len(mean), 1))
 
+    def decode(self, slots: Tensor) -> Decoded:
+        """slots [B, K, D] -> recon [B, C, R, R], slot_map [B, R·R, K] or None, whatever the decoder returns.
+
+        Raises UserError where it gives other shapes, or no slot map where alpha asks for a penalty.
+        """
+        decoded, name = self.slot_decoder.decode(slots), type(self.decoder).__name__
+        B, K, R = len(slots), slots.shape[1], self.config.resolution
+        for what, value, expected, axes in (
+            ("an image", decoded.recon, (B, self.config.channels, R, R), "B, C, R, R"),
+            ("a slot map", decoded.slot_map, (B, R * R, K), "B, R·R, K"),
+        ):
+            if value is not None and tuple(value.shape) != expected:
+                raise UserError(
+                    f"the decoder {name} gives {what} {list(value.shape)}, expected {list(expected)} ({axes})"
+                )
+        if decoded.slot_map is None and self.config.alpha:
+            raise UserError(no_penalty(f"the decoder {name}"))
+        return decoded
+
     def _check(self, images: Tensor) -> None:
         C, R = self.config.channels, self.config.resolution
         if not images.is_floating_point():
@@ -110,8 +157,9 @@ class SlotVAE(nn.Module):
     def forward(self, images: Tensor, noise: Tensor | None = None) -> SlotVAEOutput:
         """images (or features) [B, C, R, R] -> reconstruction, slots, posterior, slot map and both regularisers."""
         z, mean, std, kl = self.encode(images, noise)
-        recon, slot_map = self.decoder(z)
-        return SlotVAEOutput(recon, z, mean, std, slot_map, kl, interaction_penalty(slot_map))
+        recon, slot_map = self.decode(z)
+        interaction = kl.new_zeros(()) if slot_map is None else interaction_penalty(slot_map)
+        return SlotVAEOutput(recon, z, mean, std, slot_map, kl, interaction)
 
     def loss(self, result: SlotVAEOutput, images: Tensor, alpha: float | Tensor | None = None) -> LossTerms:
         """The loss of a ``forward``, for evaluation and for tests of the tiled path."""
@@ -137,14 +185,18 @@ class SlotVAE(nn.Module):
         """``loss`` of ``forward`` through the tiled decoder, and ``jacobian_weight`` times the Jacobian's penalty.
 
         images [B, C, R, R]; noise, query_noise as in ``encode``; alpha, beta: this step's weights (None: the config's);
-        pixels, pixel_weight [B, P]: decode a weighted subset of the pixels (``Decoder.loss``).
+        pixels, pixel_weight [B, P]: decode a weighted subset of the pixels (``Decoder.loss``), where that saves
+        work.
         jacobian_weight: of the Jacobian's own penalty (``jacobian_penalty``), part of ``total`` alone; None: the
         config's, 0 costs nothing. jacobian_pixels [B, P'] int64: where it looks; None draws them.
         """
         z, _, _, kl = self.encode(images, noise, query_noise)
         alpha = self.config.alpha if alpha is None else alpha
         beta = self.config.beta if beta is None else beta
-        decoded = self.decoder.loss(
+        decoder = self.slot_decoder
+        if not decoder.decodes_pixels:  # all of them cost the same, and their loss is what a subset's estimates
+            pixels = pixel_weight = None
+        decoded = decoder.loss(
             z, images, self.config.sigma, alpha, pixels=pixels, pixel_weight=pixel_weight, grad_scale=grad_scale
         )
         total = decoded.total + beta * kl

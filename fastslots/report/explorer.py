@@ -14,10 +14,9 @@ multiplications, for which a large decoder shows fewer images and shorter walks.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +24,8 @@ from torch import Tensor
 
 from fastslots.metrics import adjusted_rand_index, slot_jacobian
 from fastslots.models import SlotVAE
-from fastslots.models.decoder import Decoder
-from fastslots.models.decoder_jacobian import slot_share
+from fastslots.models.jacobian import slot_share
+from fastslots.models.slot_decoder import SlotDecoder
 from fastslots.report.pictures import by_colour, data_uri, grey, labels, rgb
 
 IMAGES = 6
@@ -90,16 +89,18 @@ def explore(
     device = next(model.parameters()).device
     noise = torch.zeros(len(images), K, D, device=device)
     posterior = model.encode(images.to(device), noise)
-    decoder, side = thinned(model.decoder), _thin(images).shape[-1]
-    plan = Plan.of(len(images), K, D, affordable(decoder, K, side), side)
+    decoder, side = model.slot_decoder.thinned(_stride(images)), _thin(images).shape[-1]
+    plan = Plan.of(len(images), K, D, affordable(decoder, posterior.slots[:1], side), side)
     latents = _latents(posterior.mean, posterior.std, model.config.variational, plan.latents)
     center, spread = posterior.mean.mean((0, 1)), posterior.mean.std((0, 1), correction=0).clamp_min(1e-6)
     values = center[:, None] + spread[:, None] * torch.linspace(-SPREAD, SPREAD, plan.values, device=device)  # [D, V]
     shown = posterior.slots[: plan.images]
-    recon, maps, parts = map(_thin, views(decoder, shown, model.config.decoder_heads))
+    recon, maps, parts = views(decoder, shown)
+    at_once = max(1, DECODED_AT_ONCE // recon.shape[-2:].numel())
+    recon, maps, parts = map(_thin, (recon, maps, parts))
     truth = None if masks is None else _thin(masks[: plan.images]).long()
     inputs = _thin(images[: plan.images])
-    without = _thin(decode(decoder, _without_each(shown))).unflatten(0, (plan.images, K))
+    without = _thin(decode(decoder, _without_each(shown, decoder.any_slots), at_once)).unflatten(0, (plan.images, K))
     entries = []
     for i in range(plan.images):
         partners = plan.partners_of(i)
@@ -108,7 +109,7 @@ def explore(
         tiles += [rgb(recon[i]), by_colour(maps[i]), by_colour(parts[i])]
         for k in range(K):
             tiles += [grey(maps[i, k]), grey(parts[i, k]), rgb(without[i, k])]
-        tiles += [rgb(picture) for picture in _thin(decode(decoder, changed))]
+        tiles += [rgb(picture) for picture in _thin(decode(decoder, changed, at_once))]
         entry = {"sheet": data_uri(_sheet(tiles), SHEET_BYTES), "partners": partners}
         entry["z"] = [[_short(z) for z in row] for row in shown[i][:, latents].tolist()]
         if truth is not None:
@@ -124,55 +125,42 @@ def explore(
         "values": [[_short(v) for v in values[d].tolist()] for d in latents],
         "images": entries,
         "masks": masks is not None,
+        "maps": model.decode(shown[:1]).slot_map is not None,
     }
 
 
-def affordable(decoder: Any, slots: int, side: int) -> int:
-    """Pixels of tiles with ``side`` pixels a side that may be decoded."""
-    weights = list(decoder.parameters())
-    if weights[0].device.type != "cpu":
+def affordable(decoder: SlotDecoder, slots: Tensor, side: int) -> int:
+    """Pixels of tiles with ``side`` pixels a side that may be decoded; slots: [1, K, D]."""
+    if slots.device.type != "cpu":
         return PIXELS
-    # A pixel meets each weight once; where slots are decoded apart, once for each of them
-    work = decoder.resolution**2 * sum(w.numel() for w in weights) * (1 if isinstance(decoder, Decoder) else slots)
-    return min(PIXELS, CPU_WORK // work * side**2)
+    return min(PIXELS, CPU_WORK // max(decoder.multiplications(slots), 1) * side**2)
 
 
-def views(decoder: Any, slots: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def views(decoder: SlotDecoder, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """slots [B, K, D] -> recon [B, 3, R, R], slot maps and shares of the Jacobian [B, K, R, R] in [0, 1], on the CPU.
 
-    heads: what the slot map adds up to at each pixel.
+    Maps of a decoder that has none are zero.
     """
-    recon, slot_map = decoder(slots)
-    maps = slot_map.transpose(1, 2).unflatten(-1, (decoder.resolution, decoder.resolution)) / heads
-    return recon.cpu(), maps.cpu(), slot_share(slot_jacobian(decoder, slots)).cpu()
+    recon, slot_map = decoder.decode(slots)
+    parts = slot_share(slot_jacobian(decoder, slots)).cpu()
+    if slot_map is None:
+        return recon.cpu(), torch.zeros_like(parts), parts
+    return recon.cpu(), slot_map.transpose(1, 2).unflatten(-1, recon.shape[2:]).cpu() / decoder.heads, parts
 
 
-def thinned(decoder: Any) -> Any:
-    """A copy that decodes every n-th pixel in each direction, so that at most SIDE are left.
-
-    Between the pixels that it was trained on a decoder shows artefacts: its highest octave alternates from one to the
-    next. So pixels are left out, not moved. A convolutional decoder needs them all and is returned as it is.
-    """
-    stride = -(-decoder.resolution // SIDE)
-    if stride == 1 or not isinstance(decoder, Decoder):
-        return decoder
-    thin = copy.deepcopy(decoder)
-    code = cast(Tensor, decoder.position_code).unflatten(0, (decoder.resolution, decoder.resolution))[
-        ::stride, ::stride
-    ]
-    thin.resolution, thin.position_code = code.shape[0], code.flatten(0, 1)
-    return thin
+def decode(decoder: SlotDecoder, slots: Tensor, at_once: int) -> Tensor:
+    """slots [B, K, D] -> images [B, 3, R, R] on the CPU, a bounded number at once."""
+    return torch.cat([decoder.decode(part).recon.cpu() for part in slots.split(at_once)])
 
 
-def decode(decoder: Any, slots: Tensor) -> Tensor:
-    """slots [B, K, D] -> images [B, 3, R, R] on the CPU, a bounded number of pixels at once."""
-    size = max(1, DECODED_AT_ONCE // decoder.resolution**2)
-    return torch.cat([decoder(part)[0].cpu() for part in slots.split(size)])
+def _stride(images: Tensor) -> int:
+    """Every how many pixels of [..., R, R] are shown, so that at most SIDE x SIDE are left."""
+    return -(-images.shape[-1] // SIDE)
 
 
 def _thin(images: Tensor) -> Tensor:
-    """Every n-th pixel of [..., R, R], so that at most SIDE x SIDE are left; what is thin stays as it is."""
-    stride = -(-images.shape[-1] // SIDE)
+    """What is shown of [..., R, R]; what is thin stays as it is."""
+    stride = _stride(images)
     return images[..., ::stride, ::stride].cpu()
 
 
@@ -184,11 +172,12 @@ def _latents(mean: Tensor, std: Tensor, variational: bool, count: int) -> list[i
     return sorted(signal.topk(count).indices.tolist())
 
 
-def _without_each(slots: Tensor) -> Tensor:
-    """[B, K, D] -> [B·K, max(K − 1, 1), D], one slot left out in turn (a single slot is set to zero)."""
+def _without_each(slots: Tensor, any_slots: bool) -> Tensor:
+    """[B, K, D] -> [B·K, K − 1, D], one slot left out in turn; where a decoder needs all K (or there is one alone),
+    [B·K, K, D] with that slot at zero, the prior's mean."""
     B, K, D = slots.shape
-    if K == 1:
-        return torch.zeros_like(slots)
+    if K == 1 or not any_slots:
+        return (slots[:, None] * ~torch.eye(K, dtype=torch.bool, device=slots.device)[..., None]).flatten(0, 1)
     keep = ~torch.eye(K, dtype=torch.bool, device=slots.device)
     return slots[:, None].expand(B, K, K, D)[:, keep].reshape(B * K, K - 1, D)
 

@@ -68,10 +68,16 @@ class Session:
         R = self.model.config.resolution
         if not shown:
             return {"recon": data_uri(np.zeros((R, R, 3), np.uint8), 1 << 20), "byMap": "", "maps": [""] * K}
+        decoder = self.model.slot_decoder
+        if not decoder.any_slots:  # a slot that is not shown is zero, the prior's mean
+            z[[k for k in range(K) if k not in shown]] = 0
+            shown = list(range(K))
         with self._lock:
-            recon, slot_map = self.model.decoder(z[None, shown].to(self._device))
+            recon, slot_map = decoder.decode(z[None, shown].to(self._device))
+        if slot_map is None:
+            return {"recon": _uri(rgb(recon[0])), "byMap": "", "maps": [""] * K}
         maps = torch.zeros(K, R, R)
-        maps[shown] = slot_map[0].T.unflatten(-1, (R, R)).cpu().float() / self.model.config.decoder_heads
+        maps[shown] = slot_map[0].T.unflatten(-1, (R, R)).cpu().float() / decoder.heads
         pictures = {"recon": _uri(rgb(recon[0])), "byMap": _uri(by_colour(maps))}
         return pictures | {"maps": [_uri(grey(values)) for values in maps]}
 

@@ -132,7 +132,7 @@ def training_step(
         for optimizer, _ in optimizers.parts:
             scaler.step(optimizer)
     scaler.update()  # lowers the scale where ``unscale_`` saw an overflow
-    normalized = interaction / config.decoder_heads**2
+    normalized = interaction / model.slot_decoder.heads**2
     scaled = {"loss_scale": scale} if scaler.is_enabled() else {}
     values = {"loss": loss, "recon": recon, "kl": kl, "interaction": interaction, "interaction_normalized": normalized}
     return values | {"grad_norm": grad_norm, "lr": lr, "alpha": alpha, "beta": beta} | scaled

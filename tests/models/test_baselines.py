@@ -148,7 +148,7 @@ def test_the_broadcast_loss_is_that_of_its_pictures():
     model = tiny(decoder="broadcast")
     images, slots = images_and_slots()
     slots.requires_grad_()
-    terms = model.decoder.loss(slots, images, 0.7, 1.3, pixels=torch.zeros(2, 4, dtype=torch.long))
+    terms = model.decoder.loss(slots, images, 0.7, 1.3)
     recon, slot_map = model.decoder(slots)
     error, penalty = (recon - images).square().sum() / 2, interaction_penalty(slot_map)
     assert_equal(terms.recon, error.detach())

@@ -302,7 +302,7 @@ def test_differentiable_gives_second_derivatives():
 
 
 def test_the_jacobian_penalty_by_hand_and_by_finite_differences():
-    from fastslots.models.decoder_jacobian import jacobian_penalty
+    from fastslots.models.jacobian import jacobian_penalty
 
     decoder = tiny()
     slots = draw_slots(decoder).requires_grad_()
@@ -337,7 +337,7 @@ def test_the_jacobian_penalty_trains():
     plain.load_state_dict(model.state_dict())
     with_penalty = model.training_loss(images, noise, pixels=pixels, jacobian_pixels=pixels)
     without = plain.training_loss(images, noise, pixels=pixels)
-    from fastslots.models.decoder_jacobian import jacobian_penalty
+    from fastslots.models.jacobian import jacobian_penalty
 
     penalty = jacobian_penalty(model.decoder, model.encode(images, noise).slots, pixels)
     assert torch.allclose(with_penalty.total - without.total, 3 * penalty, rtol=1e-3)

@@ -33,7 +33,6 @@ from fastslots.report.explorer import (
     affordable,
     decode,
     explore,
-    thinned,
     views,
 )
 from fastslots.report.pictures import data_uri
@@ -168,11 +167,11 @@ def test_explorer_tiles_are_what_they_say():
 def test_large_images_are_thinned_not_moved(decoder):
     model = tiny_model(resolution=128, decoder=decoder, broadcast_channels=4)
     z = torch.randn(2, 3, 4)
-    whole = views(model.decoder, z, 2)
-    few = [v.detach()[..., :: v.shape[-1] // SIDE, :: v.shape[-1] // SIDE] for v in views(thinned(model.decoder), z, 2)]
+    whole, thin = views(model.decoder, z), model.decoder.thinned(2)
+    few = [v.detach()[..., :: v.shape[-1] // SIDE, :: v.shape[-1] // SIDE] for v in views(thin, z)]
     for a, b in zip(whole, few, strict=True):
         torch.testing.assert_close(a[..., ::2, ::2], b, atol=2e-5, rtol=1e-4)
-    assert decode(model.decoder, z).shape == (2, 3, 128, 128)
+    assert decode(model.decoder, z, 1).shape == (2, 3, 128, 128)
 
 
 @pytest.mark.parametrize("slots, side", [(1, 32), (4, 32), (7, 64), (16, 64), (40, 64)])
@@ -188,8 +187,8 @@ def test_the_plan_is_bounded_and_partners_swap_both_ways(slots, side):
 
 def test_large_decoders_are_shown_less_of_on_a_cpu():
     small, large = (SlotVAE(SlotVAEConfig.preset(name)) for name in ("sprites-mini", "clevr6"))
-    assert affordable(small.decoder, 4, 32) == PIXELS
-    plan = Plan.of(24, 7, 64, affordable(thinned(large.decoder), 7, SIDE), SIDE)
+    assert affordable(small.decoder, torch.zeros(1, 4, 16), 32) == PIXELS
+    plan = Plan.of(24, 7, 64, affordable(large.decoder.thinned(2), torch.zeros(1, 7, 64), SIDE), SIDE)
     assert plan == Plan(images=3, group=3, latents=2, values=5)
 
 

@@ -26,7 +26,7 @@ function choices(name, legend, entries, chosen, choose) {
 }
 
 function explorer(data, key) {
-  const K = data.slots, state = { image: 0, slot: 0, partner: null, other: 0, latent: 0, value: null, ...memory.get("explorer" + key, {}) };
+  const K = data.slots, maps = data.maps !== false, state = { image: 0, slot: 0, partner: null, other: 0, latent: 0, value: null, ...memory.get("explorer" + key, {}) };
   const sheets = data.images.map(({ sheet }) => Object.assign(new Image(), { src: sheet }));
   const pictures = {};
   const figure = (name, caption) => h("figure", {}, pictures[name] = canvas(data.side, caption), h("figcaption", {}, caption));
@@ -44,9 +44,9 @@ function explorer(data, key) {
       image => set({ image, partner: null, value: null })),
     h("div.top", {}, h("div", {},
       h("div.views", {}, figure("input", "input"), data.masks ? figure("truth", "true objects") : null, figure("recon", "reconstruction"),
-        figure("byMap", "slots by map"), figure("byJacobian", "slots by Jacobian")),
+        maps ? figure("byMap", "slots by map") : null, figure("byJacobian", "slots by Jacobian")),
       h("div", { style: "height:.8rem" }), slotRow,
-      h("div.views.few", {}, figure("map", "its slot map"), figure("jacobian", "its share of the Jacobian"), figure("without", "the image without it"))),
+      h("div.views.few", {}, maps ? figure("map", "its slot map") : null, figure("jacobian", "its share of the Jacobian"), figure("without", "the image without it"))),
       tablePanel),
     h("div.panels", {}, swapPanel, walkPanel));
   Promise.all(sheets.map(sheet => sheet.decode())).then(() => {
@@ -67,7 +67,7 @@ function explorer(data, key) {
     if (!entry.partners.includes(state.partner)) state.partner = entry.partners[0] ?? null;
     memory.set("explorer" + key, state);
     for (const name of ["input", "truth", "recon", "byMap", "byJacobian"]) if (pictures[name]) paint(pictures[name], image, tile[name]);
-    for (const name of ["map", "jacobian", "without"]) paint(pictures[name], image, tile[name](slot));
+    for (const name of ["map", "jacobian", "without"]) if (pictures[name]) paint(pictures[name], image, tile[name](slot));
     keepFocus(() => {
       slotRow.replaceChildren(slots(`slot${key}`, "Slot (keys 1 to 9)", image, slot, slot => set({ slot, value: null })));
       swapPanel.replaceChildren(...swap(image, slot));
