@@ -35,7 +35,7 @@ def order_scores(
     count = min(images or ORDER_IMAGES, ORDER_IMAGES, len(rows))
     parts = [
         interaction_order(model.decoder, slots, seed=seed + first)
-        for first, (slots, _, _) in _encoded(model, dataset, rows[:count], batch_size)
+        for first, (slots, _) in _encoded(model, dataset, rows[:count], batch_size)
     ]
     whole = parts[0]
     for part in parts[1:]:
@@ -58,10 +58,10 @@ def attribute_scores(model: SlotVAE, dataset: Any, rows: Any, images: int = 0, b
     start = 1 if counts_from_one(dataset) else 0  # the mask label of the factors' first row
     objects = min(len(values[0]) for values in factors.values())
     slots, owners, places = [], [], []
-    for first, (z, slot_map, masks) in _encoded(model, dataset, rows, batch_size):
+    for first, (z, masks) in _encoded(model, dataset, rows, batch_size):
         if masks is None:
             raise UserError("the data has no masks, which match slots to objects: leave --attributes out")
-        image, label, slot = match_slots(slot_map.cpu(), masks.long())
+        image, label, slot = match_slots(_slot_map(model, z).cpu(), masks.long())
         known = (label >= start) & (label - start < objects)
         image, label, slot = image[known], label[known], slot[known]
         slots.append(z.cpu()[image, slot])
@@ -112,7 +112,7 @@ def recombination_scores(
     from scipy.optimize import linear_sum_assignment  # kept out of the import of fastslots
 
     rows = rows[: images or None]
-    slots = torch.cat([z for _, (z, _, _) in _encoded(model, dataset, rows, batch_size)])
+    slots = torch.cat([z for _, (z, _) in _encoded(model, dataset, rows, batch_size)])
     spread = (slots - slots.mean((0, 1))).square().sum(-1).mean().item()
     if len(slots) < 2 or not spread:
         raise UserError("--recombination needs at least two images, and slots that are not all the same")
@@ -139,19 +139,22 @@ def _mean_slots(model: SlotVAE, images: Tensor) -> Tensor:
     return model.encode(images, zeros).slots
 
 
+def _slot_map(model: SlotVAE, slots: Tensor) -> Tensor:
+    """Who shows a pixel, [B, R·R, K]: by the slot map, or where there is none by the Jacobian, at a higher price."""
+    slot_map = model.decode(slots).slot_map
+    return slot_share(slot_jacobian(model.decoder, slots)).flatten(2).mT if slot_map is None else slot_map
+
+
 def _encoded(
     model: SlotVAE, dataset: Any, rows: Sequence[int], batch_size: int
-) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor | None]]]:
-    """(first, (mean slots [b, K, D], slot map, masks or None)) of each batch, in evaluation mode."""
+) -> Iterator[tuple[int, tuple[Tensor, Tensor | None]]]:
+    """(first, (mean slots [b, K, D], masks or None)) of each batch, in evaluation mode."""
     training, device = model.training, next(model.parameters()).device
     model.eval()
     for first in range(0, len(rows), batch_size):
         raw, masks = read_batch(dataset, np.asarray(rows[first : first + batch_size]))
         slots = _mean_slots(model, to_float(raw.to(device)))
-        slot_map = model.decode(slots).slot_map
-        if slot_map is None:  # what a slot acts on says the same, at a higher price
-            slot_map = slot_share(slot_jacobian(model.decoder, slots)).flatten(2).mT
-        yield first, (slots, slot_map, masks)
+        yield first, (slots, masks)
     model.train(training)
 
 

@@ -105,19 +105,19 @@ def evaluate(
     local = [*sums.values(), *(found.get(name, 0.0) * masked for name in _OF_AN_IMAGE)]
     local += [found.get("jis", 0.0) * pixels, by_map.images, masked, len(by_jacobian.of_images), pixels]
     summed = group.sum([*local, *each.flatten().tolist()])
-    *totals, jis, mapped, masked, scored, pixels = summed[: len(local)]
+    *totals, jis, mapped, all_masked, scored, pixels = summed[: len(local)]
     out: dict[str, Any] = {name: total / max(len(rows), 1) for name, total in zip(sums, totals, strict=False)}
     out["interaction_normalized"] = out["interaction"] / model.slot_decoder.heads**2
-    if masked:
+    if all_masked:
         names = _OF_AN_IMAGE if mapped else ("j_ari",)
         scores = zip(names, totals[len(sums) :], strict=False)
-        out |= {name: total / masked for name, total in scores} | {"jis": jis / max(pixels, 1)}
-    out |= {"images": len(rows), "images_with_masks": int(masked), "foreground_pixels": int(pixels)}
+        out |= {name: total / all_masked for name, total in scores} | {"jis": jis / max(pixels, 1)}
+    out |= {"images": len(rows), "images_with_masks": int(all_masked), "foreground_pixels": int(pixels)}
     out |= {"jacobian_images": int(scored)} if jacobian_images else {}
     if of_images:
         rest = torch.tensor(summed[len(local) :], dtype=each.dtype).view_as(each)
         shown = SHOWN if mapped else ("j_ari",)
-        out["of_images"] = dict(zip(shown, rest.tolist(), strict=False)) if masked else {}
+        out["of_images"] = dict(zip(shown, rest.tolist(), strict=False)) if all_masked else {}
     return out | {"latent": latent, "seconds": time.perf_counter() - start}
 
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastslots.models.second_order import second_order
 from fastslots.models.slot_decoder import as_slot_decoder
+from fastslots.ops.second_order import second_order
 
 PIXELS = 1 << 17
 """Pixels (images x R² x pairs of directions) that are differentiated at once."""

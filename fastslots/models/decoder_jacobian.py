@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastslots.models.layers import rows_at
-from fastslots.models.second_order import second_order
 from fastslots.models.slot_decoder import JacobianRequest
 from fastslots.ops import backends
 from fastslots.ops.backends import is_traced
@@ -38,6 +37,7 @@ from fastslots.ops.reference import (
     output_head,
     slot_softmax,
 )
+from fastslots.ops.second_order import second_order
 
 if TYPE_CHECKING:
     from fastslots.models.decoder import Decoder, DecoderLayer

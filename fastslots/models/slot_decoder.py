@@ -18,13 +18,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastslots.errors import UserError
-from fastslots.models.second_order import second_order
 from fastslots.ops import checks
 from fastslots.ops.decoder_loss import DecoderLossTerms
 from fastslots.ops.reference import interaction_penalty, reconstruction_error
+from fastslots.ops.second_order import second_order
 
 TANGENTS = 16
 """Directions that the generic Jacobian pushes forward at once."""
@@ -156,6 +155,8 @@ class SlotDecoder(nn.Module):
     @torch.no_grad()
     def multiplications(self, slots: Tensor) -> int:
         """Of decoding slots [B, K, D], as far as torch's own operators can be counted."""
+        from torch.utils.flop_counter import FlopCounterMode  # imports triton
+
         with FlopCounterMode(display=False) as counter:
             self.decode(slots)
         return counter.get_total_flops() // 2

@@ -17,6 +17,7 @@ from fastslots.errors import UserError
 from fastslots.evaluation.analyses import attribute_scores, recombination_scores
 from fastslots.metrics.attributes import circular, match_slots, probe
 from fastslots.models import SlotVAE, SlotVAEConfig
+from fastslots.models.slot_decoder import Decoded
 from fastslots.train import TrainConfig, fit
 
 TINY = dict(resolution=16, num_slots=4, slot_dim=6, cnn_channels=8, encoder_width=16, encoder_layers=1, query_width=16)
@@ -98,8 +99,8 @@ class Oracle(torch.nn.Module):
         self.maps = torch.nn.functional.one_hot(torch.from_numpy(masks).long(), 4).flatten(1, 2).float()
         return type("Posterior", (), {"slots": slots})()
 
-    def decoder(self, slots):
-        return None, self.maps
+    def decode(self, slots):
+        return Decoded(torch.empty(0), self.maps)
 
 
 def test_slots_that_hold_the_factors_score_one_and_the_labels_fit():
@@ -128,8 +129,8 @@ def test_recombination_of_a_decoder_that_loses_nothing():
             flat = images.flatten(1)[:, :24].unflatten(1, (4, 6)).float()
             return type("Posterior", (), {"slots": flat.flip(1) * (1 - self.lost)})()
 
-        def decoder(self, slots):
-            return torch.nn.functional.pad(slots.flatten(1), (0, 3 * 256 - 24)).view(-1, 3, 16, 16), None
+        def decode(self, slots):
+            return Decoded(torch.nn.functional.pad(slots.flatten(1), (0, 3 * 256 - 24)).view(-1, 3, 16, 16), None)
 
     images = torch.randn(30, 3, 16, 16)
     found = recombination_scores(Exact(), images, range(30))

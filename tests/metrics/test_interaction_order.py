@@ -12,7 +12,7 @@ from fastslots.metrics import interaction_order
 from fastslots.models import SlotVAEConfig
 from fastslots.models.broadcast import BroadcastDecoder
 from fastslots.models.decoder import Decoder
-from fastslots.models.second_order import second_order
+from fastslots.ops.second_order import second_order
 
 
 def tiny(cls=Decoder, **overrides):
