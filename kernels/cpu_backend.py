@@ -91,6 +91,8 @@ def _plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Last axis contiguous, other strides as they are: heads split from one projection are not copied."""
     tensor = tensor.detach().to(dtype)
+    if not tensor.numel():  # torch calls any strides of an empty tensor contiguous: those of a sum's gradient are 0
+        return tensor.new_empty(tensor.shape)
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 

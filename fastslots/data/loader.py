@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastslots.data.given import is_ours, read_items
 from fastslots.data.packed.ranges import AHEAD
 from fastslots.data.sampling import batch_indices
-from fastslots.errors import UserError
 
 RESIDENT_SHARE = 0.4
 """Of a GPU's free memory, what images that stay there may take; a model and its step need the rest."""
-SOME_MASKS = "some images have a mask and others none: give all of them one, or none"
 
 
 class Batch(NamedTuple):
@@ -40,31 +39,12 @@ def read_batch(dataset, indices: np.ndarray) -> tuple[Tensor, Tensor | None]:
     """Images and masks at ``indices`` of one of our data sets (``batch``) or of any torch map-style data set.
 
     Items of the latter may be an image, a tuple (image, mask, ...), or a dict with "image" and perhaps "mask"; an
-    image is uint8 [R,R,3] or [3,R,R], or float [C,R,R] in [0, 1]; arrays or tensors.
+    image is uint8 [R,R,3] or [3,R,R], or float [C,R,R] in [0, 1]; arrays, tensors or PIL pictures.
 
-    Raises UserError where some of the images have a mask and others none.
+    Raises UserError naming the item that is none of it, and where some have a mask and others none.
     """
-    if hasattr(dataset, "batch"):
-        images, masks = dataset.batch(indices)
-        return torch.from_numpy(np.ascontiguousarray(images)), None if masks is None else torch.from_numpy(masks)
-    items = [_image_and_mask(dataset[int(i)]) for i in indices]
-    images = torch.stack([image for image, _ in items])
-    masks = [mask for _, mask in items if mask is not None]
-    if 0 < len(masks) < len(items):
-        raise UserError(SOME_MASKS)
-    return images, torch.stack(masks) if masks else None
-
-
-def _image_and_mask(item) -> tuple[Tensor, Tensor | None]:
-    mask = None
-    if isinstance(item, dict):
-        item, mask = item["image"], item.get("mask")
-    elif isinstance(item, tuple | list):
-        item, mask = item[0], item[1] if len(item) > 1 and np.ndim(item[1]) == 2 else None
-    image = torch.as_tensor(item)
-    if image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] == 3 and image.shape[2] != 3:
-        image = image.permute(1, 2, 0)  # channels first, as torchvision decodes them
-    return image, None if mask is None else torch.as_tensor(mask)
+    images, masks = dataset.batch(indices) if is_ours(dataset) else read_items(dataset, indices)
+    return torch.from_numpy(np.ascontiguousarray(images)), None if masks is None else torch.from_numpy(masks)
 
 
 def hold_images(dataset, rows, device: torch.device, limit: float) -> Tensor | None:

@@ -11,6 +11,7 @@ import numpy as np
 from fastslots.config.run import GIVEN, TrainConfig
 from fastslots.data import SpritesDataset, split_indices
 from fastslots.data.factors import factor_words, numbered_objects
+from fastslots.data.given import check_map_style, is_ours, look_at
 from fastslots.data.holdout import Holdout
 from fastslots.data.packed.dataset import DatasetInfo
 from fastslots.data.packed.features import FeatureDataset, is_features
@@ -44,7 +45,7 @@ def open_source(config: TrainConfig, dataset: Any = None) -> Source:
     Raises UserError where training would fail: unreadable data, or images of another shape than the model's.
     """
     if dataset is not None:
-        return _split(dataset, f"{type(dataset).__name__} of {len(dataset)} images", config.holdout)
+        return _given(dataset, config.holdout)
     if config.data.startswith(GIVEN):
         raise UserError(f"the run's images were {config.data.removeprefix(GIVEN)}: name a data set with --data")
     check_named(config)
@@ -73,6 +74,15 @@ def open_source(config: TrainConfig, dataset: Any = None) -> Source:
     opened = open_dataset(config.data, max_objects, config.resolution, config.on_bad_record)
     source = _split(opened, str(opened.info), config.holdout, opened.info)
     return replace(source, warnings=report.warnings, digest=opened.info.digest)
+
+
+def _given(dataset: Any, holdout: str) -> Source:
+    """A data set that Python code has handed over: some of its items are read, so that what is wrong shows now."""
+    if is_ours(dataset):
+        return _split(dataset, f"{type(dataset).__name__} of {len(dataset)} images", holdout)
+    check_map_style(dataset)
+    source = _split(dataset, f"{type(dataset).__name__} of {len(dataset)} images", holdout)
+    return replace(source, warnings=look_at(dataset, [rows for _, rows in source.splits.values()]))
 
 
 def check_named(config: TrainConfig) -> None:

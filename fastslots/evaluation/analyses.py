@@ -12,6 +12,7 @@ from torch import Tensor
 from fastslots.config.run import TrainConfig
 from fastslots.data import read_batch, to_float
 from fastslots.data.factors import counts_from_one, object_factors
+from fastslots.data.items import ignore_label
 from fastslots.data.sources import open_source, unseen
 from fastslots.errors import UserError
 from fastslots.evaluation.evaluate import evaluate
@@ -57,11 +58,12 @@ def attribute_scores(model: SlotVAE, dataset: Any, rows: Any, images: int = 0, b
         raise UserError("the data has no factors of its objects to predict: leave --attributes out")
     start = 1 if counts_from_one(dataset) else 0  # the mask label of the factors' first row
     objects = min(len(values[0]) for values in factors.values())
-    slots, owners, places = [], [], []
+    slots, owners, places, ignore = [], [], [], ignore_label(dataset)
     for first, (z, masks) in _encoded(model, dataset, rows, batch_size):
         if masks is None:
             raise UserError("the data has no masks, which match slots to objects: leave --attributes out")
-        image, label, slot = match_slots(_slot_map(model, z).cpu(), masks.long())
+        slot_map, side = _slot_map(model, z).cpu(), model.config.resolution
+        image, label, slot = match_slots(slot_map, masks.long(), ignore, (side, side))
         known = (label >= start) & (label - start < objects)
         image, label, slot = image[known], label[known], slot[known]
         slots.append(z.cpu()[image, slot])

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastslots.data import read_batch, to_float
-from fastslots.data.loader import SOME_MASKS
+from fastslots.data.given import SOME_MASKS
+from fastslots.data.items import ignore_label
 from fastslots.data.sampling import Purpose, step_seed
 from fastslots.distributed import Group
 from fastslots.errors import UserError
@@ -69,7 +70,8 @@ def evaluate(
     training, start = model.training, time.perf_counter()
     model.eval()
     sums = dict.fromkeys(("recon", "kl", "interaction"), 0.0)
-    by_jacobian, by_map, masked = JacobianMeter(score_mode), SegmentationMeter(), 0
+    ignore, side, masked = ignore_label(dataset), model.config.resolution, 0
+    by_jacobian, by_map = JacobianMeter(score_mode, ignore), SegmentationMeter(ignore, (side, side))
     for first in range(own.start, own.stop, batch_size):
         raw, masks = read_batch(dataset, np.asarray(rows[first : min(first + batch_size, own.stop)]))
         if first > own.start and (masks is None) != (masked == 0):

@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastslots.metrics.segmentation import slot_overlaps
+from fastslots.metrics.segmentation import Grid, slot_overlaps
 
 HIDDEN = 128  # width of the nonlinear probe
 DECAY = {"linear": 1e-5, "mlp": 1e-3}
@@ -36,15 +36,17 @@ class Scores(NamedTuple):
     accuracy: dict[str, float]
 
 
-def match_slots(slot_map: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def match_slots(
+    slot_map: Tensor, masks: Tensor, ignore: int | None = None, grid: Grid | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Each object's own slot: the one-to-one matching of largest total IoU (Hungarian).
 
-    slot_map: [B, L, K] float; masks: [B, R, R] integer labels, 0 = background. Returns image, label and slot of each
-    pair, int64 [pairs]; objects beyond the number of slots, or without any overlap, are left out.
+    Arguments as in ``fastslots.metrics.ari``. Returns image, label and slot of each pair, int64 [pairs]; objects beyond
+    the number of slots, or without any overlap, are left out.
     """
     from scipy.optimize import linear_sum_assignment  # kept out of the import of fastslots
 
-    overlap, is_object, labels, slots = slot_overlaps(slot_map, masks)
+    overlap, is_object, labels, slots = slot_overlaps(slot_map, masks, ignore=ignore, grid=grid)
     found: list[tuple[int, int, int]] = []
     for image, scores in enumerate(overlap.cpu()):
         rows = is_object[image].nonzero()[:, 0].cpu()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,7 +12,9 @@ DENSE_CELLS = 1 << 22
 """Largest contingency table counted by addressing; beyond it the pairs of labels that occur are sorted instead."""
 
 
-def adjusted_rand_index(true_labels: Tensor, pred_labels: Tensor, foreground_only: bool = False) -> Tensor:
+def adjusted_rand_index(
+    true_labels: Tensor, pred_labels: Tensor, foreground_only: bool = False, ignore: int | None = None
+) -> Tensor:
     """Agreement of two labelings of the same pixels, corrected for chance: 1 is equal up to renaming, 0 is chance.
 
     In pairs of pixels that are together in both (tp), in one (fp, fn) or in none (tn) of the two labelings::
@@ -24,6 +27,7 @@ def adjusted_rand_index(true_labels: Tensor, pred_labels: Tensor, foreground_onl
         true_labels, pred_labels: [B, ...] integer (or bool), or [pixels] of one image; any values, which need not be
             contiguous; tensors or NumPy arrays.
         foreground_only: count only the pixels whose true label is not 0, the background.
+        ignore: leave out the pixels of this true label (255 where it means "do not care"); None leaves none out.
 
     Returns:
         [B] float64 in [-0.5, 1] ([1] for one image), never NaN. Pairs are counted in int64.
@@ -33,6 +37,8 @@ def adjusted_rand_index(true_labels: Tensor, pred_labels: Tensor, foreground_onl
     """
     true, pred = flat_labels(true_labels, pred_labels)
     keep = true != 0 if foreground_only else torch.ones_like(true, dtype=torch.bool)
+    if ignore is not None:
+        keep &= true != ignore
     rows, true_names = _compact(true)
     columns, pred_names = _compact(pred)
     T, P = len(true_names), len(pred_names)
@@ -50,23 +56,26 @@ def adjusted_rand_index(true_labels: Tensor, pred_labels: Tensor, foreground_onl
     return torch.where(equal, 1.0, 2 * (tp * tn - fn * fp) / bottom.masked_fill(equal, 1.0))
 
 
-def contingency(true_labels: Tensor, pred_labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def contingency(true_labels: Tensor, pred_labels: Tensor, ignore: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Counts of pixels per pair of labels, [B, T, P] int64, and the labels of rows [T] and columns [P], ascending.
 
-    Rows and columns are the labels that occur anywhere in the batch (and those between them, when few).
+    Rows and columns are the labels that occur anywhere in the batch (and those between them, when few). Pixels whose
+    true label is ``ignore`` count nowhere.
     """
     true, pred = flat_labels(true_labels, pred_labels)
     rows, true_names = _compact(true)
     columns, pred_names = _compact(pred)
     T, P = len(true_names), len(pred_names)
     image = torch.arange(len(true), device=true.device)[:, None]
-    counts = torch.bincount(((image * T + rows) * P + columns).flatten(), minlength=len(true) * T * P)
+    key = (image * T + rows) * P + columns
+    key = key.flatten() if ignore is None else key[true != ignore]
+    counts = torch.bincount(key, minlength=len(true) * T * P)
     return counts.view(len(true), T, P), true_names, pred_names
 
 
 def flat_labels(true_labels: Tensor, pred_labels: Tensor) -> tuple[Tensor, Tensor]:
     """Both as [B, pixels] int64, checked."""
-    true_labels, pred_labels = torch.as_tensor(true_labels), torch.as_tensor(pred_labels)
+    true_labels, pred_labels = as_tensor(true_labels, "true_labels"), as_tensor(pred_labels, "pred_labels")
     for name, labels in (("true_labels", true_labels), ("pred_labels", pred_labels)):
         if labels.is_floating_point() or labels.is_complex():
             raise TypeError(f"{name} must hold integer labels, got {labels.dtype}")
@@ -78,6 +87,18 @@ def flat_labels(true_labels: Tensor, pred_labels: Tensor) -> tuple[Tensor, Tenso
         true_labels, pred_labels = true_labels[None], pred_labels[None]
     flat = len(true_labels), math.prod(true_labels.shape[1:])  # not -1, which no empty tensor accepts
     return true_labels.long().reshape(flat), pred_labels.long().reshape(flat)
+
+
+def as_tensor(values: Tensor, name: str) -> Tensor:
+    """A tensor or NumPy array as a tensor. TypeError, in a sentence, for what is neither."""
+    if isinstance(values, Tensor):
+        return values
+    try:
+        array = np.asarray(values)
+        # torch has few unsigned types: what NumPy holds in them is widened
+        return torch.as_tensor(array.astype(np.int64) if array.dtype.kind == "u" and array.itemsize > 1 else array)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a tensor or a NumPy array of numbers, got {type(values).__name__}") from None
 
 
 def _compact(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from fastslots.ops.reference import (
     QueryMlp,
     fold_norm,
     output_head,
+    without_autocast,
 )
 
 CACHED_ROWS = 1024
@@ -83,7 +84,7 @@ class Decoder(SlotDecoder):
         """What each layer needs to know of the slots and of its weights; K rows an image, in fp32."""
         if slots.ndim != 3 or slots.shape[2] != self.slot_dim:
             raise ValueError(f"slots has shape {list(slots.shape)}, expected [B, K, {self.slot_dim}]")
-        with torch.autocast(slots.device.type, enabled=False):
+        with without_autocast(slots.device):
             hidden = self.slot_mlp(slots.to(self.norm.weight.dtype))
             layers = cast(Iterable[DecoderLayer], self.transformer)
             return [(layer.fold(hidden), layer.ff.weights()) for layer in layers]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastslots.errors import UserError
-from fastslots.models.weights import read_state
+from fastslots.models.weights import read_state, without_prefixes
 
 HEAD_WIDTH = 64  # of every ViT in use, from Ti to H
 EPSILON = 1e-6
@@ -85,7 +85,8 @@ def load_vit(path: Path, heads: int = 0, scale: str = "imagenet") -> VisionTrans
 
     Raises UserError: a file that cannot be read, or that holds another network than a plain ViT.
     """
-    state = {name: value.float() for name, value in read_state(path).items() if not _NOT_READ.match(name)}
+    backbone = {name: value for name, value in read_state(path).items() if not _NOT_READ.match(name)}
+    state = {name: value.float() for name, value in without_prefixes(backbone).items() if not _NOT_READ.match(name)}
     kernel, positions = state.get("patch_embed.proj.weight"), state.get("pos_embed")
     hidden = state.get("blocks.0.mlp.fc1.weight")
     if kernel is None or positions is None or hidden is None or kernel.ndim != 4:

@@ -21,6 +21,10 @@ from fastslots.config.model import SlotVAEConfig
 from fastslots.errors import UserError, first_line
 from fastslots.models.vae import SlotVAE
 
+WRAPPERS = ("model_state_dict", "state_dict", "model", "teacher", "state_dict")
+"""Keys of checkpoints that hold more than the weights; of DINO's teacher and student its authors use the teacher."""
+PREFIXES = ("_orig_mod.", "module.", "backbone.", "model.", "teacher.", "_forward_module.", "network.")
+MOST_NAMED = 6  # keys of a message
 WEIGHTS = {"best": Path("checkpoints/best.safetensors"), "last": Path("model.safetensors")}
 
 
@@ -85,12 +89,23 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{path} cannot be read as weights ({first_line(error)}): give a state_dict (.pth or .safetensors)"
         ) from None
-    for wrapper in ("model_state_dict", "state_dict", "model"):  # a checkpoint that also holds the optimiser
+    for wrapper in WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} holds no flat state_dict of tensors")
-    return {name.removeprefix("module."): value for name, value in state.items()}
+        parts = [name for name, value in state.items() if isinstance(value, dict)] if isinstance(state, dict) else []
+        which = f" (its parts are {', '.join(map(str, parts))}: save one of them alone)" if parts else ""
+        raise UserError(f"{path} holds no flat state_dict of tensors{which}")
+    return without_prefixes(state)
+
+
+def without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what trainers put before every name: torch.compile ``_orig_mod.``, data parallelism ``module.``, DINO and
+    Lightning ``backbone.``, ``model.`` and the like, in any order; a prefix of some names alone is part of them."""
+    while prefix := next((p for p in PREFIXES if state and all(name.startswith(p) for name in state)), None):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    # A compiled part inside a model has the mark in the middle of its names.
+    return {name.replace("_orig_mod.", ""): value for name, value in state.items()}
 
 
 # ours -> theirs, tried in order; \1 is a layer's or a module's number
@@ -141,8 +156,10 @@ def load_official(path: str | Path, preset: str = "clevr6", **overrides: object)
     ours = {official_name(name): name for name in model.state_dict()}
     missing, extra = sorted(ours.keys() - state.keys()), sorted(state.keys() - ours.keys())
     if missing or extra:
+        prefix = _prefix(missing, extra)
+        mend = f": its names begin with {prefix!r}, save it without" if prefix else ""
         raise UserError(
-            f"{path} does not fit preset {preset!r}: missing keys {missing or 'none'}, extra {extra or 'none'}"
+            f"{path} does not fit preset {preset!r}{mend}: missing keys {_some(missing)}, extra {_some(extra)}"
         )
     own_shapes = {name: value.shape for name, value in model.state_dict().items()}
     wrong = [
@@ -154,6 +171,19 @@ def load_official(path: str | Path, preset: str = "clevr6", **overrides: object)
         raise UserError(f"{path} does not fit preset {preset!r}: other shapes: {', '.join(wrong)}")
     model.load_state_dict({name: state[theirs] for theirs, name in ours.items()})
     return model
+
+
+def _prefix(missing: list[str], extra: list[str]) -> str:
+    """What a trainer has put before every name that is missed, where that is all; else nothing."""
+    if not missing:
+        return ""
+    prefix = next((name for name in extra if name.endswith(missing[0])), "").removesuffix(missing[0])
+    return prefix if prefix and all(prefix + name in extra for name in missing) else ""
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
+    return f"{names[:MOST_NAMED]}{more}" if names else "none"
 
 
 def to_official(model: SlotVAE, unused_as_zeros: bool = False) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from fastslots.ops.reference import FeedForward, FoldedProjections
 def _under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's type where it is on, as it casts the operands of the reference's products."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
 

@@ -22,6 +22,7 @@ autocast). Nothing here checks its arguments: ``fastslots.ops`` (api.py) does, a
 
 from __future__ import annotations
 
+import contextlib
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -99,6 +100,12 @@ def cross_attention(
     return attn.to(v.dtype) @ v, attn.sum(1)
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """A context in which products keep their operands' type. A device that autocast does not know (meta) needs none."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
+
+
 def _running_sum(w: Tensor) -> Tensor:
     """Sums of each slot's weight and those before it. Where deterministic algorithms are asked for, not by ``cumsum``,
     which torch refuses then on a GPU."""
@@ -129,7 +136,7 @@ def fold_projections(
     """
     heads, d = k.shape[1], k.shape[3]
     dtype = torch.promote_types(k.dtype, torch.float32)
-    with torch.autocast(k.device.type, enabled=False):
+    with without_autocast(k.device):
         wq, k, v, wo = (t.to(dtype) for t in (wq, k, v, wo))
         wq_heads, wo_heads = wq.view(heads, d, -1), wo.view(-1, heads, d)
         k = k * scale
@@ -142,7 +149,7 @@ def fold_projections(
 
 def fold_norm(folded: FoldedProjections, weight: Tensor, bias: Tensor) -> FoldedProjections:
     """Fold the affine part of the query norm, ``x̂ = weight · n + bias``, into G and g: then n alone is the input."""
-    with torch.autocast(folded.G.device.type, enabled=False):
+    with without_autocast(folded.G.device):
         g = folded.g + torch.einsum("q,bqhk->bhk", bias.to(folded.G.dtype), folded.G)
         return folded._replace(G=folded.G * weight[:, None, None], g=g)
 

@@ -132,7 +132,7 @@ def test_recombination_of_a_decoder_that_loses_nothing():
         def decode(self, slots):
             return Decoded(torch.nn.functional.pad(slots.flatten(1), (0, 3 * 256 - 24)).view(-1, 3, 16, 16), None)
 
-    images = torch.randn(30, 3, 16, 16)
+    images = torch.randn(30, 6, 16, 16)  # features of any values
     found = recombination_scores(Exact(), images, range(30))
     assert found["reencoding_error"] < 1e-10 and found["recombination_error"] < 1e-10
     found = recombination_scores(Exact(lost=0.5), images, range(30))

@@ -179,12 +179,56 @@ def test_images_of_a_batch_do_not_mix():
 def test_coarse_slot_map_is_resized_to_the_masks():
     coarse = torch.tensor([[[1, 1, 2, 2], [1, 1, 2, 2], [0, 0, 0, 0], [0, 0, 0, 0]]])
     fine = coarse.repeat_interleave(4, 1).repeat_interleave(4, 2)
-    assert fg_ari(slot_map_of(coarse, 3), fine).item() == 1.0
+    assert fg_ari(slot_map_of(coarse, 3), fine, grid=(4, 4)).item() == 1.0
+    for side in ((16,), (2, 8)):  # 16 pixels are 4 x 4, 2 x 8, 16 x 1: nothing is guessed
+        with pytest.raises(ValueError, match=r"give grid=\(height, width\) of the slot map"):
+            fg_ari(slot_map_of(coarse, 3), fine, grid=None if len(side) == 1 else (3, 8))
+
+
+def test_pictures_that_are_not_square():
+    """Height and width are the masks': 4 x 9 pixels, as many as 6 x 6, are not taken for a square."""
+    true = torch.zeros(1, 4, 9).long()
+    true[:, :2, :3], true[:, 2:, 5:] = 1, 2
+    meter = SegmentationMeter()
+    meter.update(slot_map_of(true, 3), true)
+    assert set(meter.result().values()) == {1.0}
+    wide = slot_map_of(torch.tensor([[[0, 1, 2]]]), 3)  # 1 x 3, onto 2 x 6
+    assert fg_ari(wide, torch.tensor([[[0, 0, 1, 1, 2, 2]] * 2]), grid=(1, 3)).item() == 1.0
+
+
+@pytest.mark.parametrize("score", [ari, fg_ari, mean_best_overlap, mean_iou])
+def test_ignored_pixels_are_not_scored(score):
+    """A border labelled 255, as Pascal VOC draws it, on which slots do as they like."""
+    true = torch.zeros(2, 12, 12).long()
+    true[:, 2:6, 2:6], true[:, 7:11, 7:11] = 1, 2
+    pred, bordered = true.clone(), true.clone()
+    bordered[:, 1:7, 1:7], bordered[:, 2:6, 2:6] = 255, 1
+    pred[bordered == 255] = torch.randint(0, 3, (int((bordered == 255).sum()),), generator=torch.manual_seed(0))
+    assert score(pred, bordered, ignore=255).tolist() == [1.0, 1.0]
+    assert max(score(pred, bordered)) < 1
+    # as if those pixels were not there
+    kept = bordered[0] != 255
+    wrong = torch.where(torch.rand(12, 12, generator=torch.manual_seed(1)) < 0.7, true[0], 0)
+    line = score(wrong[kept][None, None], true[0][kept][None, None])
+    assert score(wrong[None], bordered[:1], ignore=255).item() == pytest.approx(line.item())
+    assert score(pred, torch.full_like(true, 255), ignore=255).tolist() == [1.0, 1.0]  # nothing to score
+
+
+@pytest.mark.parametrize("score", [ari, fg_ari, mean_best_overlap, mean_iou])
+def test_numpy_arrays_are_scored_as_tensors_are(score):
+    slot_map, true = slot_map_of(PRED, 3), TRUE
+    expected = score(slot_map, true)
+    assert torch.equal(score(slot_map.numpy(), true.numpy()), expected)
+    assert torch.equal(score(PRED.numpy().astype("uint16"), true.numpy().astype("uint32")), expected)
+    for wrong in ("labels", [[object()]], {"mask": 1}):
+        with pytest.raises(TypeError, match="must be a tensor or a NumPy array of numbers, got"):
+            score(wrong, true)
 
 
 def test_segmentation_refuses_other_shapes():
     masks = torch.zeros(2, 4, 4).long()
-    for slot_map in (torch.rand(2, 15, 3), torch.rand(2, 4, 4, 3), torch.zeros(2, 4, 5).long()):
+    others = torch.rand(2, 15, 3), torch.rand(2, 4, 4, 3), torch.zeros(2, 4, 5).long(), torch.rand(2, 16, 0)
+    for slot_map in others:
         with pytest.raises(ValueError, match="must"):
             fg_ari(slot_map, masks)
     with pytest.raises(ValueError, match=r"masks must be \[2, R, R\], got \[1, 4, 4\]"):

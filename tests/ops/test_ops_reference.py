@@ -361,3 +361,50 @@ def test_a_scale_with_a_gradient_is_refused_or_gets_it():
     folded = ops.fold_projections(torch.randn(8, 6), torch.randn(8), k, v, torch.randn(6, 8), None, scale)
     folded.G.sum().backward()
     torch.testing.assert_close(scale.grad, folded.G.sum().detach() / 0.3)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize(("B", "L"), [(0, 9), (2, 0)], ids=["no image", "no pixel"])
+def test_an_empty_batch_has_a_backward(backend, B, L):
+    """Also from a gradient without strides, which is what a sum gives."""
+
+    def leaf(*shape):
+        return torch.randn(*shape, requires_grad=True)
+
+    q, k, v = leaf(B, 2, L, 4), leaf(B, 2, 3, 4), leaf(B, 2, 3, 4)
+    x, wq, wo, ff = (
+        leaf(B, L, 8),
+        leaf(8, 8),
+        leaf(8, 8),
+        [leaf(8), leaf(8), leaf(16, 8), leaf(16), leaf(8, 16), leaf(8)],
+    )
+    folded = ops.fold_projections(wq, None, k, v, wo, None)
+    rows, tokens = leaf(B, 4, 8), leaf(B, 5, 8)
+    outputs = [
+        *ops.cross_attention(q, k, v, backend=backend),
+        *ops.folded_cross_attention(x, folded, backend=backend),
+        *ops.decoder_layer(x, folded, reference.FeedForward(*ff), backend=backend),
+        ops.token_attention(rows[:, : L + 4], tokens, backend=backend),
+        ops.interaction_penalty(torch.rand(B, L, 3)),
+    ]
+    sum(output.sum() for output in outputs).backward()
+    for tensor in (q, x, wq, wo, *ff):
+        assert tensor.grad.shape == tensor.shape and not tensor.grad.any()
+    if not B:
+        assert rows.grad.shape == rows.shape and tokens.grad.shape == tokens.shape
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_tensors_without_storage(grad):
+    """On the meta device, as builders of models and counters of operations use it."""
+    module = InteractionCrossAttention(8, 6, 2).to("meta")
+    x, slots = torch.empty(2, 9, 8, device="meta", requires_grad=grad), torch.empty(2, 3, 6, device="meta")
+    y, slot_map = module(x, slots)
+    assert y.shape == (2, 9, 8) and slot_map.shape == (2, 9, 3) and y.is_meta
+    if grad:
+        (y.sum() + ops.interaction_penalty(slot_map)).backward()
+        assert x.grad.shape == x.shape
+    q = torch.empty(2, 2, 9, 4, device="meta")
+    assert ops.cross_attention(q, q, q)[1].shape == (2, 9, 9)
+    tokens = torch.empty(2, 5, 8, device="meta")
+    assert ops.token_attention(torch.empty(2, 3, 8, device="meta"), tokens).shape == (2, 3, 8)

@@ -49,6 +49,8 @@ class DatasetInfo:
     digest: str  # of all images, masks and object counts: the fingerprint
     skipped: int = 0  # damaged records that were left out (``on_bad_record="skip"``)
     parts: tuple[int, int, int] | None = None  # images of train, val and test, where the files are named so
+    ignore_label: int | None = None  # of pixels that are not scored
+    read_as: str = ""  # what its reader has understood, where that could be otherwise
 
     def __str__(self) -> str:
         some = f"{self.count:,} of {self.total:,}" if self.count < self.total else f"{self.total:,}"
@@ -104,6 +106,8 @@ class PackedDataset:
             max_objects=max_objects or packed_with or None,
             digest=meta["digest"],
             skipped=meta.get("skipped", 0),
+            ignore_label=meta.get("ignore_label"),
+            read_as=meta.get("read_as", ""),
         )
 
     def __reduce__(self):
@@ -182,6 +186,8 @@ def parse_meta(text: str, path: str, mend: str = MEND) -> dict:
                 raise ValueError(f"{key} is {meta[key]!r}")
         if type(meta.get("skipped", 0)) is not int:  # older sets do not say
             raise ValueError(f"skipped is {meta['skipped']!r}")
+        if type(meta.get("read_as", "")) is not str or type(meta.get("ignore_label")) not in (int, type(None)):
+            raise ValueError("read_as or ignore_label is of another type")
         if not (meta["count"] >= 1 and 1 <= meta["size"] < 1 << 14):
             raise ValueError("count or size is out of range")
     except (ValueError, KeyError, TypeError, RecursionError) as error:

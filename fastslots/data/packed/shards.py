@@ -96,6 +96,8 @@ class PackedShards:
             digest=fingerprint.hexdigest(),
             skipped=lost + sum(part.info.skipped for part in parts),
             parts=(train, val, test) if splits else None,
+            ignore_label=next((p.info.ignore_label for p in parts if p.info.ignore_label is not None), None),
+            read_as=first.read_as,
         )
 
     def __len__(self) -> int:

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from fastslots.data.readers.npz import MOST_BYTES, to_labels, to_uint8
+from fastslots.data.items import to_labels, to_uint8
+from fastslots.data.readers.npz import MOST_BYTES
 from fastslots.data.readers.scene import BadRecordError, Scene
 from fastslots.errors import UserError
 

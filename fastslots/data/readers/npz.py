@@ -18,6 +18,7 @@ from typing import IO
 
 import numpy as np
 
+from fastslots.data.items import to_labels, to_uint8
 from fastslots.data.readers.scene import BadRecordError, Scene
 from fastslots.errors import UserError
 
@@ -217,30 +218,3 @@ def _only_array(path: Path) -> Member:
         return Member(path, "arr_0")
     except KeyError:
         raise UserError(f"{path}: no member arr_0: expected the masks of the images beside it") from None
-
-
-def to_uint8(image: np.ndarray, name: str) -> np.ndarray:
-    """uint8 as it is; floats in [0, 1] scaled. UserError names the image with NaN or values outside."""
-    if image.dtype == np.uint8:
-        return image
-    if image.dtype.kind != "f":
-        raise UserError(f"{name} holds {image.dtype}: expected uint8, or floats in [0, 1]")
-    if not np.isfinite(image).all():
-        raise UserError(f"{name} has NaN or infinite pixels: remove or mend that image")
-    if image.min() < 0 or image.max() > 1:
-        values = f"{image.min():.3g} to {image.max():.3g}"
-        raise UserError(
-            f"{name} has values from {values}: undo their scaling (x * std + mean) and save floats in [0, 1], or uint8"
-        )
-    return (image * 255 + 0.5).astype(np.uint8)
-
-
-def to_labels(mask: np.ndarray, name: str) -> np.ndarray:
-    """Labels (integers, or floats that are whole) as uint8. UserError names the map with labels outside 0..255."""
-    if mask.dtype.kind == "f" and np.isfinite(mask).all() and (mask == np.rint(mask)).all():
-        mask = mask.clip(-1, 256).astype(np.int64)
-    if mask.dtype.kind not in "iub":
-        raise UserError(f"{name} holds {mask.dtype}: expected integer labels")
-    if mask.min() < 0 or mask.max() > 255:
-        raise UserError(f"{name} has labels from {mask.min()} to {mask.max()}: expected 0 (background) to 255")
-    return mask.astype(np.uint8)

@@ -1,0 +1,143 @@
+"""Data sets that Python code hands to ``fit``: read item by item as checked arrays, looked at before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset
+
+from fastslots.data.items import FEATURES, ignore_label, image_of, mask_of
+from fastslots.errors import UserError
+
+LOOKED_AT = 8  # items of a split
+SOME_MASKS = "some images have a mask and others none: give all of them one, or none"
+MASK_LIKE = {"masks", "segmentation", "segmentations", "label_map", "labels", "instances", "seg", "annotation"}
+"""Names under which others keep masks; only "mask" is read."""
+
+
+def is_ours(dataset: Any) -> bool:
+    """Whether it has our ``batch(indices) -> images, masks``. Others' methods of that name mean other things: that of
+    Hugging Face's ``datasets`` groups rows."""
+    return hasattr(dataset, "batch") and hasattr(dataset, "factors_of")
+
+
+def read_items(dataset: Any, indices: np.ndarray | Iterable[int]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Images and masks of items: uint8 [n, H, W, 3] or floats [n, C, H, W]; labels [n, H, W], or None without any.
+
+    An item is an image, a tuple (image, mask, ...) or a mapping with "image" and perhaps "mask"; see
+    ``items.image_of`` and ``items.mask_of`` for what these may be. UserError names the item that is none of it, or
+    that differs from the first in size, type or in having a mask.
+    """
+    images: list[np.ndarray] = []
+    masks: list[np.ndarray] = []
+    for index in map(int, indices):
+        name = f"item {index} of the {type(dataset).__name__}"
+        image, mask = _parts(dataset[index], name)
+        images.append(image_of(image, f"{name}: its image"))
+        first, last = images[0], images[-1]
+        if (first.shape, first.dtype) != (last.shape, last.dtype):
+            raise UserError(
+                f"{name} is {_what(last)}, but item {int(next(iter(indices)))} is {_what(first)}: bring all images to "
+                f"one size and type"
+            )
+        if mask is not None:
+            masks.append(mask_of(mask, _size(last, mask), f"{name}: its mask", most=1 << 62))
+    if 0 < len(masks) < len(images):
+        raise UserError(SOME_MASKS)
+    if len({mask.shape for mask in masks}) > 1:
+        raise UserError(f"{type(dataset).__name__}: masks differ in size: bring all to one")
+    return np.stack(images), np.stack(masks) if masks else None
+
+
+def _parts(item: Any, name: str) -> tuple[Any, Any]:
+    if isinstance(item, Mapping):
+        if "image" not in item:
+            keys = ", ".join(map(repr, item))
+            raise UserError(f"{name} has no 'image' (it has {keys or 'nothing'}): rename that which is one to 'image'")
+        return item["image"], item.get("mask")
+    if isinstance(item, tuple | list):
+        if not item:
+            raise UserError(f"{name} is empty: give an image, (image, mask), or a dict with 'image'")
+        second = item[1] if len(item) > 1 else None
+        return item[0], second if _is_map(second) else None
+    return item, None
+
+
+def _is_map(value: Any) -> bool:
+    """Whether the second part of a tuple is a mask rather than a class or a vector of factors."""
+    return isinstance(value, Image.Image) or (value is not None and getattr(value, "ndim", np.ndim(value)) >= 2)
+
+
+def _size(image: np.ndarray, mask: Any) -> tuple[int, int]:
+    """Height and width that a mask is to have: those of its image, or its own where the image is a grid of features."""
+    if image.dtype == np.uint8:
+        return image.shape[:2]
+    if len(image) < FEATURES:
+        return image.shape[1:]
+    return tuple(np.squeeze(np.asarray(mask)).shape[-2:])
+
+
+def _what(image: np.ndarray) -> str:
+    height, width = image.shape[:2] if image.dtype == np.uint8 else image.shape[1:]
+    return f"{height} x {width} of {image.dtype}"
+
+
+def check_map_style(dataset: Any) -> None:
+    """UserError unless it has items by number, and at least one."""
+    name = type(dataset).__name__
+    expected = "a data set with len() and items by number, 0 to len - 1"
+    if isinstance(dataset, DataLoader):
+        raise UserError(f"{name} gives batches: hand over its data set (loader.dataset)")
+    if isinstance(dataset, Mapping):
+        keys = ", ".join(map(repr, list(dataset)[:5]))
+        raise UserError(
+            f"{name} has the keys {keys}: hand over one of its parts, e.g. dataset[{next(iter(dataset), '')!r}]"
+        )
+    by_number = hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
+    try:
+        count = len(dataset) if by_number else 0
+    except (TypeError, NotImplementedError):
+        by_number = False
+    if not by_number:
+        raise UserError(
+            f"{name} can only be iterated, and each image of a step is drawn from the whole set: expected {expected}; "
+            f"what fits into memory becomes one by list(dataset)"
+        )
+    if not count:
+        raise UserError(f"{name} is empty: expected {expected}, and at least one image")
+
+
+def look_at(dataset: Any, splits: Iterable[Any]) -> list[str]:
+    """Read some items of each split; what looks wrong without being an error. UserError as of ``read_items``."""
+    warnings, masked = [], set()
+    name, highest = type(dataset).__name__, 0
+    for rows in splits:
+        some = np.unique(np.linspace(0, len(rows) - 1, min(LOOKED_AT, len(rows))).astype(int))
+        images, masks = read_items(dataset, [rows[i] for i in some])
+        masked.add(masks is not None)
+        highest = max(highest, 0 if masks is None else int((masks == 255).any()))
+        if len(images) > 2 and (images == images[:1]).all():
+            warnings.append(f"the images of the {name} are all equal")
+    if len(masked) > 1:
+        raise UserError(f"{name}: {SOME_MASKS}")
+    if highest and ignore_label(dataset) is None:
+        warnings.append(
+            f"masks of the {name} have the label 255, scored as an object: where it means 'do not score', set its "
+            f"attribute ignore_label = 255"
+        )
+    return list(dict.fromkeys(warnings)) + ([] if True in masked else _unread(dataset[0], name))
+
+
+def _unread(item: Any, name: str) -> list[str]:
+    """What could be a mask, in items from which none is read."""
+    if isinstance(item, Mapping):
+        found = sorted(MASK_LIKE & {str(key) for key in item})
+        return [f"items of the {name} have {found[0]!r}, but masks are read from 'mask' alone"] if found else []
+    if isinstance(item, tuple | list) and len(item) > 1:
+        second = item[1]
+        shape = list(getattr(second, "shape", ()))
+        return [f"the second part of the {name}'s items ({type(second).__name__} {shape}) is no mask [H, W]: not used"]
+    return []
