@@ -19,7 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-UNREACHABLE = re.compile(r"NewConnectionError|ConnectTimeout|ReadTimeout|NameResolution|dns error|Failed to fetch", re.I)
+UNREACHABLE = re.compile(
+    r"NewConnectionError|ConnectTimeout|ReadTimeout|NameResolution|dns error|Failed to fetch", re.I
+)
 STRANGER = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_"))}
 STRANGER |= {"PIP_CONFIG_FILE": os.devnull, "UV_NO_CONFIG": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
 if "PIP_CERT" in os.environ:  # how the index is reached, not what it holds
