@@ -17,6 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from fastslots.runs.folder import RunFolder
+
 WARM_UP = 10  # steps that are not counted: caches, the first allocations, processes that wait for the last to start
 
 
@@ -31,7 +33,7 @@ def difference(a: Path, b: Path) -> float:
     import torch
     from safetensors.torch import load_file
 
-    x, y = (load_file(run / "model.safetensors") for run in (a, b))
+    x, y = (load_file(RunFolder(run).last_weights) for run in (a, b))
     squares = [((x[name] - y[name]).square().sum(), x[name].square().sum()) for name in x]
     above, below = (torch.stack(part).sum().sqrt().item() for part in zip(*squares, strict=True))
     return above / below
@@ -73,7 +75,7 @@ def main() -> None:
             for count in args.processes:
                 out = Path(folder) / f"{count}-{turn}"
                 train(count, out, flags)
-                rates[count] = max(rates[count], rate(out / "metrics.jsonl"))
+                rates[count] = max(rates[count], rate(RunFolder(out).metrics))
                 differences[count] = difference(Path(folder) / f"{args.processes[0]}-0", out)
     print(f"{' '.join(flags)}, {os.cpu_count()} cores, {args.rounds} rounds, threads 1 a process\n")
     print(table(rates, differences))

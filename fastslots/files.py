@@ -1,4 +1,4 @@
-"""Files that are whole or not there: temporary file, fsync, rename."""
+"""The doors to the files of a run: written whole or not at all (temporary file, fsync, rename), and read."""
 
 from __future__ import annotations
 
@@ -30,3 +30,8 @@ def write_atomic(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):  # a disk that has become read-only
             temporary.unlink()
         raise UserError(f"{path} cannot be written ({error.strerror}): free space or name another folder") from None
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file. OSError where it cannot be read."""
+    return path.read_bytes()

@@ -14,11 +14,11 @@ ROOMS = """
     errors threads files records
     kernels
     ops nn
-    config models interop
+    config runs models interop
     metrics
     data features
     distributed
-    runs report
+    report
     evaluation
     train
     sweep
@@ -28,7 +28,7 @@ ROOMS = """
 ORDER = ROOMS.split()
 FORBIDDEN = {
     "metrics": {"config"},
-    "data": {"models", "metrics", "ops", "nn", "kernels", "interop"},
+    "data": {"runs", "models", "metrics", "ops", "nn", "kernels", "interop"},
     # the C++ and Triton modules are reached through ops.backends alone
     **{room: {"kernels"} for room in ("nn", "models", "runs", "report", "evaluation", "train", "sweep")},
 }

@@ -229,6 +229,7 @@ def _self_check(found: Findings) -> bool:
 def _train_a_little() -> tuple[float, str]:
     """(images a second, what went wrong) of a short run of the smallest preset."""
     from fastslots.runs.curves import MetricsReader
+    from fastslots.runs.folder import RunFolder
     from fastslots.train import TrainConfig, fit
 
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as silence:
@@ -237,7 +238,7 @@ def _train_a_little() -> tuple[float, str]:
             fit(config, out=Path(folder) / "run", stream=silence)
         except (RuntimeError, UserError) as error:
             return 0.0, f"FAILED: {first_line(error)}"
-        curves = MetricsReader(Path(folder) / "run" / "metrics.jsonl").update().training
+        curves = MetricsReader(RunFolder(Path(folder) / "run").metrics).update().training
     losses, speeds = curves["loss"].table()["mean"], sorted(curves["images_per_s"].table()["mean"])
     falls = sum(losses[-5:]) < sum(losses[:5])
     return speeds[len(speeds) // 2], "" if falls else "FAILED: the loss does not fall"

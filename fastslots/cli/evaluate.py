@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from fastslots.cli.common import add_allow_remote, progress_of
-from fastslots.config.run import read_config
 from fastslots.errors import UserError
+from fastslots.runs.folder import RunFolder
 
 
 def add_parser(commands) -> None:
@@ -60,13 +60,14 @@ def run(args: argparse.Namespace) -> int:
     from fastslots.data.sources import open_source
     from fastslots.evaluation import analyses
     from fastslots.evaluation.evaluate import PAPER, WITH_MASKS, evaluate
-    from fastslots.models.weights import load_weights, weights_name, weights_path
+    from fastslots.models import SlotVAE
 
-    path = weights_path(args.run_folder, args.weights)
-    model, weights = load_weights(path), weights_name(args.run_folder, path)
-    recorded = read_config(args.run_folder / "config.json", device="auto")
+    folder = RunFolder(args.run_folder)
+    path = folder.weights(args.weights)
+    model, weights = SlotVAE.from_file(path), folder.which_weights(path)
+    recorded = folder.read_config(device="auto")
     config = replace(recorded, data=args.data) if args.data else recorded
-    check_allowed(config.data, args.run_folder / "config.json", args.allow_remote or bool(args.data))
+    check_allowed(config.data, folder.config, args.allow_remote or bool(args.data))
     source = open_source(config)
     dataset, rows = source.splits[args.split]
     say(f"data      {source.description}")

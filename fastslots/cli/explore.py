@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fastslots.cli.common import add_allow_remote
 from fastslots.errors import UserError
+from fastslots.runs.folder import RunFolder
 
 IMAGES = 12
 
@@ -28,19 +29,19 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--port must be between 0 and 65535")
     if not importlib.util.find_spec("flask"):
         raise UserError("explore needs Flask: pip install 'fastslots[explore]'")
-    from fastslots.config.run import read_config
-    from fastslots.models.weights import load_run
+    from fastslots.models import SlotVAE
     from fastslots.report.live import Session
     from fastslots.report.server import serve
 
-    model = load_run(args.run_folder, args.weights)
-    config = read_config(args.run_folder / "config.json", device="auto")
+    folder = RunFolder(args.run_folder)
+    model = SlotVAE.from_run(folder.path, args.weights)
+    config = folder.read_config(device="auto")
     if config.input != "pixels" or config.channels != 3:
-        raise UserError(f"{args.run_folder} decodes features, not images: there is nothing to look at")
+        raise UserError(f"{folder.path} decodes features, not images: there is nothing to look at")
     session = Session(
         model.to(config.torch_device()),
-        held_out(args.run_folder, config, args.allow_remote),
-        args.run_folder.resolve().name,
+        held_out(folder, config, args.allow_remote),
+        folder.path.resolve().name,
     )
     try:
         server = serve(session, args.port)
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def held_out(run: Path, config, allow_remote: bool = False):
+def held_out(folder: RunFolder, config, allow_remote: bool = False):
     """The first held-out images of a run, float [n, 3, R, R]; none where its data are not at hand."""
     import torch
 
@@ -65,9 +66,9 @@ def held_out(run: Path, config, allow_remote: bool = False):
     from fastslots.report.write import other_data
 
     try:
-        check_allowed(config.data, run / "config.json", allow_remote)
+        check_allowed(config.data, folder.config, allow_remote)
         source = open_source(config)
-        reason = other_data(run, source)
+        reason = other_data(folder, source)
     except UserError as error:
         reason = str(error)
     if reason:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from fastslots.cli.common import add_allow_remote, progress_of
+from fastslots.runs.folder import RunFolder
 
 
 def add_parser(commands) -> None:
@@ -22,11 +23,10 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fastslots.models.weights import check_run
     from fastslots.report.write import write_report
 
     for folder in args.runs:
-        check_run(folder)
+        RunFolder(folder).check()
     explorer, progress = not args.no_explorer, progress_of("images decoded")
     print(write_report(args.runs, args.out, explorer, progress, args.allow_remote))
     return 0

@@ -15,6 +15,7 @@ from fastslots.config.run import TrainConfig, read_config
 from fastslots.config.spans import Span, checked_span
 from fastslots.data.packed.urls import check_allowed
 from fastslots.errors import UserError, print_error
+from fastslots.runs.folder import RunFolder
 
 DEFAULT_PRESET = "sprites-mini"
 CONFIG_HELP = "fields from a run's config.json; what it leaves out is PRESET's, or without one the default given below"
@@ -97,17 +98,17 @@ def _converter(field: dataclasses.Field):
 def config_of(args: argparse.Namespace) -> TrainConfig:
     """Preset or --config (or the run that is resumed), then the explicit flags over it."""
     explicit = {key.removeprefix("field_"): value for key, value in vars(args).items() if key.startswith("field_")}
-    own = args.out / "config.json" if args.out and args.resume else None
+    resumed = RunFolder(args.out).config if args.out and args.resume else None
     preset = preset_of(args.preset)
     if args.config:
         return allowed(read_config(args.config, preset=args.preset, **explicit), args.config, args)
-    if own is not None and own.is_file():
-        config = read_config(own, **explicit)
+    if resumed is not None and resumed.is_file():
+        config = read_config(resumed, **explicit)
         if args.preset and config.preset_name != args.preset:
             raise UserError(
-                f"{own.parent} was not started from preset {args.preset!r}: leave the preset out to resume it"
+                f"{resumed.parent} was not started from preset {args.preset!r}: leave the preset out to resume it"
             )
-        return allowed(config, own, args)
+        return allowed(config, resumed, args)
     return TrainConfig.preset(preset, preset_name=preset, **explicit)
 
 

@@ -19,6 +19,8 @@ from fastslots.models.slot_attention import SlotAttentionEncoder
 from fastslots.models.slot_decoder import Decoded, SlotDecoder, as_slot_decoder, no_penalty
 from fastslots.ops import interaction_penalty
 from fastslots.ops.reference import reconstruction_error
+from fastslots.runs.folder import RunFolder
+from fastslots.runs.weights import read_weights, unreadable, weights_bytes
 
 
 class Posterior(NamedTuple):
@@ -86,9 +88,25 @@ class SlotVAE(nn.Module):
 
         Raises UserError when the folder is no run, or holds no weights yet.
         """
-        from fastslots.models.weights import load_run
+        return cls.from_file(RunFolder(Path(run)).weights(weights))
 
-        return load_run(Path(run), weights)
+    @classmethod
+    def from_file(cls, path: str | Path) -> SlotVAE:
+        """The model of a weights file that a run has written, in evaluation mode, on the CPU.
+
+        Raises UserError where the file is none, or damaged.
+        """
+        config, state = read_weights(Path(path))
+        try:
+            model = cls(config)
+            model.load_state_dict(state)
+        except (RuntimeError, ValueError, TypeError, MemoryError) as error:
+            raise unreadable(Path(path), error) from None
+        return model.eval()
+
+    def weights_bytes(self) -> bytes:
+        """The weights and their configuration as ``from_file`` reads them: a safetensors file."""
+        return weights_bytes(self.config, self.state_dict())
 
     @property
     def slot_decoder(self) -> SlotDecoder:

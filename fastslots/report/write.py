@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fastslots.config.run import TrainConfig, read_config
+from fastslots.config.run import TrainConfig
 from fastslots.data import read_batch, to_float
 from fastslots.data.packed.urls import check_allowed
 from fastslots.data.sources import Source, open_source, same_images
 from fastslots.errors import UserError
 from fastslots.files import write_atomic
-from fastslots.models.weights import load_weights, weights_name, weights_path
+from fastslots.models import SlotVAE
 from fastslots.report import render, run_facts
 from fastslots.report.explorer import ENCODED, explore
 from fastslots.runs.curves import MetricsReader
-from fastslots.runs.folder import EXPLORER
+from fastslots.runs.folder import RunFolder, write_json
 
 _readers: dict[Path, MetricsReader] = {}  # a long run's log is read once, not at every evaluation
 
@@ -38,20 +37,21 @@ def write_report(
     """
     facts = []
     for run in runs:
-        path = (run / "metrics.jsonl").resolve()
+        folder = RunFolder(run)
+        path = folder.metrics.resolve()
         reader = _readers.setdefault(path, MetricsReader(path)).update()
         if explorer:
-            config = read_config(run / "config.json", device="auto")
-            check_allowed(config.data, run / "config.json", allow_remote)
-            write_explorer(run, config, progress=progress)
+            config = folder.read_config(device="auto")
+            check_allowed(config.data, folder.config, allow_remote)
+            write_explorer(folder, config, progress=progress)
         facts.append(run_facts(run, reader))
-    path = out or runs[0] / "report.html"
+    path = out or RunFolder(runs[0]).report
     write_atomic(path, render(facts).encode())
     return path
 
 
 def write_explorer(
-    run: Path, config: TrainConfig, source: Source | None = None, progress: Progress | None = None
+    folder: RunFolder, config: TrainConfig, source: Source | None = None, progress: Progress | None = None
 ) -> str:
     """Store the explorer's pictures of a run's best weights; returns why not, "" where they are there.
 
@@ -60,28 +60,26 @@ def write_explorer(
     if config.input != "pixels" or config.channels != 3:
         return "the explorer shows models of images, and this one decodes features"
     try:
-        weights = weights_path(run, "best")
+        weights = folder.weights("best")
         stamp = f"{weights.name} {weights.stat().st_mtime_ns}"
-        stored = run / EXPLORER
-        if stored.exists() and stamp in stored.read_text()[:200]:
+        if folder.read_json(folder.explorer).get("stamp") == stamp:
             return ""
         if source is None:
             source = open_source(config)
-            if reason := other_data(run, source):
+            if reason := other_data(folder, source):
                 return reason
         dataset, rows = source.splits["val"]
         images, masks = read_batch(dataset, rows[:ENCODED])
-        model = load_weights(weights).to(config.torch_device())
+        model = SlotVAE.from_file(weights).to(config.torch_device())
     except UserError as error:
         return str(error)
-    made_of = {"stamp": stamp, "weights": weights_name(run, weights)}
-    write_atomic(stored, json.dumps(made_of | explore(model, to_float(images), masks, progress)).encode())
+    made_of = {"stamp": stamp, "weights": folder.which_weights(weights)}
+    write_json(folder.explorer, made_of | explore(model, to_float(images), masks, progress))
     return ""
 
 
-def other_data(run: Path, source: Source) -> str:
+def other_data(folder: RunFolder, source: Source) -> str:
     """Why ``source`` is not what the run was trained on: then its data came from Python, or have changed since."""
-    path = run / "data.txt"
-    if path.is_file() and not same_images(path.read_text(), source.description):
+    if not same_images(folder.described_data() or source.description, source.description):
         return "its images are not those of config.data (a data set given in Python, or files that have changed since)"
     return ""

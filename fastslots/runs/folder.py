@@ -1,50 +1,24 @@
-"""A run's directory: what is in it, how it starts, and how it goes on.
+"""A run's directory: the name of every file in it, how it starts, and how it goes on.
 
-config.json           the resolved configuration
-data.txt              what the images are, and their split
-machine.json          the device, how memory and energy are counted, versions
-metrics.jsonl         a line a training step; evaluation lines carry "eval"
-machine.jsonl         memory, power and energy every log_every steps
-checkpoints/          step_NNNNNNNN.safetensors, best.safetensors
-model.safetensors     the last weights
-images/               a grid an evaluation
-scores.json           J-ARI and FG-ARI of each image of the newest evaluation
-explorer.json         pictures of the slot explorer, when all steps are done
-report.html           curves, grids, scores, explorer
+Whoever writes or reads a file of a run asks a ``RunFolder`` for its path, and does it through ``fastslots.files``.
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
+import re
 from pathlib import Path
+from typing import Any
 
+from fastslots.config.run import TrainConfig, read_config
 from fastslots.errors import UserError
+from fastslots.files import read_file, write_atomic
 
-EXPLORER = "explorer.json"
-MACHINE = "machine.json"
-MACHINE_LOG = "machine.jsonl"
-OF_IMAGES = "scores.json"
-
-
-def next_run(preset: str, root: Path = Path("runs")) -> Path:
-    """runs/PRESET-N, the first that is free."""
-    number = 1
-    while (root / f"{preset or 'run'}-{number}").exists():
-        number += 1
-    return root / f"{preset or 'run'}-{number}"
-
-
-def claim(path: Path, resume: bool) -> Path:
-    """``path``, unless a run must not be written there: UserError."""
-    if (path / "config.json").exists() and not resume:
-        raise UserError(f"{path} already holds a run: add --resume to go on with it, or name another --out")
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file: name a folder for --out")
-    parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"{parent} cannot be written: name another --out")
-    return path
+WEIGHTS = ("best", "last")
+_CHECKPOINT = re.compile(r"step_(\d+)\.safetensors")
+_GRID = re.compile(r"step_(\d+)\.png")
 
 
 class RunFolder:
@@ -52,9 +26,66 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
+        self.config = path / "config.json"  # the resolved configuration
+        self.data = path / "data.txt"  # what the images are, and their split
+        self.machine = path / "machine.json"  # the device, how memory and energy are counted, versions
+        self.metrics = path / "metrics.jsonl"  # a line a training step; evaluation lines carry "eval"
+        self.machine_log = path / "machine.jsonl"  # memory, power and energy every log_every steps
+        self.checkpoints = path / "checkpoints"  # step_NNNNNNNN.safetensors, best.safetensors
+        self.best_weights = self.checkpoints / "best.safetensors"  # those of the evaluation with the best scores
+        self.last_weights = path / "model.safetensors"
+        self.images = path / "images"  # step_NNNNNNNN.png, a grid an evaluation
+        self.scores = path / "scores.json"  # J-ARI and FG-ARI of each image of the newest evaluation
+        self.explorer = path / "explorer.json"  # pictures of the slot explorer, when all steps are done
+        self.report = path / "report.html"  # curves, grids, scores, explorer
         self._lock: int | None = None
 
+    def checkpoint(self, step: int) -> Path:
+        """What a resume after ``step`` needs."""
+        return self.checkpoints / f"step_{step:08d}.safetensors"
+
+    def grid(self, step: int) -> Path:
+        """The picture of the evaluation after ``step``."""
+        return self.images / f"step_{step:08d}.png"
+
+    def bad_batch(self, rank: int) -> Path:
+        """The images on which process ``rank`` got a loss that is not finite."""
+        return self.path / f"nan_batch{f'_{rank}' if rank else ''}.safetensors"
+
+    def tracker(self, package: str) -> Path:
+        """By which identity a hosted tracker knows the run."""
+        return self.path / f"{package}.json"
+
+    def checkpoint_files(self) -> list[tuple[int, Path]]:
+        """Steps and paths of the checkpoints, the oldest first; other files there are none of ours."""
+        return _numbered(self.checkpoints, _CHECKPOINT)
+
+    def grids(self) -> list[tuple[int, Path]]:
+        """Steps and paths of the pictures of evaluations, the oldest first."""
+        return _numbered(self.images, _GRID)
+
+    # ---- beginning and going on
+
+    @classmethod
+    def next_free(cls, preset: str, root: Path = Path("runs")) -> RunFolder:
+        """runs/PRESET-N, the first that is free."""
+        number = 1
+        while (root / f"{preset or 'run'}-{number}").exists():
+            number += 1
+        return cls(root / f"{preset or 'run'}-{number}")
+
+    def claim(self, resume: bool) -> None:
+        """UserError where a run must not be written here."""
+        if self.config.exists() and not resume:
+            raise UserError(f"{self.path} already holds a run: add --resume to go on with it, or name another --out")
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file: name a folder for --out")
+        parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        if not os.access(parent, os.W_OK):
+            raise UserError(f"{parent} cannot be written: name another --out")
+
     def create(self) -> None:
+        """Make the folders. UserError where that fails, or another process writes here."""
         try:
             for folder in (self.checkpoints, self.images):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -72,18 +103,61 @@ class RunFolder:
             pass
 
     def release(self) -> None:
+        """Let other processes write here."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+    # ---- reading
 
-    @property
-    def images(self) -> Path:
-        return self.path / "images"
+    def check(self) -> None:
+        """UserError where the folder holds no run."""
+        if not self.config.is_file():
+            raise UserError(
+                f"{self.path} is no run directory (no config.json in it): name what `fastslots train --out` wrote"
+            )
 
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+    def read_config(self, **overrides: Any) -> TrainConfig:
+        """The run's configuration. UserError where it is damaged."""
+        config: TrainConfig = read_config(self.config, **overrides)
+        return config
+
+    def weights(self, which: str) -> Path:
+        """The file of the "best" weights (the last ones where no evaluation has been) or of the "last".
+
+        Raises UserError where the folder is no run, or holds no weights yet.
+        """
+        if which not in WEIGHTS:
+            raise UserError(f"weights must be best or last, got {which!r}")
+        self.check()
+        for path in (self.best_weights, self.last_weights) if which == "best" else (self.last_weights,):
+            if path.is_file():
+                return path
+        raise UserError(f"{self.path} holds no weights yet: wait for its first evaluation, or resume it")
+
+    def which_weights(self, path: Path) -> str:
+        """ "best" or "last": which ``weights`` has returned."""
+        return "best" if path == self.best_weights else "last"
+
+    def described_data(self) -> str:
+        """What the run's images were; "" where nothing says so."""
+        return read_file(self.data).decode(errors="replace").strip() if self.data.is_file() else ""
+
+    def read_json(self, path: Path) -> dict[str, Any]:
+        """The JSON object in one of the run's files; {} where there is none, or it is torn or edited by hand."""
+        try:
+            values = json.loads(read_file(path)) if path.is_file() else {}
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return values if isinstance(values, dict) else {}
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """UserError where the disk is full or the folder cannot be written."""
+    write_atomic(path, json.dumps(values).encode())
+
+
+def _numbered(folder: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
+    if not folder.is_dir():
+        return []
+    return sorted((int(match[1]), path) for path in folder.iterdir() if (match := pattern.fullmatch(path.name)))

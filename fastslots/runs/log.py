@@ -15,7 +15,7 @@ from PIL.Image import Image
 
 from fastslots.errors import UserError
 from fastslots.runs.curves import is_number
-from fastslots.runs.folder import MACHINE_LOG
+from fastslots.runs.folder import RunFolder
 
 
 class Lines:
@@ -51,9 +51,9 @@ class Lines:
 class MetricsLog:
     """metrics.jsonl, which follows from the seed but for images_per_s; machine.jsonl, which does not; and trackers."""
 
-    def __init__(self, path: Path, last_step: int = 0, trackers: Sequence[Any] = ()):
+    def __init__(self, folder: RunFolder, last_step: int = 0, trackers: Sequence[Any] = ()):
         self._trackers = [*trackers]
-        self._metrics, self._machine = (Lines(file, last_step) for file in (path, path.with_name(MACHINE_LOG)))
+        self._metrics, self._machine = Lines(folder.metrics, last_step), Lines(folder.machine_log, last_step)
         used: Any = self._machine.last.get("energy_wh")
         self.energy_wh = used if is_number(used) else 0.0  # what a run that goes on had used
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 import importlib
 import json
 import secrets
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from fastslots.errors import UserError
+from fastslots.files import read_file
+from fastslots.runs.folder import RunFolder, write_json
 
 
-def open_trackers(names: list[str], folder: Path, last_step: int, config: dict[str, Any]) -> list[Any]:
+def open_trackers(names: list[str], folder: RunFolder, last_step: int, config: dict[str, Any]) -> list[Any]:
     """A tracker for each name, going on after ``last_step``; UserError where a package is missing."""
     return [TensorBoard(folder, last_step) if name == "tensorboard" else Hosted(name, folder, config) for name in names]
 
@@ -25,9 +26,9 @@ def open_trackers(names: list[str], folder: Path, last_step: int, config: dict[s
 class TensorBoard:
     """Event files in the run's folder; what a resume repeats replaces what was there."""
 
-    def __init__(self, folder: Path, last_step: int):
+    def __init__(self, folder: RunFolder, last_step: int):
         writer = _package("torch.utils.tensorboard", "tensorboard").SummaryWriter
-        self._events = writer(str(folder), purge_step=last_step + 1)
+        self._events = writer(str(folder.path), purge_step=last_step + 1)
 
     def numbers(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
@@ -47,17 +48,17 @@ class Hosted:
     The run's identity is kept in its folder: NAME.json. Their own variables hold, e.g. WANDB_MODE=offline.
     """
 
-    def __init__(self, package: str, folder: Path, config: dict[str, Any]):
+    def __init__(self, package: str, folder: RunFolder, config: dict[str, Any]):
         self._module = _package(package, package)
-        path = folder / f"{package}.json"
+        path = folder.tracker(package)
         if not path.exists():
-            path.write_text(json.dumps({"id": secrets.token_hex(4)}))
-        identity = json.loads(path.read_text())["id"]
+            write_json(path, {"id": secrets.token_hex(4)})
+        identity = json.loads(read_file(path))["id"]
         options: dict[str, Any] = {"project": "fastslots", "config": config, "resume": "allow"}
         if package == "wandb":
-            options |= {"id": identity, "name": folder.resolve().name, "dir": str(folder)}
+            options |= {"id": identity, "name": folder.path.resolve().name, "dir": str(folder.path)}
         else:  # a run of trackio is known by its name
-            options |= {"name": f"{folder.resolve().name}-{identity}"}
+            options |= {"name": f"{folder.path.resolve().name}-{identity}"}
         self._run = self._module.init(**options)
 
     def numbers(self, values: dict[str, float], step: int) -> None:

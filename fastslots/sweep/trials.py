@@ -19,9 +19,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fastslots.config.run import TrainConfig, read_config
+from fastslots.config.run import TrainConfig
 from fastslots.errors import UserError
 from fastslots.files import write_atomic
+from fastslots.runs.folder import RunFolder
 from fastslots.runs.log import read_metrics
 from fastslots.threads import COUNT, asked, usable_processors
 
@@ -70,7 +71,8 @@ def make_trials(
 
     Raises UserError where a combination is no configuration, or a folder holds a run that is not this trial.
     """
-    there = {_identity(read_config(path)): path.parent for path in sorted(out.glob("*/config.json"))}
+    runs = [RunFolder(path) for path in sorted(out.glob("*")) if RunFolder(path).config.is_file()]
+    there = {_identity(run.read_config()): run.path for run in runs}
     columns = list(dict.fromkeys([*varied, *(name for cell in also for name in cell)]))
     grid = [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
     trials = []
@@ -116,8 +118,10 @@ def run_trials(
 
 def finished(trial: Trial) -> bool:
     """Whether the trial's last step has been evaluated and saved."""
-    last = trial.folder / "checkpoints" / f"step_{trial.config.steps:08d}.safetensors"
-    return last.is_file() and _last_evaluation(trial).get("step") == trial.config.steps
+    return (
+        RunFolder(trial.folder).checkpoint(trial.config.steps).is_file()
+        and _last_evaluation(trial).get("step") == trial.config.steps
+    )
 
 
 def command(trial: Trial) -> list[str]:
@@ -209,7 +213,7 @@ def _evaluated(trial: Trial, arguments: tuple[str, ...], processes: Processes) -
 
 
 def _last_evaluation(trial: Trial) -> dict[str, Any]:
-    evaluations = read_metrics(trial.folder / "metrics.jsonl")[1]
+    evaluations = read_metrics(RunFolder(trial.folder).metrics)[1]
     return evaluations[-1] if evaluations else {}
 
 
@@ -220,12 +224,12 @@ def _identity(config: TrainConfig) -> tuple[Any, ...]:
 
 
 def _check_folder(trial: Trial) -> None:
-    path = trial.folder / "config.json"
-    if not path.is_file():
+    folder = RunFolder(trial.folder)
+    if not folder.config.is_file():
         return
-    found, asked = read_config(path).resolved(), trial.config.resolved()
+    there, asked = folder.read_config().resolved(), trial.config.resolved()
     names = (f.name for f in fields(TrainConfig) if f.name not in MAY_DIFFER)
-    different = [name for name in names if getattr(found, name) != getattr(asked, name)]
+    different = [name for name in names if getattr(there, name) != getattr(asked, name)]
     if different:
         raise UserError(f"{trial.folder} holds a run with another {', '.join(different)}: name another --out")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import re
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,9 +18,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fastslots.errors import UserError
-from fastslots.files import write_atomic
+from fastslots.files import read_file, write_atomic
+from fastslots.runs.folder import RunFolder
 
-NAME = re.compile(r"step_(\d+)\.safetensors")
 MOST_PENDING = 2  # works of a Writer that may wait, each with its snapshot in memory
 
 
@@ -65,37 +64,32 @@ def snapshot(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write step_NNNNNNNN.safetensors into ``folder`` and drop all but the newest ``keep``."""
-    path = folder / f"step_{checkpoint.step:08d}.safetensors"
+def save_checkpoint(folder: RunFolder, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write a run's checkpoint and drop all but the newest ``keep``."""
+    path = folder.checkpoint(checkpoint.step)
     write_atomic(path, checkpoint.to_bytes())
     # Newer ones were damaged when this run went on from one before them: counted, they would push out good ones.
-    newer = [other for step, other in _numbered(folder) if step > checkpoint.step]
-    older = [other for step, other in _numbered(folder) if step <= checkpoint.step]
-    torn = folder.glob(".step_*.partial")  # of a kill: each would take a checkpoint's room for good
+    newer = [other for step, other in folder.checkpoint_files() if step > checkpoint.step]
+    older = [other for step, other in folder.checkpoint_files() if step <= checkpoint.step]
+    torn = folder.checkpoints.glob(".step_*.partial")  # of a kill: each would take a checkpoint's room for good
     for other in [*newer, *older[:-keep], *torn]:
         with contextlib.suppress(OSError):  # somebody else has removed it
             other.unlink()
     return path
 
 
-def _numbered(folder: Path) -> list[tuple[int, Path]]:
-    """Steps and paths of a folder's checkpoints, the oldest first; other files there are none of ours."""
-    return sorted((int(match[1]), path) for path in folder.iterdir() if (match := NAME.fullmatch(path.name)))
-
-
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read and verify; UserError where the file is damaged."""
     try:
-        return Checkpoint.from_bytes(path.read_bytes())
+        return Checkpoint.from_bytes(read_file(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error})") from None
 
 
-def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+def latest_checkpoint(folder: RunFolder) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, and what was said of newer ones that do not."""
     damaged: list[str] = []
-    for _, path in reversed(_numbered(folder)):
+    for _, path in reversed(folder.checkpoint_files()):
         try:
             return load_checkpoint(path), damaged
         except UserError as error:

@@ -23,8 +23,7 @@ from fastslots.evaluation.evaluate import evaluate
 from fastslots.evaluation.grids import SlotPictures
 from fastslots.files import write_atomic
 from fastslots.models import SlotVAE
-from fastslots.models.weights import WEIGHTS, load_weights, weights_bytes, weights_path
-from fastslots.runs.folder import RunFolder, claim, next_run
+from fastslots.runs.folder import RunFolder
 from fastslots.threads import usable_processors
 from fastslots.train.checkpoint import Checkpoint, latest_checkpoint, snapshot
 from fastslots.train.optim import Optimizers
@@ -82,12 +81,19 @@ def fit(
     group = Group.join(config.torch_device(), config.batch_size)
     with contextlib.ExitStack() as stack:
         stack.callback(group.leave)
-        chosen = group.on_first(lambda: os.fsencode(claim(Path(out) if out else next_run(config.preset_name), resume)))
+        chosen = group.on_first(lambda: _chosen(config, out, resume))
         folder = RunFolder(Path(os.fsdecode(chosen)))
         stack.callback(folder.release)
         result = Trainer(config, dataset, folder, stack, group, stream).run()
     group.close()
     return result
+
+
+def _chosen(config: TrainConfig, out: str | Path | None, resume: bool) -> bytes:
+    """The path of the run's folder. UserError where a run must not be written there."""
+    folder = RunFolder(Path(out)) if out else RunFolder.next_free(config.preset_name)
+    folder.claim(resume)
+    return os.fsencode(folder.path)
 
 
 class Trainer:
@@ -184,13 +190,13 @@ class Trainer:
     def _start(self, damaged: list[str]) -> bytes:
         """Make the folder; the newest good checkpoint in it, or nothing. ``damaged`` gets what is said of others."""
         self.folder.create()
-        newest, reasons = latest_checkpoint(self.folder.checkpoints)
+        newest, reasons = latest_checkpoint(self.folder)
         damaged.extend(reasons)
         return newest.to_bytes() if newest else b""
 
     def _store_config(self) -> bytes:
         """Once it is known to fit what the run goes on from: the next resume reads it."""
-        write_atomic(self.folder.path / "config.json", f"{self.config.to_json()}\n".encode())
+        write_atomic(self.folder.config, f"{self.config.to_json()}\n".encode())
         return b""
 
     def _evaluate(self) -> None:
@@ -211,7 +217,7 @@ class Trainer:
         score = self.scores["j_ari"] + self.scores["jis"] if "j_ari" in self.scores else -self.scores["recon"]
         if score > self.best:
             self.best = score
-            self.recorder.best(weights_bytes(self.model))
+            self.recorder.best(self.model.weights_bytes())
         self.recorder.evaluated(self.step, self.scores, of_images, pictures)
 
     def _checkpoint(self) -> None:
@@ -223,7 +229,7 @@ class Trainer:
         tensors |= {f"optimizer.{name}": value for name, value in state.items()}
         extra = {"best": self.best, "scaler": self.precision.scaler.state_dict()}
         checkpoint = Checkpoint(self.step, snapshot(tensors), numbers, extra)
-        self.recorder.checkpoint(checkpoint, weights_bytes(self.model))
+        self.recorder.checkpoint(checkpoint, self.model.weights_bytes())
 
     def _finish(self, explore: StopSignals | None = None, stopped: bool = False) -> int:
         """Leave together, when everything is on the disk: torchrun ends the others once the first has left.
@@ -278,16 +284,15 @@ class Trainer:
         scaler = self.precision.scaler
         if finite and scaler.is_enabled() and LEAST_SCALE < scaler.get_scale() < values["loss_scale"]:
             return  # a step that the scaler has left out, to go on with a lower scale
-        name, step = f"nan_batch{f'_{self.group.rank}' if self.group.rank else ''}.safetensors", self.step + 1
-        path = self.folder.path / name  # on another machine there may be no such folder
+        path, step = self.folder.bad_batch(self.group.rank), self.step + 1  # on another machine there may be no folder
         batch = save({"images": images.cpu().contiguous()}, {"step": str(step)})
         why = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
-        self.recorder.non_finite(name, batch, {"step": step, **values, "stopped": why})
+        self.recorder.non_finite(path, batch, {"step": step, **values, "stopped": why})
         self._checkpoint()
         self._finish(stopped=True)
         raise NonFiniteLossError(
             f"step {step}: {why}. The batch is in {path}, the weights before it in "
-            f"{self.folder.path / WEIGHTS['last']}; a lower --lr or --grad_clip 1 often helps"
+            f"{self.folder.last_weights}; a lower --lr or --grad_clip 1 often helps"
         )
 
 
@@ -300,7 +305,7 @@ def _initial_model(config: TrainConfig) -> SlotVAE:
     model = SlotVAE(config)
     if config.init_from:
         path = Path(config.init_from)
-        start = load_weights(weights_path(path, "best") if path.is_dir() else path)
+        start = SlotVAE.from_run(path) if path.is_dir() else SlotVAE.from_file(path)
         try:
             model.load_state_dict(start.state_dict())
         except RuntimeError as error:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -15,11 +16,10 @@ from fastslots.data.sources import Source, same_images
 from fastslots.errors import UserError
 from fastslots.evaluation.grids import SlotPictures
 from fastslots.files import write_atomic
-from fastslots.models.weights import WEIGHTS
 from fastslots.ops import backends
 from fastslots.report.pictures import encoded
 from fastslots.report.write import write_explorer, write_report
-from fastslots.runs.folder import MACHINE, OF_IMAGES, RunFolder
+from fastslots.runs.folder import RunFolder
 from fastslots.runs.log import MetricsLog
 from fastslots.runs.machine import PACKAGES, Meter, versions
 from fastslots.runs.progress import ProgressView, Silent
@@ -57,7 +57,7 @@ class Recorder:
         self._progress: ProgressView = Silent()
         if first:
             names, facts = config.trackers(), dataclasses.asdict(config)
-            self._log = MetricsLog(folder.metrics, step, open_trackers(names, folder.path, step, facts))
+            self._log = MetricsLog(folder, step, open_trackers(names, folder, step, facts))
             self._progress = open_progress(config.steps, config.log_every, step, stream, folder.metrics)
         self._meter = Meter(device, self._log.energy_wh)
         self._writer = Writer(self.say)
@@ -81,18 +81,18 @@ class Recorder:
         if not self._first:
             return
         config, say = self._config, self.say
-        described = self._folder.path / "data.txt"
-        before = described.read_text(errors="replace").strip() if described.is_file() else ""
+        folder = self._folder
+        before = folder.described_data()
         if step and before and not same_images(before, source.description):
             say(f"warning   other images than before from here on: the run had {before}")
-        self._store("data.txt", f"{source.description}\n".encode())
+        self._store(folder.data, f"{source.description}\n".encode())
         facts = self._meter.facts()
         warnings = [*source.warnings, *late_ramps(config)]
         made_with = {"versions": versions(PACKAGES), "digest": source.digest, "warnings": warnings}
-        self._store(MACHINE, json.dumps(facts | made_with).encode())
+        self._store(folder.machine, json.dumps(facts | made_with).encode())
         count = sum(p.numel() for p in model.parameters())
         probe = torch.empty(1, device=self._device)
-        say(f"run       {self._folder.path}" + (f" (resumed at step {step})" if step else ""))
+        say(f"run       {folder.path}" + (f" (resumed at step {step})" if step else ""))
         say(f"data      {source.description}")
         for warning in warnings:
             say(f"warning   {warning}")
@@ -123,13 +123,13 @@ class Recorder:
             self.pictures(step, pictures)
         if of_images:
             short = {name: [round(score, 4) for score in scores] for name, scores in of_images.items()}
-            self._store(OF_IMAGES, json.dumps({"step": step, **short}).encode())
+            self._store(self._folder.scores, json.dumps({"step": step, **short}).encode())
         self._or_warn(self.page)
 
     def pictures(self, step: int, pictures: SlotPictures) -> None:
         """The grid of an evaluation, in the run's folder and to trackers that take pictures."""
         grid = pictures.grid()
-        self._store(f"images/step_{step:08d}.png", encoded(grid, "PNG", optimize=True))
+        self._store(self._folder.grid(step), encoded(grid, "PNG", optimize=True))
         self._or_warn(lambda: self._log.picture("val/slots", grid, step))
 
     def has_pictures(self) -> bool:
@@ -139,7 +139,7 @@ class Recorder:
     def best(self, weights: bytes) -> None:
         """Write the best weights so far while the next steps run."""
         if self._first:
-            self._writer.submit(lambda: write_atomic(self._folder.path / WEIGHTS["best"], weights))
+            self._writer.submit(lambda: write_atomic(self._folder.best_weights, weights))
 
     def checkpoint(self, checkpoint: Checkpoint, weights: bytes) -> None:
         """Write what a resume needs, and the weights of the same step, while the next steps run."""
@@ -147,8 +147,8 @@ class Recorder:
         def write() -> None:
             with contextlib.suppress(OSError):  # of a full disk, which what follows reports
                 self._log.sync()
-            save_checkpoint(self._folder.checkpoints, checkpoint, self._config.keep_checkpoints)
-            write_atomic(self._folder.path / WEIGHTS["last"], weights)
+            save_checkpoint(self._folder, checkpoint, self._config.keep_checkpoints)
+            write_atomic(self._folder.last_weights, weights)
 
         if self._first:
             self._writer.submit(write)
@@ -168,7 +168,7 @@ class Recorder:
             self.note(f"slot explorer: {images} of {total} images decoded")
 
         def write() -> None:
-            reason = write_explorer(self._folder.path, self._config, source, progress)
+            reason = write_explorer(self._folder, self._config, source, progress)
             if reason:
                 self.say(f"no slot explorer: {reason}")
             else:
@@ -180,13 +180,13 @@ class Recorder:
         """Say what makes the pictures that a signal has cut short."""
         self.say(f"no slot explorer yet: fastslots report {self._folder.path} makes it")
 
-    def non_finite(self, name: str, batch: bytes, values: dict[str, Any]) -> None:
-        """Keep the batch of a step that went wrong, as the file ``name``, and its values, which say why."""
-        self._store(name, batch)
+    def non_finite(self, path: Path, batch: bytes, values: dict[str, Any]) -> None:
+        """Keep the batch of a step that went wrong and the step's values, which say why."""
+        self._store(path, batch)
         self._write(values)
 
-    def _store(self, name: str, data: bytes) -> None:
-        self._or_warn(lambda: write_atomic(self._folder.path / name, data))
+    def _store(self, path: Path, data: bytes) -> None:
+        self._or_warn(lambda: write_atomic(path, data))
 
     def _write(self, values: dict[str, object]) -> None:
         self._or_warn(lambda: self._log.write(values))

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["fastslots.data", "fastslots.models.weights", "fastslots.train", "zipfile"]):
+with atheris.instrument_imports(
+    include=["fastslots.data", "fastslots.models.weights", "fastslots.runs", "fastslots.train", "zipfile"]
+):
     sys.path.insert(0, str(Path(__file__).parent))
     from test_fuzz import TARGETS, run_case
 

@@ -49,8 +49,9 @@ from fastslots.data.readers.scene import Scene
 from fastslots.data.readers.tfrecord import masked_crc, parse_example
 from fastslots.errors import UserError
 from fastslots.models import SlotVAE
-from fastslots.models.weights import load_weights, read_state, weights_bytes
+from fastslots.models.weights import read_state
 from fastslots.report import render, run_facts
+from fastslots.runs.folder import RunFolder
 from fastslots.runs.log import MetricsLog, read_metrics
 from fastslots.train.checkpoint import Checkpoint, load_checkpoint
 
@@ -289,7 +290,7 @@ def read_log(data: bytes, folder: Path) -> None:
     (folder / "metrics.jsonl").write_bytes(data)
     (folder / "config.json").write_text("{}")
     render([run_facts(folder)])
-    MetricsLog(folder / "metrics.jsonl", 2).close()
+    MetricsLog(RunFolder(folder), 2).close()
     read_metrics(folder / "metrics.jsonl")
 
 
@@ -319,12 +320,12 @@ SMALL |= {"query_hidden": 4, "slot_width": 4, "slot_hidden": 4, "decoder_heads":
 
 @cache
 def weights() -> bytes:
-    return weights_bytes(SlotVAE(TrainConfig(**{**SMALL, "output_hidden": (4,)})))
+    return SlotVAE(TrainConfig(**{**SMALL, "output_hidden": (4,)})).weights_bytes()
 
 
 def read_weights(data: bytes, folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(data)
-    load_weights(folder / "model.safetensors")
+    SlotVAE.from_file(folder / "model.safetensors")
 
 
 def read_fields(data: bytes, folder: Path) -> None:

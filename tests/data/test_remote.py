@@ -146,6 +146,7 @@ def test_a_short_silence_is_outlived(far, monkeypatch):
 
 
 def test_objects_that_vanish_while_in_use_end_the_run_with_a_checkpoint(far, tmp_path, monkeypatch):
+    from fastslots.runs.folder import RunFolder
     from fastslots.train.checkpoint import latest_checkpoint
 
     monkeypatch.setenv("FASTSLOTS_CACHE_GB", "0")
@@ -162,7 +163,7 @@ def test_objects_that_vanish_while_in_use_end_the_run_with_a_checkpoint(far, tmp
     config = TrainConfig.preset("sprites-mini", **{**TINY, "checkpoint_every": 0}, data=far, steps=10**6)
     with pytest.raises(UserError, match=r"images.u8 at byte"):
         fit(config, out=tmp_path / "run")
-    assert latest_checkpoint(tmp_path / "run" / "checkpoints")[0].step >= 4
+    assert latest_checkpoint(RunFolder(tmp_path / "run"))[0].step >= 4
 
 
 @pytest.mark.parametrize("limit", ["0", "1"])

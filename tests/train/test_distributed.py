@@ -20,6 +20,7 @@ from tiny import MODEL_16
 
 from fastslots.distributed import Group, own_store
 from fastslots.errors import UserError
+from fastslots.runs.folder import RunFolder
 from fastslots.runs.log import read_metrics
 from fastslots.train import TrainConfig, fit
 from fastslots.train.checkpoint import latest_checkpoint
@@ -170,7 +171,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(commands, tmp_pat
     wait_for_steps(processes, tmp_path / "run", 3)
     processes[1].kill(signal.SIGTERM)
     assert [p.wait(60) for p in processes] == [143, 143]
-    step = latest_checkpoint(tmp_path / "run" / "checkpoints")[0].step
+    step = latest_checkpoint(RunFolder(tmp_path / "run"))[0].step
     assert step == steps_done(tmp_path / "run") and f"stopped by signal 15 at step {step}" in processes[0].said()
     assert not processes[1].said()  # one writer
 
@@ -183,7 +184,7 @@ def test_a_killed_process_ends_the_others_soon_and_is_named(commands, tmp_path, 
     processes = start(commands, 2, argv, tmp_path)
     wait_for_steps(processes, tmp_path / "run", 3)
     deadline = time.monotonic() + 60  # a checkpoint is written behind the steps
-    while lost == 0 and not latest_checkpoint(tmp_path / "run" / "checkpoints")[0]:
+    while lost == 0 and not latest_checkpoint(RunFolder(tmp_path / "run"))[0]:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     processes[lost].kill(signal.SIGKILL)
@@ -195,7 +196,7 @@ def test_a_killed_process_ends_the_others_soon_and_is_named(commands, tmp_path, 
     assert "has ended or does not answer" in said and "--resume" in said and "Traceback" not in said
     if lost == 1:  # process 0 also holds the rendezvous here, and with it the list of names; torchrun holds it apart
         assert f"process 1 (host {socket.gethostname()}, process id {processes[1].pid}) of the 2 has ended" in said
-    saved = latest_checkpoint(tmp_path / "run" / "checkpoints")[0].step
+    saved = latest_checkpoint(RunFolder(tmp_path / "run"))[0].step
     assert saved == steps_done(tmp_path / "run") if lost == 1 else saved > 0
 
 
@@ -236,7 +237,7 @@ def test_nan_on_one_process_stops_all(commands, tmp_path):
     assert "stopped: step" in processes[0].said()
     assert (tmp_path / "run" / "nan_batch.safetensors").exists()
     # the step that was not finite has a line, and the checkpoint is of the one before it
-    assert latest_checkpoint(tmp_path / "run" / "checkpoints")[0].step == steps_done(tmp_path / "run") - 1
+    assert latest_checkpoint(RunFolder(tmp_path / "run"))[0].step == steps_done(tmp_path / "run") - 1
 
 
 def test_what_the_first_process_refuses_all_refuse(commands, tmp_path, one):

@@ -15,7 +15,7 @@ from fastslots.data import read_batch, to_float
 from fastslots.data.sources import open_source
 from fastslots.metrics import JacobianMeter, slot_jacobian
 from fastslots.models import SlotVAE
-from fastslots.models.weights import WEIGHTS
+from fastslots.runs.folder import RunFolder
 from fastslots.train import TrainConfig, fit
 
 
@@ -103,7 +103,7 @@ def test_the_weights_that_were_read_are_named(tmp_path, evaluated):
     """Where no evaluation has been the last ones stand for the best; they were called the best."""
     run = fit(config_of(), out=tmp_path / "run").out
     assert evaluated(run)[0]["weights"] == "best"
-    (run / WEIGHTS["best"]).unlink()
+    RunFolder(run).best_weights.unlink()
     scores, said = evaluated(run)
     assert scores["weights"] == "last" and "no best weights yet: scoring the last ones" in said
     assert main(["report", str(run)]) == 0

@@ -22,6 +22,7 @@ from tiny import MODEL_8
 from fastslots.data import SpritesDataset
 from fastslots.errors import UserError
 from fastslots.files import write_atomic
+from fastslots.runs.folder import RunFolder
 from fastslots.runs.log import read_metrics
 from fastslots.train import TrainConfig, fit
 from fastslots.train.checkpoint import Writer, latest_checkpoint
@@ -161,7 +162,7 @@ def test_a_full_disk_is_reported_and_outlived(commands, tmp_path, kind):
                 except OSError:
                     pass
         assert wait_until(lambda: "safetensors cannot be written" in process.said(), process), process.said()
-        kept, damaged = latest_checkpoint(out / "checkpoints")  # what was there before
+        kept, damaged = latest_checkpoint(RunFolder(out))  # what was there before
         assert kept and not damaged
         if kind == "limit":
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
@@ -219,7 +220,7 @@ def test_data_that_are_cut_while_in_use_stop_the_run_with_a_checkpoint(commands,
     os.truncate(data / "images.u8", 100)
     assert process.wait(60) == 2
     assert "images.u8 has become shorter while it was in use" in process.said()
-    assert latest_checkpoint(out / "checkpoints")[0].step == last_step(out)
+    assert latest_checkpoint(RunFolder(out))[0].step == last_step(out)
 
 
 def test_data_that_vanished_are_named(commands, tmp_path):

@@ -20,6 +20,7 @@ from tiny import MODEL_8
 from fastslots.cli import main
 from fastslots.errors import UserError
 from fastslots.files import write_atomic
+from fastslots.runs.folder import RunFolder
 from fastslots.runs.log import MetricsLog, read_metrics
 from fastslots.train import NonFiniteLossError, TrainConfig, fit, loop, recorder
 from fastslots.train.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
@@ -42,7 +43,7 @@ def same_weights(a: Path, b: Path) -> bool:
 
 
 def newest(out: Path) -> Checkpoint | None:
-    return latest_checkpoint(out / "checkpoints")[0] if (out / "checkpoints").exists() else None
+    return latest_checkpoint(RunFolder(out))[0] if (out / "checkpoints").exists() else None
 
 
 def lines(steps) -> bytes:
@@ -56,14 +57,14 @@ def lines(steps) -> bytes:
 def test_a_resume_cuts_the_log_behind_its_checkpoint(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(lines(range(1, 8)) + torn)
-    MetricsLog(path, 3).close()
+    MetricsLog(RunFolder(path.parent), 3).close()
     assert path.read_bytes() == lines(range(1, 4))
 
 
 def test_lines_behind_a_damaged_one_are_kept(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(lines([1, 2]) + b"\0\0\n" + lines([4, 5, 6]))
-    MetricsLog(path, 5).close()
+    MetricsLog(RunFolder(path.parent), 5).close()
     assert [line["step"] for line in read_metrics(path)[0]] == [1, 2, 4, 5]
 
 
@@ -78,7 +79,7 @@ def test_a_resume_never_holds_less_of_the_log_than_it_keeps(tmp_path, monkeypatc
 
     monkeypatch.setattr(Path, "write_text", refuse)
     monkeypatch.setattr(Path, "write_bytes", refuse)
-    MetricsLog(path, 50).close()
+    MetricsLog(RunFolder(path.parent), 50).close()
     assert path.read_bytes() == lines(range(1, 51)) and path.stat().st_ino == before
 
 
@@ -148,35 +149,48 @@ def checkpoint(step: int) -> Checkpoint:
     return Checkpoint(step, {"model.a": torch.full((3,), float(step))}, {}, {"best": 0.0, "scaler": {}})
 
 
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    return folder
+
+
 @pytest.mark.parametrize("keep", [1, 2])
-def test_a_damaged_newer_checkpoint_pushes_out_no_good_one(tmp_path, keep):
+def test_a_damaged_newer_checkpoint_pushes_out_no_good_one(folder, keep):
     for step in (2, 4):
-        save_checkpoint(tmp_path, checkpoint(step), keep=9)
+        save_checkpoint(folder, checkpoint(step), keep=9)
     for step in (6, 8):
-        (tmp_path / f"step_{step:08d}.safetensors").write_bytes(b"torn")
-    assert latest_checkpoint(tmp_path)[0].step == 4
-    save_checkpoint(tmp_path, checkpoint(5), keep)
-    assert latest_checkpoint(tmp_path)[0].step == 5
-    assert len(list(tmp_path.iterdir())) == keep
+        (folder.checkpoints / f"step_{step:08d}.safetensors").write_bytes(b"torn")
+    assert latest_checkpoint(folder)[0].step == 4
+    save_checkpoint(folder, checkpoint(5), keep)
+    assert latest_checkpoint(folder)[0].step == 5
+    assert len(list(folder.checkpoints.iterdir())) == keep
 
 
-def test_what_a_kill_left_half_written_is_removed(tmp_path):
-    (tmp_path / ".step_00000007.safetensors.partial").write_bytes(b"half")
-    (tmp_path / ".best.safetensors.partial").write_bytes(b"another writer's")
-    save_checkpoint(tmp_path, checkpoint(9), keep=1)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".best.safetensors.partial", "step_00000009.safetensors"]
+def test_what_a_kill_left_half_written_is_removed(folder):
+    (folder.checkpoints / ".step_00000007.safetensors.partial").write_bytes(b"half")
+    (folder.checkpoints / ".best.safetensors.partial").write_bytes(b"another writer's")
+    save_checkpoint(folder, checkpoint(9), keep=1)
+    assert sorted(p.name for p in folder.checkpoints.iterdir()) == [
+        ".best.safetensors.partial",
+        "step_00000009.safetensors",
+    ]
 
 
-def test_other_files_beside_the_checkpoints_are_left_alone(tmp_path):
-    (tmp_path / "step_mine.safetensors").write_bytes(b"a copy of the user's")
+def test_other_files_beside_the_checkpoints_are_left_alone(folder):
+    (folder.checkpoints / "step_mine.safetensors").write_bytes(b"a copy of the user's")
     for step in (99_999_999, 100_000_000, 100_000_001):
-        save_checkpoint(tmp_path, checkpoint(step), keep=1)
-    assert latest_checkpoint(tmp_path)[0].step == 100_000_001
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_100000001.safetensors", "step_mine.safetensors"]
+        save_checkpoint(folder, checkpoint(step), keep=1)
+    assert latest_checkpoint(folder)[0].step == 100_000_001
+    assert sorted(p.name for p in folder.checkpoints.iterdir()) == [
+        "step_100000001.safetensors",
+        "step_mine.safetensors",
+    ]
 
 
-def test_a_checkpoint_that_somebody_removes_meanwhile_is_no_error(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path, checkpoint(1), keep=1)
+def test_a_checkpoint_that_somebody_removes_meanwhile_is_no_error(folder, monkeypatch):
+    save_checkpoint(folder, checkpoint(1), keep=1)
     unlink = Path.unlink
 
     def late(path: Path, *args, **kwargs) -> None:
@@ -184,8 +198,8 @@ def test_a_checkpoint_that_somebody_removes_meanwhile_is_no_error(tmp_path, monk
         unlink(path, *args, **kwargs)
 
     monkeypatch.setattr(Path, "unlink", late)
-    save_checkpoint(tmp_path, checkpoint(2), keep=1)
-    assert latest_checkpoint(tmp_path)[0].step == 2
+    save_checkpoint(folder, checkpoint(2), keep=1)
+    assert latest_checkpoint(folder)[0].step == 2
 
 
 def test_a_disk_that_turns_read_only_is_reported(tmp_path, monkeypatch):
@@ -207,7 +221,7 @@ def test_a_resume_with_another_model_is_refused_and_leaves_the_run_as_it_was(tmp
     assert "checkpoint at step 2 does not fit this configuration" in said and "size mismatch" in said
     assert (out / "config.json").read_bytes() == before
     assert main(["train", "--out", str(out), "--resume", "--steps=4"]) == 0
-    assert latest_checkpoint(out / "checkpoints")[0].step == 4
+    assert latest_checkpoint(RunFolder(out))[0].step == 4
 
 
 @pytest.mark.parametrize("what", ["nan_batch.safetensors", "data.txt", "images/step_00000003.png"])
@@ -221,7 +235,7 @@ def test_what_is_not_needed_for_a_resume_may_fail_to_be_written(tmp_path, what):
     with pytest.raises(NonFiniteLossError):
         fit(config_of(steps=5), torch.utils.data.TensorDataset(images), out, resume=True, stream=said)
     assert f"{what} cannot be written" in said.getvalue()
-    assert latest_checkpoint(out / "checkpoints")[0].step == 3
+    assert latest_checkpoint(RunFolder(out))[0].step == 3
 
 
 def test_two_processes_never_write_one_run(commands, tmp_path):
@@ -239,7 +253,7 @@ def test_two_processes_never_write_one_run(commands, tmp_path):
     assert first.running()
     first.kill(signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL
-    third = commands.start([*argv, f"--steps={latest_checkpoint(out / 'checkpoints')[0].step + 1}"], tmp_path / "err_3")
+    third = commands.start([*argv, f"--steps={latest_checkpoint(RunFolder(out))[0].step + 1}"], tmp_path / "err_3")
     assert third.wait() == 0, third.said()
 
 

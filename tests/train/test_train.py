@@ -23,6 +23,7 @@ from fastslots.evaluation.evaluate import evaluate
 from fastslots.files import write_atomic
 from fastslots.models import SlotVAE
 from fastslots.report import run_facts
+from fastslots.runs.folder import RunFolder
 from fastslots.runs.log import read_metrics
 from fastslots.train import NonFiniteLossError, TrainConfig, fit, loop, recorder
 from fastslots.train.checkpoint import latest_checkpoint
@@ -92,7 +93,7 @@ def test_sigterm_saves_a_checkpoint_and_exits_143(tmp_path):
     run.send_signal(signal.SIGTERM)
     assert run.wait(60) == 143
     assert "--resume" in run.stderr.read()
-    step = latest_checkpoint(tmp_path / "checkpoints")[0].step
+    step = latest_checkpoint(RunFolder(tmp_path))[0].step
     assert step == read_metrics(tmp_path / "metrics.jsonl")[0][-1]["step"] > 0
     assert (tmp_path / "report.html").stat().st_size > 1000  # there was none before the first evaluation
     assert (tmp_path / "images" / f"step_{step:08d}.png").exists()
@@ -102,7 +103,7 @@ def test_the_page_of_a_stop_comes_after_the_checkpoint_and_may_fail(tmp_path, mo
     """Whatever is wrong with it, the weights are saved and the stop is reported as what it is."""
 
     def broken(*_, **__):
-        assert latest_checkpoint(tmp_path / "checkpoints")[0].step == 1
+        assert latest_checkpoint(RunFolder(tmp_path))[0].step == 1
         raise RuntimeError("no page today")
 
     said = io.StringIO()
@@ -192,7 +193,7 @@ def test_nan_stops_with_the_batch_saved_and_good_weights(tmp_path):
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     assert (tmp_path / "report.html").exists() and list((tmp_path / "images").iterdir())
     facts = run_facts(tmp_path)
-    saved = latest_checkpoint(tmp_path / "checkpoints")[0].step
+    saved = latest_checkpoint(RunFolder(tmp_path))[0].step
     assert facts["stopped"] and facts["step"] == stopped["step"] == saved + 1
     mended = torch.utils.data.TensorDataset(torch.rand(30, 3, 16, 16))
     fit(tiny(steps=stopped["step"]), mended, tmp_path, resume=True)
