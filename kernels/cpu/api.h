@@ -10,7 +10,8 @@
 
 namespace fastslots {
 
-constexpr int64_t kMostMaps = 16;  // layers of a decoder, linear maps of its head and of its query MLP
+constexpr int64_t kMostStride = 4;  // of a convolution
+constexpr int64_t kMostMaps = 16;   // layers of a decoder, linear maps of its head and of its query MLP
 
 // Arrays of one decoder layer: P is `const T*` for the inputs and `T*` for their gradients.
 // The order of the members is that of `decoder_tensors` in fastslots/ops/decoder_loss.py.
@@ -146,6 +147,28 @@ struct TokenAttentionArgs {
   int threads;
 };
 
+// Images to what the posterior needs of each slot: CNN (or features as they are), tokens, Transformer, output layer.
+// The order of `weights` is that of `encoder_tensors` in fastslots/ops/encoder.py.
+template <typename T>
+struct EncoderArgs {
+  int64_t batch, channels, side;               // of the images [B, channels, side, side]
+  int64_t query_batch, slots, width, heads;    // queries [query_batch, K, S], query_batch B or 1
+  int64_t conv_count;                          // 0: the images are features, whose pixels are the tokens
+  const int64_t *conv_rows, *conv_kernels, *conv_strides;  // [conv_count]; the last has S rows
+  int64_t token_hidden, layer_count, outputs;  // outputs: rows of the output layer, 0 without one
+  const int64_t* ff_widths;                    // [layer_count]
+  const T *images, *queries;
+  const T* grid;                               // [T, 4] of the tokens; null for features
+  const T* const* weights;
+  T* out;                                      // [B, K, outputs or S]; null: backward
+  T* saved;                                    // [B, saved_size] what the forward leaves; null: nothing, it runs again
+  const T* out_grad;
+  T* queries_grad;
+  T* const* grads;                             // one for each weight
+  double eps;
+  int threads;
+};
+
 // Entry points of one instruction set and element type.
 template <typename T>
 struct Kernels {
@@ -154,6 +177,8 @@ struct Kernels {
   void (*layer)(const LayerArgs<T>&);
   void (*cross_attention)(const CrossAttentionArgs<T>&);
   void (*token_attention)(const TokenAttentionArgs<T>&);
+  void (*encoder)(const EncoderArgs<T>&);
+  int64_t (*encoder_saved_size)(const EncoderArgs<T>&);
   void (*normal_cdf)(const T* x, T* cdf, T* density, int64_t count);  // Φ and φ, for tests of their error
   void (*exponential)(const T* x, T* out, int64_t count);
 };

@@ -325,6 +325,117 @@ void token_attention(const std::string& isa, nb::handle rows, nb::handle tokens,
   kernels.token_attention(args);
 }
 
+// An encoder out of its arrays: their shapes give its sizes. `strides`: of the convolutions; none where images are
+// features. weights: see encoder.h.
+template <typename T>
+struct EncoderArrays {
+  static constexpr int64_t kLayerWeights = 22;
+  std::vector<int64_t> rows, kernels, strides, ff_widths;
+  std::vector<Shape> shapes;  // of the weights
+  std::vector<const T*> weights;
+
+  void take(Arrays<T>& arrays, nb::handle images, nb::handle queries, nb::handle grid, nb::list inputs,
+            const std::vector<int64_t>& conv_strides, int64_t heads, EncoderArgs<T>& args) {
+    strides = conv_strides;
+    const int64_t convs = int64_t(strides.size()), before = convs ? 2 * convs + 2 : 0;
+    const int64_t rest = int64_t(inputs.size()) - before - 6;
+    args.conv_count = convs, args.layer_count = rest / kLayerWeights;
+    if (rest < 0 || (rest % kLayerWeights != 0 && rest % kLayerWeights != 2)) {
+      throw nb::value_error("weights: expected those of convolutions, token MLP, layers, norm and perhaps an output");
+    }
+    if (convs > kMostMaps || args.layer_count > kMostMaps) throw nb::value_error("more than 16 layers");
+    const Shape image = arrays.shape_of(images, "images", 4), query = arrays.shape_of(queries, "queries", 3);
+    args.batch = image[0], args.channels = image[1], args.side = image[2];
+    args.query_batch = query[0], args.slots = query[1], args.width = query[2], args.heads = heads;
+    const int64_t S = args.width;
+    if (image[3] != args.side) throw nb::value_error("images must be square");
+    if (args.query_batch != args.batch && args.query_batch != 1) throw nb::value_error("queries: batch must be 1 or that of images");
+    if (heads < 1 || S < 1 || S % heads) throw nb::value_error("heads must divide the width of queries");
+    args.images = arrays.input(images, "images", image);
+    args.queries = arrays.input(queries, "queries", query);
+    int64_t channels = args.channels, side = args.side, at = 0;
+    const auto next = [&](const char* name, const Shape& shape) {
+      weights.push_back(arrays.input(inputs[at++], name, shape));
+      shapes.push_back(arrays.last_shape());
+      return shapes.back();
+    };
+    const auto map = [&](const char* name, int64_t out, int64_t in) {
+      const Shape shape = next(name, {out, in});
+      next(name, {shape[0]});
+      return shape[0];
+    };
+    for (int64_t i = 0; i < convs; ++i) {
+      const Shape shape = next("convolution", {i + 1 < convs ? kAny : S, channels, kAny, kAny});
+      next("convolution", {shape[0]});
+      if (shape[2] != shape[3] || shape[2] % 2 == 0 || strides[i] < 1 || strides[i] > kMostStride) {
+        throw nb::value_error("convolutions must have square kernels of odd size and strides from 1 to 4");
+      }
+      rows.push_back(channels = shape[0]), kernels.push_back(shape[2]);
+      side = (side + strides[i] - 1) / strides[i];
+    }
+    if (convs) {
+      map("position", S, 4);
+      args.grid = arrays.input(grid, "grid", {side * side, 4});
+    }
+    args.token_hidden = map("token_mlp", kAny, channels);
+    map("token_mlp", S, args.token_hidden);
+    const auto norm = [&] { next("norm", {S}), next("norm", {S}); };
+    for (int64_t i = 0; i < args.layer_count; ++i) {
+      norm(), norm();
+      map("to_q", S, S), map("to_kv", 2 * S, S), map("to_out", S, S);
+      norm(), map("to_qkv", 3 * S, S), map("to_out", S, S);
+      norm();
+      ff_widths.push_back(map("w1", kAny, S));
+      map("w2", S, ff_widths.back());
+    }
+    norm();
+    if (rest % kLayerWeights == 2) args.outputs = map("output", kAny, S);
+    args.conv_rows = rows.data(), args.conv_kernels = kernels.data(), args.conv_strides = strides.data();
+    args.ff_widths = ff_widths.data(), args.weights = weights.data();
+  }
+};
+
+// Forward: results are out [B, K, outputs] and, unless None, what the backward reads, [B, encoder_saved_size]. Backward:
+// out_grad is given, results are the gradients of queries and weights, each an array or None.
+template <typename T>
+void encoder(const std::string& isa, nb::handle images, nb::handle queries, nb::handle grid, nb::list weights,
+             const std::vector<int64_t>& strides, int64_t heads, nb::object saved, nb::object out_grad, nb::list results,
+             double eps, int threads) {
+  const Kernels<T>& kernels = kernels_for<T>(isa);
+  Arrays<T> arrays;
+  EncoderArgs<T> args = {};
+  EncoderArrays<T> encoder;
+  encoder.take(arrays, images, queries, grid, weights, strides, heads, args);
+  const Shape out = {args.batch, args.slots, args.outputs ? args.outputs : args.width};
+  args.eps = eps, args.threads = threads;
+  if (!saved.is_none()) args.saved = arrays.output(saved, "saved", {args.batch, kernels.encoder_saved_size(args)});
+  std::vector<T*> grads;
+  if (out_grad.is_none()) {
+    if (results.size() != 1 || results[0].is_none()) throw nb::value_error("results: expected out alone");
+    args.out = arrays.output(results[0], "out", out);
+  } else {
+    args.out_grad = arrays.input(out_grad, "out_grad", out);
+    if (results.size() != weights.size() + 1) throw nb::value_error("results: queries' gradient and one for each weight");
+    args.queries_grad = arrays.output(results[0], "dqueries", {args.query_batch, args.slots, args.width});
+    for (size_t i = 0; i < weights.size(); ++i) {
+      grads.push_back(arrays.output(results[i + 1], "gradient of a weight", encoder.shapes[i]));
+    }
+    args.grads = grads.data();
+  }
+  nb::gil_scoped_release release;
+  kernels.encoder(args);
+}
+
+template <typename T>
+int64_t encoder_saved_size(const std::string& isa, nb::handle images, nb::handle queries, nb::handle grid,
+                           nb::list weights, const std::vector<int64_t>& strides, int64_t heads) {
+  Arrays<T> arrays;
+  EncoderArgs<T> args = {};
+  EncoderArrays<T> encoder;
+  encoder.take(arrays, images, queries, grid, weights, strides, heads, args);
+  return kernels_for<T>(isa).encoder_saved_size(args);
+}
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (Isa isa : {Isa::avx512, Isa::avx2, Isa::portable}) {
@@ -349,6 +460,11 @@ void bind(nb::module_& m, const std::string& suffix) {
         nb::arg("slot_mask").none(), nb::arg("scale"), nb::arg("threads"));
   m.def(("token_attention_" + suffix).c_str(), &token_attention<T>, nb::arg("isa"), nb::arg("rows"), nb::arg("tokens"),
         nb::arg("outputs"), nb::arg("saved").none(), nb::arg("threads"));
+  m.def(("encoder_" + suffix).c_str(), &encoder<T>, nb::arg("isa"), nb::arg("images"), nb::arg("queries"),
+        nb::arg("grid").none(), nb::arg("weights"), nb::arg("strides"), nb::arg("heads"), nb::arg("saved").none(),
+        nb::arg("out_grad").none(), nb::arg("results"), nb::arg("eps"), nb::arg("threads"));
+  m.def(("encoder_saved_size_" + suffix).c_str(), &encoder_saved_size<T>, nb::arg("isa"), nb::arg("images"),
+        nb::arg("queries"), nb::arg("grid").none(), nb::arg("weights"), nb::arg("strides"), nb::arg("heads"));
 }
 
 }  // namespace
