@@ -12,10 +12,12 @@ portable).
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch  # before _cpu, which takes its OpenMP symbols from the runtime that torch has loaded
 from torch import Tensor
 
@@ -64,6 +66,9 @@ def why_not(op: str, tensors: Sequence[Tensor]) -> str | None:
     if op == "token_attention":
         rows = x.shape[1] if x.ndim == 3 else 1
         return f"{rows} rows are more than {MAX_COLUMNS}" if rows > MAX_COLUMNS else None
+    if op == "encoder":
+        needed = x.requires_grad and torch.is_grad_enabled()
+        return "the images need a gradient, which this kernel does not make" if needed else None
     # A probe of device and dtype alone (other shapes, one tensor) is answered too: its sizes forbid nothing.
     second = tensors[1].shape if len(tensors) > 1 and tensors[1].ndim == 4 else (1, 1, 1, 1)
     heads, slots = (1, second[2]) if op == "cross_attention" else second[2:4]
@@ -228,6 +233,97 @@ def token_attention_bwd(
     saved = [_plain(t, dtype) for t in (dgathered, gathered, lse)]
     _kernel("token_attention", dtype)(_isa, *plain, grads, saved, torch.get_num_threads())
     return _narrowed(grads, (rows, tokens))
+
+
+def encoder_saved_size(
+    images: Tensor,
+    queries: Tensor,
+    grid: Tensor | None,
+    picks: Tensor | None,
+    weights: Sequence[Tensor],
+    strides: Sequence[int],
+    heads: int,
+) -> int:
+    """Elements (fp32 or wider) that ``encoder_fwd`` keeps of an image; of the arguments only the shapes count."""
+    per_image = [queries[:1], grid, None if picks is None else picks[:1], *weights]
+    shapes = tuple(None if t is None else tuple(map(int, t.shape)) for t in per_image)
+    return _encoder_saved_size(_isa, _wide(images.dtype), tuple(images.shape[1:]), shapes, tuple(strides), heads)
+
+
+@functools.lru_cache(maxsize=64)
+def _encoder_saved_size(isa: str, dtype: torch.dtype, image: tuple, shapes: tuple, strides: tuple, heads: int) -> int:
+    # NumPy's arrays in place of tensors, which may be fake ones here; nobody touches their memory.
+    numbers = np.float32 if dtype == torch.float32 else np.float64
+    queries, grid, picks, *weights = (None if shape is None else np.empty(shape, numbers) for shape in shapes)
+    seeds = None if picks is None else np.zeros((1, queries.shape[1]), np.int64)
+    sizes = np.empty((1, *image), numbers), np.empty((1, *queries.shape[1:]), numbers), grid, seeds, weights
+    return _kernel("encoder_saved_size", dtype)(isa, *sizes, list(strides), heads)
+
+
+def encoder_fwd(
+    images: Tensor,
+    queries: Tensor,
+    grid: Tensor | None,
+    picks: Tensor | None,
+    weights: Sequence[Tensor],
+    strides: Sequence[int],
+    heads: int,
+    eps: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """The arguments of ``fastslots.ops.encoder.EncoderInputs`` -> out [B,K,outputs], and what the backward reads
+    ([B,n], n = 0 unless ``keep``: it runs the forward again). See ``kernels/cpu/encoder.h``."""
+    dtype, B = _wide(images.dtype), images.shape[0]
+    size = encoder_saved_size(images, queries, grid, picks, weights, strides, heads) if keep else 0
+    saved = images.new_empty(B, size, dtype=dtype)
+    out = images.new_empty(B, queries.shape[1], weights[-1].shape[0], dtype=dtype)
+    _kernel("encoder", dtype)(
+        _isa,
+        *_encoder_arrays(dtype, images, queries, grid, picks, weights),
+        list(strides),
+        heads,
+        saved if keep else None,
+        None,
+        [out],
+        eps,
+        torch.get_num_threads(),
+    )
+    return out.to(images.dtype), saved
+
+
+def encoder_bwd(
+    dout: Tensor,
+    saved: Tensor,
+    images: Tensor,
+    queries: Tensor,
+    grid: Tensor | None,
+    picks: Tensor | None,
+    weights: Sequence[Tensor],
+    strides: Sequence[int],
+    heads: int,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """-> gradients of queries and of the weights, in their order."""
+    dtype = _wide(images.dtype)
+    grads = [t.new_empty(t.shape, dtype=dtype) for t in (queries, *weights)]
+    _kernel("encoder", dtype)(
+        _isa,
+        *_encoder_arrays(dtype, images, queries, grid, picks, weights),
+        list(strides),
+        heads,
+        saved if saved.shape[1] else None,
+        _plain(dout, dtype),
+        grads,
+        eps,
+        torch.get_num_threads(),
+    )
+    return _narrowed(grads, (queries, *weights))
+
+
+def _encoder_arrays(dtype: torch.dtype, images, queries, grid, picks, weights) -> tuple:
+    places = None if grid is None else _plain(grid, dtype)
+    seeds = None if picks is None else picks.contiguous()
+    return _plain(images, dtype), _plain(queries, dtype), places, seeds, [_plain(w, dtype) for w in weights]
 
 
 MAKES_QUERIES = True

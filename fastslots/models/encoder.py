@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastslots.config.model import SlotVAEConfig
+from fastslots.config.model import MOST_LAYERS, SlotVAEConfig
 from fastslots.models.layers import FeedForwardLayer, grid, mlp, xavier_
 from fastslots.models.queries import KINDS
 from fastslots.nn import AttentionProjections
-from fastslots.ops import token_attention
+from fastslots.ops import backends, token_attention
+from fastslots.ops.encoder import EncoderInputs, encode
 from fastslots.ops.reference import feed_forward
 
 
@@ -131,12 +134,22 @@ class Encoder(TokenEncoder):
         xavier_(self.transformer)
         self.output: nn.Module = posterior_layer(config) if config.encoder_width else nn.Identity()
 
-    def forward(self, images: Tensor, query_noise: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, query_noise: Tensor | None = None, backend: str = "auto") -> Tensor:
+        """backend: as of the ops; "reference" is the plain PyTorch below, which defines what a kernel gives."""
+        if (name := self.serving_backend(images, backend)) != "reference":
+            return encode(operator_inputs(self, images, query_noise), name)
         tokens = self.tokens(images)
         queries = self.first_queries(self.queries, images, tokens, query_noise)
         for layer in self.transformer:
             queries = layer(queries, tokens)
         return self.output(self.norm(queries))
+
+    def serving_backend(self, images: Tensor, backend: str = "auto") -> str:
+        """Name of the backend that takes these images. ValueError where one named outright cannot."""
+        changed = "" if backend == "reference" else unlike_the_operator(self)
+        if changed and backend != "auto":
+            raise ValueError(f"backend {backend!r} cannot serve this encoder: {changed}")
+        return "reference" if changed else backends.select("encoder", [images, *self.parameters()], backend)
 
 
 def posterior_layer(config: SlotVAEConfig) -> nn.Linear:
@@ -154,3 +167,72 @@ def _cnn(config: SlotVAEConfig, width: int) -> nn.Sequential:
     for i, (fan_in, fan_out) in enumerate(((config.channels, C), (C, C), (C, C), (C, width))):
         layers += [nn.Conv2d(fan_in, fan_out, side, stride=2 if i < halvings else 1, padding=side // 2), nn.GELU()]
     return nn.Sequential(*layers)
+
+
+# ---- as one operator -------------------------------------------------------------------------------------------------
+
+
+def operator_inputs(encoder: Encoder, images: Tensor, query_noise: Tensor | None) -> EncoderInputs:
+    """What the operator is handed of an encoder and its images."""
+    convolutions = [module for module in encoder.cnn or () if isinstance(module, nn.Conv2d)]
+    maps = [module for module in encoder.token_mlp if isinstance(module, nn.Linear)]
+    parts: list[nn.Module] = [*convolutions, *([encoder.position] if convolutions else []), *maps]
+    queries, picks, seed = encoder.first_queries.before_tokens(encoder.queries, images, query_noise)
+    weights = _weights(parts) + ([] if seed is None else [seed])
+    for layer in encoder.transformer:
+        cross, own, ff = layer.cross, layer.self_attention, layer.ff
+        p = cross.projections
+        weights += _weights([cross.norm_q, cross.norm_tokens, p.to_q, p.to_kv, p.to_out])
+        weights += _weights([own.norm, own.to_qkv, own.to_out, ff.norm, ff.w1, ff.w2])
+    weights += _weights([encoder.norm, *([encoder.output] if isinstance(encoder.output, nn.Linear) else [])])
+    return EncoderInputs(
+        images=images,
+        queries=queries,
+        grid=encoder.grid if convolutions else None,
+        picks=picks,
+        weights=weights,
+        strides=[module.stride[0] for module in convolutions],
+        heads=encoder.transformer[0].self_attention.heads,
+        eps=encoder.norm.eps,
+    )
+
+
+def _weights(parts: Iterable[nn.Module]) -> list[Tensor]:
+    return [t for part in parts for t in (cast(Tensor, part.weight), cast(Tensor, part.bias))]
+
+
+def unlike_the_operator(encoder: Encoder) -> str:
+    """Why an encoder that somebody has changed computes something else than the operator does; "" where it does not."""
+    if type(encoder) is not Encoder:
+        return f"it is a {type(encoder).__name__}"
+    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in encoder.modules()):
+        return "a hook waits for a part of it"
+    if not hasattr(encoder.first_queries, "before_tokens"):
+        return f"its first queries, {type(encoder.first_queries).__name__}, do not come before the tokens"
+    if [type(module) for module in encoder.token_mlp] != [nn.Linear, nn.GELU, nn.Linear]:
+        return "its token MLP is not two linear layers with GELU between them"
+    if any(type(layer) is not EncoderLayer for layer in encoder.transformer) or type(encoder.norm) is not nn.LayerNorm:
+        return "its Transformer has other layers"
+    if not 0 < len(encoder.transformer) <= MOST_LAYERS:
+        return f"its Transformer has {len(encoder.transformer)} layers: the operator has from 1 to {MOST_LAYERS}"
+    if type(encoder.output) not in (nn.Linear, nn.Identity):
+        return f"its output layer is a {type(encoder.output).__name__}"
+    return "" if encoder.cnn is None else _unlike_our_cnn(encoder.cnn)
+
+
+def _unlike_our_cnn(cnn: nn.Sequential) -> str:
+    """Why a CNN is not convolutions of odd kernels, padded by half of them, with GELU after each; or ""."""
+    for number, module in enumerate(cnn):
+        if number % 2 and not (type(module) is nn.GELU and module.approximate == "none"):
+            return f"layer {number} of its CNN is {type(module).__name__}, not the exact GELU"
+        if number % 2 == 0 and type(module) is not nn.Conv2d:
+            return f"layer {number} of its CNN is {type(module).__name__}, no convolution"
+        if isinstance(module, nn.Conv2d):
+            side = module.kernel_size[0]
+            plain = module.groups == 1 and module.dilation == (1, 1) and module.padding_mode == "zeros"
+            square = module.kernel_size == (side, side) and side % 2 and module.padding == (side // 2, side // 2)
+            if not (plain and square and module.stride[0] == module.stride[1] <= 4 and module.bias is not None):
+                return f"layer {number} of its CNN has another padding, dilation, shape or no bias"
+    return (
+        "" if 0 < len(cnn) <= 2 * MOST_LAYERS and len(cnn) % 2 == 0 else "its CNN has no layers, or ends without GELU"
+    )

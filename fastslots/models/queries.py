@@ -35,6 +35,16 @@ class LearnedQueries(nn.Module):
         """
         return learned.expand(len(images), -1, -1)
 
+    def before_tokens(
+        self, learned: Tensor, images: Tensor, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The same without tokens, for an encoder that is one operator (``fastslots.ops.encoder``).
+
+        Returns queries [B or 1, K, S], and for kinds that look at tokens: picks [B, K] int64, the token that seeds each
+        query, and W [S, S]; query k is then queries[k] + W · tokens[pick].
+        """
+        return learned, None, None
+
 
 class SampledQueries(nn.Module):
     """Queries drawn from one learned Gaussian for all slots (Slot Attention, Locatello et al., 2020).
@@ -61,6 +71,12 @@ class SampledQueries(nn.Module):
         if noise is None and self.training:
             noise = torch.randn(shape, device=learned.device, dtype=learned.dtype)
         return (learned + self.log_std.exp() * (self.draw if noise is None else noise)).expand(shape)
+
+    def before_tokens(
+        self, learned: Tensor, images: Tensor, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As ``LearnedQueries.before_tokens``."""
+        return self(learned, images, images, noise), None, None
 
 
 class SeededQueries(nn.Module):
@@ -94,6 +110,16 @@ class SeededQueries(nn.Module):
         under = self.token_of[seeds][..., None] == torch.arange(tokens.shape[1], device=tokens.device)
         picked = under.to(tokens.dtype) @ tokens  # [B, K, S]
         return learned + self.projection(torch.cat([picked, seen.to(picked.dtype)], -1))
+
+    def before_tokens(
+        self, learned: Tensor, images: Tensor, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As ``LearnedQueries.before_tokens``."""
+        patches = patch_features(images.to(learned.dtype), self.places)
+        seeds = farthest_patches(patches.detach(), self.slots)
+        seen = patches.gather(2, seeds[:, None].expand(-1, patches.shape[1], -1)).transpose(1, 2)
+        of_token, of_patch = self.projection.weight.split([learned.shape[2], patches.shape[1]], 1)
+        return learned + F.linear(seen, of_patch), self.token_of[seeds], of_token
 
 
 KINDS: dict[str, type[LearnedQueries] | type[SeededQueries] | type[SampledQueries]] = {

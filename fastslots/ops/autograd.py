@@ -225,3 +225,75 @@ def _token_attention_vjp(ctx, dgathered, _dlse):
 torch.library.register_autograd(
     "fastslots::token_attention", _token_attention_vjp, setup_context=_token_attention_setup
 )
+
+
+# ---- encoder ---------------------------------------------------------------------------------------------------------
+
+
+@_operator
+def encoder(
+    images: Tensor,
+    queries: Tensor,
+    grid: Tensor | None,
+    picks: Tensor | None,
+    weights: list[Tensor],
+    strides: list[int],
+    heads: int,
+    eps: float,
+    keep: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """-> the encoder's output and, with ``keep``, what its backward reads ([B, n]; without, [B, 0])."""
+    return backends.load(backend).encoder_fwd(images, queries, grid, picks, weights, strides, heads, eps, keep)
+
+
+@torch.library.register_fake("fastslots::encoder")
+def _(images, queries, grid, picks, weights, strides, heads, eps, keep, backend):
+    size = 0
+    if keep:
+        size = backends.load(backend).encoder_saved_size(images, queries, grid, picks, weights, strides, heads)
+    dtype = torch.promote_types(images.dtype, torch.float32)
+    out = images.new_empty(images.shape[0], queries.shape[1], weights[-1].shape[0])
+    return out, images.new_empty(images.shape[0], size, dtype=dtype)
+
+
+@_operator
+def encoder_backward(
+    dout: Tensor,
+    saved: Tensor,
+    images: Tensor,
+    queries: Tensor,
+    grid: Tensor | None,
+    picks: Tensor | None,
+    weights: list[Tensor],
+    strides: list[int],
+    heads: int,
+    eps: float,
+    backend: str,
+) -> list[Tensor]:
+    """-> gradients of queries, then of the weights."""
+    arguments = (images, queries, grid, picks, weights, strides, heads, eps)
+    return list(backends.load(backend).encoder_bwd(dout, saved, *arguments))
+
+
+@torch.library.register_fake("fastslots::encoder_backward")
+def _(dout, saved, images, queries, grid, picks, weights, strides, heads, eps, backend):
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (queries, *weights)]
+
+
+def _encoder_setup(ctx, inputs, output):
+    images, queries, grid, picks, weights, ctx.strides, ctx.heads, ctx.eps, _, ctx.backend = inputs
+    _, saved = output
+    ctx.mark_non_differentiable(saved)
+    ctx.save_for_backward(images, queries, grid, picks, saved, *weights)
+
+
+def _encoder_vjp(ctx, dout, _dsaved):
+    images, queries, grid, picks, saved, *weights = ctx.saved_tensors
+    arguments = (images, queries, grid, picks, weights, ctx.strides, ctx.heads, ctx.eps, ctx.backend)
+    dqueries, *dweights = encoder_backward(dout, saved, *arguments)
+    no_strides = None if ctx.strides else []  # torch takes an empty list for one of tensors
+    return None, dqueries, None, None, dweights, no_strides, None, None, None, None
+
+
+torch.library.register_autograd("fastslots::encoder", _encoder_vjp, setup_context=_encoder_setup)

@@ -11,6 +11,9 @@ A backend is a module of raw functions (no autograd) in ``fastslots.kernels``, i
     decoder_layer_bwd(dy, dslot_map, x, G, g, U, b, *ff, slot_mask, eps) -> dx, dG, dg, dU, db, *dff
     token_attention_fwd(rows, tokens) -> gathered, lse
     token_attention_bwd(dgathered, rows, tokens, gathered, lse) -> drows, dtokens
+    encoder_saved_size(images, queries, grid, picks, weights, strides, heads) -> elements an image, if it keeps them
+    encoder_fwd(images, queries, grid, picks, weights, strides, heads, eps, keep) -> out, saved (see encoder.py)
+    encoder_bwd(dout, saved, images, queries, grid, picks, weights, strides, heads, eps) -> dqueries, *dweights
     decoder_loss(inputs, need_grads, grad_scale) -> recon, interaction, gradients (see decoder_loss.py)
     slot_jacobian(tensors, tangents, slot_mask, eps) -> jacobian (see fastslots/models/decoder_jacobian.py)
 
@@ -31,7 +34,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 NAMES = ("reference", "cpu", "triton")
-OPS = ("cross_attention", "folded_cross_attention", "decoder_layer", "decoder_loss", "token_attention", "slot_jacobian")
+OPS = (
+    "cross_attention", "folded_cross_attention", "decoder_layer", "decoder_loss", "token_attention", "encoder",
+    "slot_jacobian",
+)  # fmt: skip
 
 
 def under_transform() -> bool:

@@ -148,6 +148,7 @@ struct TokenAttentionArgs {
 };
 
 // Images to what the posterior needs of each slot: CNN (or features as they are), tokens, Transformer, output layer.
+// With `picks`, the first query k is queries[k] + W·token[pick], W the seed weight [S, S].
 // The order of `weights` is that of `encoder_tensors` in fastslots/ops/encoder.py.
 template <typename T>
 struct EncoderArgs {
@@ -158,6 +159,7 @@ struct EncoderArgs {
   int64_t token_hidden, layer_count, outputs;  // outputs: rows of the output layer, 0 without one
   const int64_t* ff_widths;                    // [layer_count]
   const T *images, *queries;
+  const int64_t* picks;                        // [B, K] the token that seeds each query; null: none, and no seed weight
   const T* grid;                               // [T, 4] of the tokens; null for features
   const T* const* weights;
   T* out;                                      // [B, K, outputs or S]; null: backward

@@ -29,6 +29,19 @@ class Arrays {
     return object.is_none() ? nullptr : take<const uint8_t>(object, "slot_mask", shape);
   }
 
+  // int64, each from 0 to below `limit`.
+  const int64_t* indices(nb::handle object, const char* name, const Shape& shape, int64_t limit) {
+    const int64_t* const values = take<const int64_t>(object, name, shape);
+    int64_t count = 1;
+    for (int64_t axis : last_shape_) count *= axis;
+    for (int64_t i = 0; i < count; ++i) {
+      if (values[i] < 0 || values[i] >= limit) {
+        throw nb::value_error((std::string(name) + " must lie in 0.." + std::to_string(limit - 1)).c_str());
+      }
+    }
+    return values;
+  }
+
   // [.., .., .., n] with any strides but a contiguous last axis.
   const T* strided(nb::handle object, const char* name, const Shape& shape, int64_t strides[3]) {
     nb::ndarray<const T, nb::ndim<4>, nb::device::cpu> array;
@@ -69,7 +82,8 @@ class Arrays {
 
   template <typename E>
   [[noreturn]] static void throw_type(const char* name, const char* layout) {
-    const char* type = sizeof(E) == 1 ? "uint8" : sizeof(E) == 4 ? "float32" : "float64";
+    constexpr bool whole = std::is_integral_v<E>;
+    const char* type = whole ? (sizeof(E) == 1 ? "uint8" : "int64") : sizeof(E) == 4 ? "float32" : "float64";
     throw nb::type_error((std::string(name) + " must be a " + layout + " " + type + " array on the CPU").c_str());
   }
 

@@ -334,10 +334,10 @@ struct EncoderArrays {
   std::vector<Shape> shapes;  // of the weights
   std::vector<const T*> weights;
 
-  void take(Arrays<T>& arrays, nb::handle images, nb::handle queries, nb::handle grid, nb::list inputs,
+  void take(Arrays<T>& arrays, nb::handle images, nb::handle queries, nb::handle grid, nb::handle picks, nb::list inputs,
             const std::vector<int64_t>& conv_strides, int64_t heads, EncoderArgs<T>& args) {
     strides = conv_strides;
-    const int64_t convs = int64_t(strides.size()), before = convs ? 2 * convs + 2 : 0;
+    const int64_t convs = int64_t(strides.size()), before = (convs ? 2 * convs + 2 : 0) + !picks.is_none();
     const int64_t rest = int64_t(inputs.size()) - before - 6;
     args.conv_count = convs, args.layer_count = rest / kLayerWeights;
     if (rest < 0 || (rest % kLayerWeights != 0 && rest % kLayerWeights != 2)) {
@@ -379,6 +379,10 @@ struct EncoderArrays {
     }
     args.token_hidden = map("token_mlp", kAny, channels);
     map("token_mlp", S, args.token_hidden);
+    if (!picks.is_none()) {
+      args.picks = arrays.indices(picks, "picks", {args.batch, args.slots}, side * side);
+      next("seed", {S, S});
+    }
     const auto norm = [&] { next("norm", {S}), next("norm", {S}); };
     for (int64_t i = 0; i < args.layer_count; ++i) {
       norm(), norm();
@@ -398,14 +402,14 @@ struct EncoderArrays {
 // Forward: results are out [B, K, outputs] and, unless None, what the backward reads, [B, encoder_saved_size]. Backward:
 // out_grad is given, results are the gradients of queries and weights, each an array or None.
 template <typename T>
-void encoder(const std::string& isa, nb::handle images, nb::handle queries, nb::handle grid, nb::list weights,
-             const std::vector<int64_t>& strides, int64_t heads, nb::object saved, nb::object out_grad, nb::list results,
+void encoder(const std::string& isa, nb::handle images, nb::handle queries, nb::handle grid, nb::handle picks,
+             nb::list weights, const std::vector<int64_t>& strides, int64_t heads, nb::object saved, nb::object out_grad, nb::list results,
              double eps, int threads) {
   const Kernels<T>& kernels = kernels_for<T>(isa);
   Arrays<T> arrays;
   EncoderArgs<T> args = {};
   EncoderArrays<T> encoder;
-  encoder.take(arrays, images, queries, grid, weights, strides, heads, args);
+  encoder.take(arrays, images, queries, grid, picks, weights, strides, heads, args);
   const Shape out = {args.batch, args.slots, args.outputs ? args.outputs : args.width};
   args.eps = eps, args.threads = threads;
   if (!saved.is_none()) args.saved = arrays.output(saved, "saved", {args.batch, kernels.encoder_saved_size(args)});
@@ -428,11 +432,11 @@ void encoder(const std::string& isa, nb::handle images, nb::handle queries, nb::
 
 template <typename T>
 int64_t encoder_saved_size(const std::string& isa, nb::handle images, nb::handle queries, nb::handle grid,
-                           nb::list weights, const std::vector<int64_t>& strides, int64_t heads) {
+                           nb::handle picks, nb::list weights, const std::vector<int64_t>& strides, int64_t heads) {
   Arrays<T> arrays;
   EncoderArgs<T> args = {};
   EncoderArrays<T> encoder;
-  encoder.take(arrays, images, queries, grid, weights, strides, heads, args);
+  encoder.take(arrays, images, queries, grid, picks, weights, strides, heads, args);
   return kernels_for<T>(isa).encoder_saved_size(args);
 }
 
@@ -461,10 +465,11 @@ void bind(nb::module_& m, const std::string& suffix) {
   m.def(("token_attention_" + suffix).c_str(), &token_attention<T>, nb::arg("isa"), nb::arg("rows"), nb::arg("tokens"),
         nb::arg("outputs"), nb::arg("saved").none(), nb::arg("threads"));
   m.def(("encoder_" + suffix).c_str(), &encoder<T>, nb::arg("isa"), nb::arg("images"), nb::arg("queries"),
-        nb::arg("grid").none(), nb::arg("weights"), nb::arg("strides"), nb::arg("heads"), nb::arg("saved").none(),
+        nb::arg("grid").none(), nb::arg("picks").none(), nb::arg("weights"), nb::arg("strides"), nb::arg("heads"), nb::arg("saved").none(),
         nb::arg("out_grad").none(), nb::arg("results"), nb::arg("eps"), nb::arg("threads"));
   m.def(("encoder_saved_size_" + suffix).c_str(), &encoder_saved_size<T>, nb::arg("isa"), nb::arg("images"),
-        nb::arg("queries"), nb::arg("grid").none(), nb::arg("weights"), nb::arg("strides"), nb::arg("heads"));
+        nb::arg("queries"), nb::arg("grid").none(), nb::arg("picks").none(), nb::arg("weights"), nb::arg("strides"),
+        nb::arg("heads"));
 }
 
 }  // namespace

@@ -68,7 +68,7 @@ class Encoder {
   int64_t tokens_ = 0, token_input_ = 0, sums_size_ = 0;
   Convolution<T> convs_[kMostMaps];
   int64_t sides_[kMostMaps + 1] = {};
-  RowMap<T> position_, token1_, token2_, output_;
+  RowMap<T> position_, token1_, token2_, seed_, output_;
   RowNorm<T> norm_;
   QueryTransformer<T> transformer_;
   const T* positions_ = nullptr;  // [tokens][L], the same for all images
@@ -109,6 +109,7 @@ class Encoder {
     }
     token1_ = map(token_input_, a.token_hidden);
     token2_ = map(a.token_hidden, S);
+    if (a.picks) seed_ = pack_row_map<T>(next(), nullptr, S, S, pack);
     transformer_.K = K, transformer_.S = S, transformer_.H = a.heads, transformer_.tokens = tokens_;
     transformer_.count = a.layer_count, transformer_.eps = T(a.eps);
     transformer_.pack(next, a.ff_widths, pack);
@@ -176,13 +177,13 @@ class Encoder {
 
   struct Scratch {
     typename QueryTransformer<T>::Workspace transformer;
-    T *x, *dx, *out, *dtokens, *dhidden, *dinput;
+    T *x, *picked, *dx, *out, *dtokens, *dhidden, *dinput;
     T* pictures[2];
   };
 
   int64_t fill_scratch(Carver<T> c, Scratch& w, bool backward) const {
     w.transformer = transformer_.carve_workspace(c, backward);
-    w.x = c.take(K * L), w.out = c.take(K * whole_lanes<T>(results()));
+    w.x = c.take(K * L), w.picked = c.take(K * L), w.out = c.take(K * whole_lanes<T>(results()));
     w.dx = c.take(backward ? K * L : 0);
     w.dtokens = c.take(backward ? tokens_ * L : 0);
     w.dhidden = c.take(backward ? kRowTile * hidden_lanes() : 0);
@@ -206,6 +207,8 @@ class Encoder {
     Scratch w = {};
     return fill_scratch({nullptr}, w, backward);
   }
+
+  int64_t pick(int64_t b, int64_t k) const { return a.picks[b * K + k]; }
 
   // Planes [channels, side, side] -> pixels.
   void load_image(int64_t b, const Picture<T>& to) const {
@@ -243,6 +246,10 @@ class Encoder {
     const T* const queries = a.queries + (a.query_batch == 1 ? 0 : b) * K * S;
     for (int64_t k = 0; k < K; ++k) {
       for (int64_t j = 0; j < L; ++j) w.x[k * L + j] = j < S ? queries[k * S + j] : T(0);
+    }
+    if (a.picks) {
+      for (int64_t k = 0; k < K; ++k) std::memcpy(w.picked + k * L, s.tokens + pick(b, k) * L, size_t(L) * sizeof(T));
+      apply_rows<T>(seed_, w.picked, K, true, w.x);
     }
     transformer_.forward(s.tokens, w.x, s.layers, w.transformer);
     normalise_rows<T>(w.x, K, S, T(a.eps), s.final_normed, s.final_rstd);
@@ -296,6 +303,12 @@ class Encoder {
     normalise_rows_backward<T>(d, s.final_normed, s.final_rstd, K, S, false, w.dx);
     std::memset(w.dtokens, 0, size_t(tokens_ * L) * sizeof(T));
     transformer_.backward(s.tokens, w.dx, w.dtokens, s.layers, sums, w.transformer);
+    if (a.picks) {
+      for (int64_t k = 0; k < K; ++k) std::memcpy(w.picked + k * L, s.tokens + pick(b, k) * L, size_t(L) * sizeof(T));
+      accumulate_row_map<T>(seed_, w.picked, w.dx, K, sums);
+      apply_rows_transposed<T>(seed_, w.dx, K, false, w.picked);
+      for (int64_t k = 0; k < K; ++k) add_to<T>(w.dtokens + pick(b, k) * L, w.picked + k * L, L);
+    }
     if (a.query_batch == 1) {
       add_to<T>(sums + query_sum_, w.dx, K * L);
     } else {
@@ -416,6 +429,7 @@ class Encoder {
     }
     if (a.conv_count) map(position_);
     map(token1_), map(token2_);
+    if (a.picks) write_transposed(sums + seed_.weight_sum, S, S, L, *to++);
     for (int64_t i = 0; i < a.layer_count; ++i) {
       const QueryLayer<T>& l = transformer_.layers[i];
       norm(l.norm_q), norm(l.norm_tokens), map(l.to_q);
