@@ -11,6 +11,13 @@ from fastslots.cli import features
 from fastslots.config.presets import preset_names
 from fastslots.errors import UserError
 
+GENERATED = {
+    "sprites": ("coloured shapes on black, with occlusion", "2-4"),
+    "sprites-textured": ("the same with patterns, before clouds of two colours", "2-4"),
+    "scenes": ("rendered spheres, cubes and cylinders on a floor, in CLEVR's manner", "3-6"),
+}
+"""What ``generate`` makes: a description, and how many objects a scene has unless told otherwise."""
+
 
 def add_parser(commands) -> None:
     parser = commands.add_parser("data", help="check, pack, generate or encode data sets")
@@ -33,12 +40,14 @@ def add_parser(commands) -> None:
     pack.set_defaults(run=_pack)
 
     generate = actions.add_parser("generate", help="make a data set")
-    generate.add_argument("what", choices=("sprites",), help="sprites: coloured shapes on black, with occlusion")
+    kinds = "; ".join(f"{name}: {described}" for name, (described, _) in GENERATED.items())
+    generate.add_argument("what", choices=tuple(GENERATED), help=kinds)
     generate.add_argument("out", metavar="OUT", type=local_folder, help="packed folder to make")
     generate.add_argument("--count", type=int, required=True, help="images")
     generate.add_argument("--size", type=int, default=64, help="side in pixels (default 64)")
     generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--objects", default="2-4", metavar="A-B", help="shapes of a scene (default 2-4)")
+    usual = ", ".join(f"{name} {objects}" for name, (_, objects) in GENERATED.items())
+    generate.add_argument("--objects", metavar="A-B", help=f"objects of a scene (default: {usual})")
     generate.set_defaults(run=_generate)
 
     features.add_parser(actions)
@@ -106,31 +115,19 @@ def _pack(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    from fastslots.data.builtin.generate import make, pack
     from fastslots.data.open import Progress
     from fastslots.data.packed.dataset import PackedDataset
-    from fastslots.data.packed.writer import write_packed
-    from fastslots.data.readers.scene import Scene
-    from fastslots.data.sprites import SpritesDataset
 
     try:
-        least, most = (int(part) for part in args.objects.split("-"))
-        dataset = SpritesDataset(args.seed, args.size, (least, most), args.count)
-    except ValueError as error:
-        raise UserError(f"--count, --size or --objects: {error} (--objects is A-B, e.g. 2-4)") from None
+        least, most = (int(part) for part in (args.objects or GENERATED[args.what][1]).split("-"))
+    except ValueError:
+        raise UserError(f"--objects is A-B, e.g. 2-4, got {args.objects!r}") from None
+    settings = (args.seed, args.size, (least, most), args.count)
+    make(args.what, *settings)
     _free(args.out)
-
-    at_once = max(1, min(256, (1 << 22) // args.size**2))  # a few hundred MB while they are painted
-
-    def scenes(done: int):
-        for start in range(done, args.count, at_once):
-            images, masks, factors = dataset.scenes(range(start, min(start + at_once, args.count)))
-            for i in range(len(images)):
-                objects = int((factors["shape"][i] > 0).sum())
-                yield Scene(images[i], masks[i], objects, {name: values[i] for name, values in factors.items()})
-
-    settings = {"seed": args.seed, "size": args.size, "objects": args.objects, "count": args.count}
     with Progress(lambda done: done / args.count) as progress:
-        write_packed(args.out, scenes, "generated sprites", f"seed {args.seed}", settings, progress=progress)
+        pack(args.what, args.out, *settings, progress=progress)
     print(PackedDataset(args.out).info)
     return 0
 

@@ -15,6 +15,8 @@ from fastslots.config.spans import checked_span, in_steps
 from fastslots.errors import UserError, first_line
 
 SCHEDULES = ("constant", "cosine", "paper", "paper-clevrtex")
+BUILTIN = ("sprites", "sprites-textured", "scenes")
+"""Names that ``data`` takes for data that are made, not read (``fastslots.data.builtin``)."""
 TRACKERS = ("tensorboard", "wandb", "trackio")
 SPAN = "steps, or a share of the run such as 8%"
 LATER_FIELDS = ("queries", "cnn_kernel", "plateau_end", "decay_steps")
@@ -32,7 +34,7 @@ class TrainConfig(SlotVAEConfig):
     """
 
     preset_name: str = option("the preset that the run started from (a label)", "")
-    data: str = option("'sprites' (built in, made on the fly) or the path of a data set", "sprites")
+    data: str = option(f"built-in data ({', '.join(BUILTIN)}), or the path of a data set", "sprites")
     max_objects: int = option("drop scenes with more objects than this; 0 keeps all", 0)
     holdout: str = option(
         "combination of an object's factors that no image of the run shows, e.g. shape=square,hue=0.5:0.75", ""
@@ -116,7 +118,7 @@ class TrainConfig(SlotVAEConfig):
 
     def resolved(self) -> TrainConfig:
         """The same with local paths that hold in every working directory."""
-        named = self.data in ("", "sprites") or "://" in self.data or self.data.startswith(GIVEN)
+        named = self.data in ("", *BUILTIN) or "://" in self.data or self.data.startswith(GIVEN)
         data = self.data if named else str(Path(self.data).absolute())
         return dataclasses.replace(
             self, data=data, init_from=str(Path(self.init_from).absolute()) if self.init_from else ""

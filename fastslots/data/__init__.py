@@ -1,10 +1,10 @@
 """Data sets, recognised by content, and batches drawn from (seed, step) alone."""
 
+from fastslots.data.builtin.sprites import SpritesDataset
 from fastslots.data.loader import Batch, Loader, read_batch, to_float
 from fastslots.data.open import open_dataset
 from fastslots.data.sampling import batch_indices, step_seed
 from fastslots.data.splits import Splits, split_indices
-from fastslots.data.sprites import SpritesDataset
 
 __all__ = [
     "Batch",

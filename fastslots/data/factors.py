@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from fastslots.data.builtin import BUILTIN, BuiltinScenes
 from fastslots.data.readers.pictures import CODES
-from fastslots.data.sprites import SHAPES, SpritesDataset
 from fastslots.errors import UserError
 
 _NOT_OF_OBJECTS = {"visibility", "latents"}  # whether there is an object; a table whose columns nothing names
@@ -48,19 +48,25 @@ def _of_objects(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def counts_from_one(dataset: Any) -> bool:
-    """Our sprites' factors begin with the object of mask label 1; published sets' with the background, label 0."""
-    return _is_sprites(dataset)
+    """Factors of built-in data begin with the object of mask label 1; published sets' with the background, label 0."""
+    return _builtin(dataset) is not None
 
 
 def factor_words(dataset: Any) -> Mapping[str, tuple[str, ...]]:
     """Names of the values of factors that are codes, counted from 1."""
-    if _is_sprites(dataset):
-        return {"shape": SHAPES}
+    builtin = _builtin(dataset)
+    if builtin:
+        return builtin.WORDS
     return CODES if _kind(dataset).removeprefix("features of ").startswith("CLEVR") else {}
 
 
-def _is_sprites(dataset: Any) -> bool:
-    return isinstance(_whole(dataset), SpritesDataset) or _kind(dataset).endswith("generated sprites")
+def _builtin(dataset: Any) -> type[BuiltinScenes] | None:
+    """The class of built-in data, made on the fly or packed."""
+    whole = _whole(dataset)
+    if isinstance(whole, BuiltinScenes):
+        return type(whole)
+    kind = _kind(dataset).removeprefix("features of ")
+    return next((builtin for builtin in BUILTIN.values() if kind == builtin.KIND), None)
 
 
 def _kind(dataset: Any) -> str:

@@ -10,16 +10,19 @@ import numpy as np
 
 from fastslots.config.run import GIVEN, TrainConfig
 from fastslots.data import SpritesDataset, split_indices
+from fastslots.data.builtin import BUILTIN, TexturedSpritesDataset
+from fastslots.data.builtin.sprites import FACTORS
 from fastslots.data.factors import factor_words, numbered_objects
 from fastslots.data.given import check_map_style, is_ours, look_at
 from fastslots.data.holdout import Holdout
 from fastslots.data.packed.dataset import DatasetInfo
 from fastslots.data.packed.features import FeatureDataset, is_features
 from fastslots.data.sampling import Purpose, step_seed
-from fastslots.data.sprites import FACTORS
 from fastslots.errors import UserError
 
+SCENE_OBJECTS = (3, 6)  # of built-in rendered scenes, as in CLEVR6
 HELD_OUT = 1_000  # built-in images in val and in test
+ON_THE_FLY = ("sprites", "sprites-textured")  # built-in data that cost less than a step
 SEARCH = 100  # scenes that are looked through for each with a held-out combination
 
 
@@ -61,7 +64,7 @@ def open_source(config: TrainConfig, dataset: Any = None) -> Source:
         made = f"{features.channels} x {features.side} x {features.side} by {features.made_by.get('checkpoint')}"
         source = _split(features, f"{features.info}; {made}", config.holdout, features.info)
         return replace(source, digest=features.info.digest)
-    if config.data == "sprites":
+    if config.data in ON_THE_FLY:
         return _builtin(config)
     from fastslots.data import open_dataset
     from fastslots.data.check import check
@@ -69,9 +72,10 @@ def open_source(config: TrainConfig, dataset: Any = None) -> Source:
 
     max_objects = config.max_objects or None
     # What is read by byte range is not read whole first; what is fetched was compared with its checksum then.
-    quick = is_remote(config.data)
-    report = check(config.data, max_objects, config.resolution, quick=quick, on_bad_record=config.on_bad_record)
-    opened = open_dataset(config.data, max_objects, config.resolution, config.on_bad_record)
+    path = _made_once(config) if config.data in BUILTIN else config.data
+    quick = is_remote(path)
+    report = check(path, max_objects, config.resolution, quick=quick, on_bad_record=config.on_bad_record)
+    opened = open_dataset(path, max_objects, config.resolution, config.on_bad_record)
     source = _split(opened, str(opened.info), config.holdout, opened.info)
     return replace(source, warnings=report.warnings, digest=opened.info.digest)
 
@@ -101,7 +105,7 @@ def _builtin(config: TrainConfig) -> Source:
     avoid = _avoidable(config) if config.holdout else None
 
     def sprites(seed: int, count: int) -> tuple[SpritesDataset, range]:
-        return SpritesDataset(seed, config.resolution, objects, count, avoid), range(count)
+        return _sprites(config, seed, count, avoid), range(count)
 
     splits = {
         "train": sprites(step_seed(config.seed, 0, Purpose.TRAIN) >> 1, 1 << 31),
@@ -112,7 +116,21 @@ def _builtin(config: TrainConfig) -> Source:
     shapes = f"{least} to {most} coloured shapes at {config.resolution} x {config.resolution}"
     without = f", none with {config.holdout}" if config.holdout else ""
     note = f"val and test {HELD_OUT} images each"
-    return Source(f"built-in sprites, made on the fly: {shapes}{without}; {note}", splits, split_note=note)
+    return Source(f"built-in {config.data}, made on the fly: {shapes}{without}; {note}", splits, split_note=note)
+
+
+def _sprites(config: TrainConfig, seed: int, count: int, avoid: Holdout | None = None) -> SpritesDataset:
+    kind = TexturedSpritesDataset if config.data == "sprites-textured" else SpritesDataset
+    return kind(seed, config.resolution, _objects(config), count, avoid)
+
+
+def _made_once(config: TrainConfig) -> str:
+    """The folder in the cache of built-in scenes that cost more than a step each."""
+    from fastslots.data.builtin.generate import CACHED, cached
+    from fastslots.data.open import Progress
+
+    with Progress(lambda done: done / CACHED) as progress:
+        return str(cached(config.data, 0, config.resolution, SCENE_OBJECTS, progress))
 
 
 def unseen(config: TrainConfig, count: int) -> tuple[Any, np.ndarray]:
@@ -125,14 +143,14 @@ def unseen(config: TrainConfig, count: int) -> tuple[Any, np.ndarray]:
     """
     if not config.holdout:
         raise UserError("the run held no combination out: train with --holdout shape=square,hue=0.5:0.75, say")
-    if config.data != "sprites":
+    if config.data not in ON_THE_FLY:
         dataset, rows = open_source(replace(config, holdout="")).splits["test"]
         found = np.asarray(rows)[_held_out(dataset, rows, config.holdout)]
         if not len(found):
             raise UserError(f"holdout {config.holdout!r}: no test image has such an object: widen it")
         return dataset, found[:count]
     holdout = _builtin_holdout(config)
-    dataset = SpritesDataset(step_seed(0, 0, Purpose.TEST) >> 1, config.resolution, _objects(config), SEARCH * count)
+    dataset = _sprites(config, step_seed(0, 0, Purpose.TEST) >> 1, SEARCH * count)
     parts: list[np.ndarray] = []
     for first in range(0, len(dataset), HELD_OUT):
         scenes = np.arange(first, min(first + HELD_OUT, len(dataset)))

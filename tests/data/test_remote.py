@@ -17,10 +17,10 @@ from tiny import MODEL_8
 
 from fastslots.cli import main
 from fastslots.data import open_dataset
+from fastslots.data.builtin.sprites import SpritesDataset
 from fastslots.data.check import check
 from fastslots.data.open import pack
 from fastslots.data.packed.ranges import Range, fetch
-from fastslots.data.sprites import SpritesDataset
 from fastslots.errors import UserError
 from fastslots.train import TrainConfig, fit
 

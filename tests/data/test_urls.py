@@ -12,8 +12,8 @@ import pytest
 from tiny import MODEL_8
 
 from fastslots.cli import main
+from fastslots.data.builtin.sprites import SpritesDataset
 from fastslots.data.open import pack
-from fastslots.data.sprites import SpritesDataset
 from fastslots.train import TrainConfig, fit
 
 TINY = dict(MODEL_8, batch_size=2, threads=1, eval_every=0, eval_images=2)

@@ -10,7 +10,7 @@ import torch.nn as nn
 from tiny import MODEL_8
 from torch import Tensor
 
-from fastslots.data.sprites import SpritesDataset
+from fastslots.data.builtin.sprites import SpritesDataset
 from fastslots.errors import UserError
 from fastslots.evaluation.evaluate import evaluate
 from fastslots.evaluation.grids import SlotPictures

@@ -10,11 +10,11 @@ import torch
 
 from fastslots.cli import main
 from fastslots.config.run import TrainConfig, read_config
+from fastslots.data.builtin.sprites import FACTORS, SHAPES, SpritesDataset
 from fastslots.data.factors import factor_words
 from fastslots.data.given import LOOKED_AT
 from fastslots.data.holdout import Holdout
 from fastslots.data.sources import open_source, unseen
-from fastslots.data.sprites import FACTORS, SHAPES, SpritesDataset
 from fastslots.errors import UserError
 from fastslots.evaluation.evaluate import evaluate
 from fastslots.models import SlotVAE

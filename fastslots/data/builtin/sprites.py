@@ -7,8 +7,12 @@ that owns most of a pixel's samples, numbered from 1 in painter's order.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import numpy as np
 
+from fastslots.data.builtin.base import BuiltinScenes
 from fastslots.data.holdout import Holdout
 from fastslots.data.sampling import random_u64
 
@@ -22,7 +26,7 @@ _DRAWS = 7  # random numbers a shape: y, x, radius, shape, hue, saturation, valu
 FACTORS = ("y", "x", "radius", "shape", "hue", "saturation", "value")
 
 
-class SpritesDataset:
+class SpritesDataset(BuiltinScenes):
     """Scenes made on the fly; map-style, of any length.
 
     Args:
@@ -31,6 +35,9 @@ class SpritesDataset:
         count: length of the set; scenes beyond the first few thousand cost nothing until asked for.
         avoid: scenes with such an object are drawn again.
     """
+
+    KIND = "generated sprites"
+    WORDS: ClassVar[Mapping[str, tuple[str, ...]]] = {"shape": SHAPES}
 
     def __init__(
         self,
@@ -46,25 +53,6 @@ class SpritesDataset:
             raise ValueError(f"{expected} expected, got {size}, {count}, {objects}")
         self.seed, self.size, self.objects, self.count, self.avoid = seed, size, (least, most), count, avoid
         self._window = np.arange(int(np.ceil(2 * RADIUS[1] * 2 * size)) + 1)  # samples that any shape fits into
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> dict[str, object]:
-        """{"image": uint8 [R,R,3], "mask": uint8 [R,R], "factors": {name: [max objects]}}"""
-        if not -self.count <= index < self.count:
-            raise IndexError(index)
-        images, masks, factors = self.scenes(np.array([index % self.count]))
-        return {"image": images[0], "mask": masks[0], "factors": {name: v[0] for name, v in factors.items()}}
-
-    def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """images uint8 [n, R, R, 3], masks uint8 [n, R, R]"""
-        images, masks, _ = self.scenes(np.asarray(indices))
-        return images, masks
-
-    def factors_of(self, indices: np.ndarray | range) -> dict[str, np.ndarray]:
-        """Generating factors [n, max objects] by name, 0 beyond a scene's count."""
-        return self.scenes(indices)[2]
 
     def scenes(self, indices: np.ndarray | range) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         """Images, masks and factors of many scenes at once; those that hide a shape are drawn again together."""
@@ -84,7 +72,7 @@ class SpritesDataset:
                 wanted &= ~self.avoid.matches(_named(drawn, present), present)
             good = wanted | (attempt == attempts - 1)
             place = pending[good]
-            images[place], masks[place] = self._render(owner[good], drawn[good])
+            images[place], masks[place] = self._render(owner[good], drawn[good], indices[place])
             factors[place] = np.where(present[good, :, None], drawn[good], 0)
             pending = pending[~good]
             if not len(pending):
@@ -138,20 +126,20 @@ class SpritesDataset:
         left = np.stack([(owner == j + 1).sum((1, 2)) for j in range(most)], 1)
         return owner, left >= np.maximum(MIN_VISIBLE * area, 1)
 
-    def _render(self, owner: np.ndarray, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 images and masks from the owner of every sample."""
+    def _render(self, owner: np.ndarray, drawn: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 images and masks from the owner of every sample; ``indices`` of these scenes are for other paints."""
         n, most = drawn.shape[:2]
         palette = np.zeros((n, most + 1, 3), np.float32)
-        palette[:, 1:] = _rgb(drawn[:, :, 4], drawn[:, :, 5], drawn[:, :, 6])
+        palette[:, 1:] = rgb(drawn[:, :, 4], drawn[:, :, 5], drawn[:, :, 6])
         first, *others = (owner[:, y::2, x::2] for y in (0, 1) for x in (0, 1))  # [n, R, R] each
         masks = np.ascontiguousarray(first)
-        images = _to_uint8(palette)[np.arange(n)[:, None, None], masks]
+        images = to_uint8(palette)[np.arange(n)[:, None, None], masks]
         # That is all for pixels with one owner; the others, few and along edges, mix colours and vote.
         mixed = np.zeros(masks.shape, bool)
         for other in others:
             mixed |= other != first
         samples = np.stack([part[mixed] for part in (first, *others)])  # [4, pixels]
-        images[mixed] = _to_uint8(sum(palette[np.nonzero(mixed)[0], part] for part in samples) / 4)
+        images[mixed] = to_uint8(sum(palette[np.nonzero(mixed)[0], part] for part in samples) / 4)
         votes = np.stack([(samples == label).sum(0, dtype=np.uint8) for label in range(most + 1)])
         masks[mixed] = votes.argmax(0)
         return images, masks
@@ -163,11 +151,11 @@ def _named(factors: np.ndarray, present: np.ndarray) -> dict[str, np.ndarray]:
     return named | {"shape": np.where(present, named["shape"].astype(np.uint8) + 1, 0).astype(np.uint8)}
 
 
-def _to_uint8(colours: np.ndarray) -> np.ndarray:
+def to_uint8(colours: np.ndarray) -> np.ndarray:
     return (colours * 255 + 0.5).astype(np.uint8)
 
 
-def _rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
+def rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
     """HSV in [0, 1] to RGB in [0, 1], as ``colorsys.hsv_to_rgb``, for arrays."""
     sector = hue[..., None] * 6 + np.array([5, 3, 1], np.float32)
     k = sector % 6
