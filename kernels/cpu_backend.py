@@ -4,7 +4,7 @@ Arrays are passed through DLPack, contiguous and detached, in fp32 or fp64. 16-b
 call, results narrowed to the dtypes of the inputs: nothing is accumulated in 16 bits.
 
 Threads are torch's (``torch.set_num_threads``), and so is the pool: the module has no OpenMP runtime of its own.
-Results are the same bits on every call with the same number of threads, and the same for 1, 2 and 4 threads.
+Results are the same bits on every call, for any number of threads.
 
 The instruction set is the best that the processor has; ``FASTSLOTS_ISA`` or ``set_isa`` name another (avx512, avx2,
 portable).

@@ -207,7 +207,8 @@ class DecoderLoss {
 
   void reduce() {
     const Sums shared = shared_sums(shared_base);
-    const Partials all{plan.tasks(), shared_size};
+    add_partials<T>(shared_base, plan.tasks(), shared_size, a.threads);
+    const Partials all{1, shared_size};
     for (int64_t i = 0; i < a.layer_count; ++i) {
       const auto& w = a.layers[i];
       const auto& to = a.layer_grads[i];
@@ -221,7 +222,8 @@ class DecoderLoss {
                      a.head_grads[0].weight, a.head_grads[0].bias, a.head_norm_weight_grad, a.head_norm_bias_grad);
     reduce_mlp(decoder.head(), 1, shared.head, all, a.head_grads);
     if (a.query_map_grads) reduce_mlp(decoder.query_mlp(), 0, shared.query, all, a.query_map_grads);
-    const Partials parts{plan.pixel_parts, a.batch * image_size};
+    add_partials<T>(image_base, plan.pixel_parts, a.batch * image_size, a.threads);
+    const Partials parts{1, a.batch * image_size};
     auto body = [&](int64_t b, int) {
       const Sums sums = image_sums(image_base + b * image_size);
       for (int64_t i = 0; i < a.layer_count; ++i) {

@@ -58,7 +58,7 @@ class Encoder {
       }
     };
     parallel_for(groups, int(workers), body);
-    add_groups(sums.get(), groups);
+    add_partials<T>(sums.get(), groups, sums_size_, a.threads);
     write_gradients(sums.get());
   }
 
@@ -387,19 +387,6 @@ class Encoder {
       din.border = convs_[i - 1].kernel / 2, din.data = w.pictures[1 - at];
       convolve_backward<T>(convs_[i], dout, din);
     }
-  }
-
-  // The sums of all groups into those of the first.
-  void add_groups(T* sums, int64_t groups) const {
-    constexpr int64_t kPart = 4096;
-    const int64_t parts = (sums_size_ + kPart - 1) / kPart;
-    auto body = [&](int64_t part, int) {
-      const int64_t first = part * kPart, count = sums_size_ - first < kPart ? sums_size_ - first : kPart;
-      for (int64_t group = 1; group < groups; ++group) {
-        add_to<T>(sums + first, sums + group * sums_size_ + first, count);
-      }
-    };
-    parallel_for(groups > 1 ? parts : 0, a.threads, body);
   }
 
   static void write_vector(const T* from, int64_t count, T* to) {

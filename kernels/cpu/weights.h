@@ -73,6 +73,17 @@ void carve_sums(Carver<T>& carver, int64_t rows, int64_t columns, LinearSums<T>&
   sums.bias = carver.take(rows * kLanes<T>);
 }
 
+// Adds `count` buffers of `size` elements, one behind the other, into the first, in their order.
+template <typename T>
+void add_partials(T* sums, int64_t count, int64_t size, int threads) {
+  constexpr int64_t kPart = 4096;  // elements: stays in the nearest cache while its partners stream by
+  auto body = [&](int64_t part, int) {
+    const int64_t first = part * kPart, own = size - first < kPart ? size - first : kPart;
+    for (int64_t i = 1; i < count; ++i) add_to<T>(sums + first, sums + i * size + first, own);
+  };
+  parallel_for(count > 1 ? (size + kPart - 1) / kPart : 0, threads, body);
+}
+
 // The same sums in each of `count` equal partial buffers, `stride` elements apart.
 struct Partials {
   int64_t count, stride;

@@ -260,13 +260,13 @@ def test_nan_comes_through(place):
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("isa", cpu_backend.ISAS)
-def test_same_bits_every_time_for_one_two_and_four_threads(isa, shared):
+def test_same_bits_every_time_for_any_number_of_threads(isa, shared):
     cpu_backend.set_isa(isa)
     shape = SHAPES["sprites-mini"]._replace(B=8, L=200)
     inputs = in_dtype(loss_inputs(shape, shared=shared, weighted=True), torch.float32)
     torch.set_num_threads(1)
     once = loss_and_gradients(inputs)
-    for threads in (1, 2, 4) * 5:
+    for threads in (1, 2, 3, 8) * 3:
         torch.set_num_threads(threads)
         for a, b in zip(loss_and_gradients(inputs), once, strict=True):
             assert torch.equal(a, b)

@@ -89,12 +89,12 @@ def test_scores_that_would_overflow_and_nan():
 
 @pytest.mark.parametrize("isa", cpu_backend.ISAS)
 @pytest.mark.parametrize("name", ["sprites", "sprites-mini", "tile+1"])
-def test_same_bits_every_time_for_one_two_and_four_threads(isa, name):
+def test_same_bits_every_time_for_any_number_of_threads(isa, name):
     cpu_backend.set_isa(isa)
     inputs = inputs_of(name, torch.float32)
     torch.set_num_threads(1)
     once = values_and_gradients(*inputs)
-    for threads in (1, 2, 4) * 5:
+    for threads in (1, 2, 3, 8) * 3:
         torch.set_num_threads(threads)
         for a, b in zip(values_and_gradients(*inputs), once, strict=True):
             assert torch.equal(a, b)

@@ -1,6 +1,6 @@
 // slot_jacobian of every instruction set. Slots are linear here, k = k0 + Σ_j z_j keys_j and v likewise, so that G, g and
 // U follow a change of z exactly: the double build is held against central differences of the decoder in long double,
-// the others against the double build; the same bits for 1, 2 and 4 threads.
+// the others against the double build; the same bits for any number of threads.
 #include "reference.h"
 
 using namespace fastslots;
