@@ -19,6 +19,7 @@ from fastslots.runs.folder import RunFolder
 
 DEFAULT_PRESET = "sprites-mini"
 CONFIG_HELP = "fields from a run's config.json; what it leaves out is PRESET's, or without one the default given below"
+RESTART_HELP = "with --resume, where no checkpoint can be read: set all aside and begin at step 0"
 _FLAGS_ELSEWHERE = ("preset_name",)
 
 
@@ -31,6 +32,7 @@ def add_parser(commands) -> None:
     parser.add_argument("preset", nargs="?", help=f"one of {', '.join(preset_names())} (default {DEFAULT_PRESET})")
     parser.add_argument("--out", type=Path, help="folder of the run (default: the next free one in runs/)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--restart", action="store_true", help=RESTART_HELP)
     parser.add_argument("--config", type=Path, metavar="FILE", help=CONFIG_HELP)
     add_allow_remote(parser)
     add_fields(parser)
@@ -129,11 +131,13 @@ def run(args: argparse.Namespace) -> int:
     config = config_of(args)
     if args.resume and args.out is None:
         raise UserError("--resume needs --out, the folder of the run to go on with")
+    if args.restart and not args.resume:
+        raise UserError("--restart goes with --resume: without it a run begins at step 0 in a folder of its own")
     from fastslots.distributed import LostProcessError
     from fastslots.train.loop import NonFiniteLossError, fit
 
     try:
-        result = fit(config, out=args.out, resume=args.resume)
+        result = fit(config, out=args.out, resume=args.resume, restart=args.restart)
     except NonFiniteLossError as error:
         print(f"fastslots: stopped: {error}", file=sys.stderr)
         return 1

@@ -18,6 +18,8 @@ def option(help: str, default: object) -> Any:
 
 MOST_LAYERS = 16
 """Of a decoder, and linear layers of its head: what the C++ kernels hold (``kMostMaps``)."""
+MOST = {"resolution": 4096, "octaves": 64, "encoder_layers": 1000, "slot_attention_iterations": 1000}
+"""The largest values that a configuration may hold, for it may come from somebody else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +142,9 @@ class SlotVAEConfig:
         )  # fmt: skip
         self._at_least(1, *positive)
         self._at_least(0, *zero_allowed, "alpha", "beta", "sigma", "jacobian_weight")
+        for name, most in MOST.items():
+            if getattr(self, name) > most:
+                raise UserError(f"{name} must be at most {most}, got {getattr(self, name)}")
         for name, layers in (("decoder_layers", self.decoder_layers), ("output_hidden", len(self.output_hidden) + 1)):
             if layers > MOST_LAYERS:
                 raise UserError(f"{name} asks for {layers} layers, more than {MOST_LAYERS}: ask for fewer")

@@ -20,7 +20,7 @@ from fastslots.models.slot_decoder import Decoded, SlotDecoder, as_slot_decoder,
 from fastslots.ops import interaction_penalty
 from fastslots.ops.reference import reconstruction_error
 from fastslots.runs.folder import RunFolder
-from fastslots.runs.weights import read_weights, unreadable, weights_bytes
+from fastslots.runs.weights import model_budget, read_weights, unreadable, weights_bytes
 
 
 class Posterior(NamedTuple):
@@ -94,12 +94,15 @@ class SlotVAE(nn.Module):
     def from_file(cls, path: str | Path) -> SlotVAE:
         """The model of a weights file that a run has written, in evaluation mode, on the CPU.
 
-        Raises UserError where the file is none, or damaged.
+        Raises UserError where the file is none, or damaged, or its configuration is of a larger model than it holds.
         """
         config, state = read_weights(Path(path))
         try:
-            model = cls(config)
+            with model_budget(config, state):
+                model = cls(config)
             model.load_state_dict(state)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
         except (RuntimeError, ValueError, TypeError, MemoryError) as error:
             raise unreadable(Path(path), error) from None
         return model.eval()

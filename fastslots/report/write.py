@@ -46,7 +46,7 @@ def write_report(
             write_explorer(folder, config, progress=progress)
         facts.append(run_facts(run, reader))
     path = out or RunFolder(runs[0]).report
-    write_atomic(path, render(facts).encode())
+    write_atomic(path, render(facts).encode(errors="backslashreplace"))  # paths may be no text
     return path
 
 

@@ -5,16 +5,18 @@ Whoever writes or reads a file of a run asks a ``RunFolder`` for its path, and d
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fastslots.config.run import TrainConfig, read_config
 from fastslots.errors import UserError
-from fastslots.files import read_file, write_atomic
+from fastslots.files import PARTIAL, read_file, refuse_special, write_atomic
 
 WEIGHTS = ("best", "last")
 _CHECKPOINT = re.compile(r"step_(\d+)\.safetensors")
@@ -22,9 +24,18 @@ _GRID = re.compile(r"step_(\d+)\.png")
 
 
 class RunFolder:
-    """Paths of a run; ``create`` makes them and keeps other processes out until ``release``, or until this one ends."""
+    """Paths of a run; ``create`` makes them and keeps other processes out until ``release``, or until this one ends.
 
-    def __init__(self, path: Path):
+    next_of: the preset of a run that takes the next free folder; None: ``path`` it is, whatever is there.
+    """
+
+    def __init__(self, path: Path, next_of: str | None = None):
+        self._next_of = next_of
+        self._lock: int | None = None
+        self.locate(path)
+
+    def locate(self, path: Path) -> None:
+        """Have the run at ``path``: of several processes one makes the folder, and the others learn where."""
         self.path = path
         self.config = path / "config.json"  # the resolved configuration
         self.data = path / "data.txt"  # what the images are, and their split
@@ -38,7 +49,6 @@ class RunFolder:
         self.scores = path / "scores.json"  # J-ARI and FG-ARI of each image of the newest evaluation
         self.explorer = path / "explorer.json"  # pictures of the slot explorer, when all steps are done
         self.report = path / "report.html"  # curves, grids, scores, explorer
-        self._lock: int | None = None
 
     def checkpoint(self, step: int) -> Path:
         """What a resume after ``step`` needs."""
@@ -72,11 +82,12 @@ class RunFolder:
         number = 1
         while (root / f"{preset or 'run'}-{number}").exists():
             number += 1
-        return cls(root / f"{preset or 'run'}-{number}")
+        return cls(root / f"{preset or 'run'}-{number}", preset)
 
     def claim(self, resume: bool) -> None:
         """UserError where a run must not be written here."""
-        if self.config.exists() and not resume:
+        state = (self.config, self.metrics, self.last_weights, *(path for _, path in self.checkpoint_files()))
+        if not resume and any(os.path.lexists(file) for file in state):
             raise UserError(f"{self.path} already holds a run: add --resume to go on with it, or name another --out")
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file: name a folder for --out")
@@ -84,14 +95,15 @@ class RunFolder:
         if not os.access(parent, os.W_OK):
             raise UserError(f"{parent} cannot be written: name another --out")
 
-    def create(self) -> None:
-        """Make the folders. UserError where that fails, or another process writes here."""
+    def create(self) -> bytes:
+        """Make the folders, take the lock and remove what a kill left half written -> the path, as bytes.
+
+        Raises UserError where the folder cannot be written, another process writes it, or links stand in it.
+        """
         try:
-            for folder in (self.checkpoints, self.images):
-                folder.mkdir(parents=True, exist_ok=True)
+            self._make()
         except OSError as error:
             raise UserError(f"{self.path} cannot be written ({error.strerror}): name another --out") from None
-        self._lock = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -101,6 +113,38 @@ class RunFolder:
             ) from None
         except OSError:  # a file system without locks
             pass
+        for folder in (self.path, self.checkpoints, self.images):
+            for torn in folder.glob(f".*{PARTIAL}"):
+                with contextlib.suppress(OSError):
+                    torn.unlink()
+        return os.fsencode(self.path)
+
+    def _make(self) -> None:
+        while self._next_of is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.path.mkdir()
+                self._next_of = None
+            except FileExistsError:  # another run has taken it meanwhile
+                self.locate(RunFolder.next_free(self._next_of, self.path.parent).path)
+        for entry in self._entries():
+            refuse_special(entry)
+        for folder in (self.checkpoints, self.images):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.path, os.O_RDONLY)
+
+    def _entries(self) -> Iterator[Path]:
+        """What a run would write over."""
+        yield from (self.checkpoints, self.images, self.config, self.data, self.machine, self.metrics, self.machine_log)
+        yield from (self.last_weights, self.scores, self.explorer, self.report)
+        for pattern in ("nan_batch*", "checkpoints/*", "images/*"):
+            yield from self.path.glob(pattern)
+
+    def remake(self, config: str) -> None:
+        """Make the folders anew, with this config.json, where somebody has removed them. UserError where that fails."""
+        self.release()
+        self.create()
+        write_atomic(self.config, config.encode())
 
     def release(self) -> None:
         """Let other processes write here."""

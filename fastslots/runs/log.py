@@ -6,14 +6,17 @@ import contextlib
 import json
 import math
 import os
+import shutil
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL.Image import Image
 
 from fastslots.errors import UserError
+from fastslots.files import open_log
 from fastslots.runs.curves import is_number
 from fastslots.runs.folder import RunFolder
 
@@ -22,20 +25,28 @@ class Lines:
     """One flushed JSON object a line. A resume first cuts what lies after its checkpoint; ``last`` is what remains."""
 
     def __init__(self, path: Path, last_step: int = 0):
-        self.last = _cut(path, last_step) if path.exists() else {}
-        # Unbuffered: Python's buffers lose what they hold when a write fails half-way on a full disk.
-        self._file = open(path, "ab", buffering=0)
+        self._path, self._file = path, open_log(path)
+        self.last = _cut(self._file, last_step)
         self._pending = b""
+        self._lock = threading.Lock()  # lines come from the loop, ``sync`` from the thread that writes checkpoints
 
     def write(self, values: dict[str, object]) -> None:
         """OSError where the disk is full; the line is kept and written with the next that succeeds."""
         # JSON has no NaN: null says the same and every reader takes it.
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._pending += json.dumps(clean).encode() + b"\n"
-        self._flush()
+        with self._lock:
+            self._pending += json.dumps(clean).encode() + b"\n"
+            self._flush()
 
     def sync(self) -> None:
-        """Bring to the disk what has been written."""
+        """Bring to the disk what has been written; where the file was removed or moved meanwhile, as a
+        new one."""
+        with self._lock:
+            if not os.path.lexists(self._path):
+                removed, self._file = self._file, open_log(self._path)
+                with removed, open(removed.fileno(), "rb", closefd=False) as lines:
+                    lines.seek(0)
+                    shutil.copyfileobj(lines, self._file)
         os.fsync(self._file.fileno())
 
     def _flush(self) -> None:
@@ -99,17 +110,18 @@ class MetricsLog:
                 tracker.close()
 
 
-def _cut(path: Path, last_step: int) -> dict[str, Any]:
+def _cut(log: BinaryIO, last_step: int) -> dict[str, Any]:
     """Remove what follows the lines up to ``last_step``; the last of those. In place, so that a kill meanwhile, or a
     full disk, loses nothing; and a long log is never in memory."""
     place = end = 0
     last = b"{}"
-    with open(path, "r+b") as file:
-        for line in file:
+    with open(log.fileno(), "rb", closefd=False) as lines:
+        lines.seek(0)
+        for line in lines:
             place += len(line)
             if line.endswith(b"\n") and _step_of(line) <= last_step:
                 end, last = place, line
-        file.truncate(end)
+    log.truncate(end)
     return json.loads(last)
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fastslots.errors import UserError
-from fastslots.files import read_file, write_atomic
+from fastslots.files import forget_cached, read_file, set_aside, write_atomic
 from fastslots.runs.folder import RunFolder
 
 MOST_PENDING = 2  # works of a Writer that may wait, each with its snapshot in memory
@@ -65,14 +65,24 @@ def snapshot(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_checkpoint(folder: RunFolder, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a run's checkpoint and drop all but the newest ``keep``."""
+    """Write a run's checkpoint and drop all but the newest ``keep``.
+
+    Nothing is dropped before the new one has been read back from the disk and verified. Raises UserError where it was
+    not written, or does not verify: it is set aside then, and those before it stay.
+    """
     path = folder.checkpoint(checkpoint.step)
     write_atomic(path, checkpoint.to_bytes())
-    # Newer ones were damaged when this run went on from one before them: counted, they would push out good ones.
-    newer = [other for step, other in folder.checkpoint_files() if step > checkpoint.step]
+    try:
+        forget_cached(path)
+        load_checkpoint(path)
+    except UserError as error:
+        raise UserError(f"{error}, just after it was written: it is set aside as {set_aside(path)}") from None
+    for step, other in folder.checkpoint_files():
+        if step > checkpoint.step:  # this run went on from one before it, for it could not be read
+            set_aside(other)
     older = [other for step, other in folder.checkpoint_files() if step <= checkpoint.step]
     torn = folder.checkpoints.glob(".step_*.partial")  # of a kill: each would take a checkpoint's room for good
-    for other in [*newer, *older[:-keep], *torn]:
+    for other in [*older[:-keep], *torn]:
         with contextlib.suppress(OSError):  # somebody else has removed it
             other.unlink()
     return path
@@ -82,19 +92,46 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read and verify; UserError where the file is damaged."""
     try:
         return Checkpoint.from_bytes(read_file(path))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except ValueError as error:
         raise UserError(f"{path} is damaged ({error})") from None
 
 
-def latest_checkpoint(folder: RunFolder) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, and what was said of newer ones that do not."""
-    damaged: list[str] = []
+def latest_checkpoint(folder: RunFolder) -> tuple[Checkpoint | None, dict[Path, str]]:
+    """The newest checkpoint that verifies, and newer ones that do not, each with the reason."""
+    damaged: dict[Path, str] = {}
     for _, path in reversed(folder.checkpoint_files()):
         try:
             return load_checkpoint(path), damaged
         except UserError as error:
-            damaged.append(str(error))
+            damaged[path] = str(error)
     return None, damaged
+
+
+def checkpoint_to_resume(folder: RunFolder, damaged: dict[Path, str], restart: bool) -> bytes:
+    """The newest good checkpoint of a run, or nothing where it has none; ``damaged`` gets newer ones and the reasons.
+
+    restart: where none of them can be read, set the logs aside too, so that nothing of the run is lost.
+
+    Raises UserError where none can be read and ``restart`` was not asked for, which touches nothing; and where it was,
+    without need.
+    """
+    newest, reasons = latest_checkpoint(folder)
+    if newest and restart:
+        raise UserError(f"{folder.path} has a good checkpoint, of step {newest.step:,}: leave out --restart")
+    if reasons and not newest:
+        if not restart:
+            others = f" nor can the {len(reasons) - 1} before it" if len(reasons) > 1 else " and there is no other"
+            raise UserError(
+                f"{next(iter(reasons.values()))},{others}: mend the disk, or add --restart to set what is there aside "
+                f"and begin at step 0"
+            )
+        for log in (folder.metrics, folder.machine_log):
+            if log.exists():
+                set_aside(log)
+    damaged.update(reasons)
+    return newest.to_bytes() if newest else b""
 
 
 def _digest(tensors: dict[str, Tensor], header: dict) -> str:

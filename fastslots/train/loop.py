@@ -21,11 +21,11 @@ from fastslots.distributed import Group, LostProcessError, StoppedError, StopSig
 from fastslots.errors import UserError
 from fastslots.evaluation.evaluate import evaluate
 from fastslots.evaluation.grids import SlotPictures
-from fastslots.files import write_atomic
+from fastslots.files import set_aside, write_atomic
 from fastslots.models import SlotVAE
 from fastslots.runs.folder import RunFolder
 from fastslots.threads import usable_processors
-from fastslots.train.checkpoint import Checkpoint, latest_checkpoint, snapshot
+from fastslots.train.checkpoint import Checkpoint, checkpoint_to_resume, snapshot
 from fastslots.train.optim import Optimizers
 from fastslots.train.recorder import Recorder
 from fastslots.train.step import LEAST_SCALE, Precision, training_step
@@ -58,6 +58,7 @@ def fit(
     out: str | Path | None = None,
     resume: bool = False,
     stream: TextIO | None = None,
+    restart: bool = False,
 ) -> FitResult:
     """Train a model.
 
@@ -68,6 +69,8 @@ def fit(
         out: the run's folder; None takes the next free one in runs/.
         resume: go on from the newest good checkpoint in ``out``, bit for bit; start fresh where there is none.
         stream: where progress goes (stderr).
+        restart: where there are checkpoints and none can be read, set them and the log aside and begin at step 0; a
+            resume is refused there without it.
 
     Started by torchrun, each process calls this and computes its share of every batch; the first one writes.
 
@@ -82,9 +85,9 @@ def fit(
     with contextlib.ExitStack() as stack:
         stack.callback(group.leave)
         chosen = group.on_first(lambda: _chosen(config, out, resume))
-        folder = RunFolder(Path(os.fsdecode(chosen)))
+        folder = RunFolder(Path(os.fsdecode(chosen)), None if out else config.preset_name)
         stack.callback(folder.release)
-        result = Trainer(config, dataset, folder, stack, group, stream).run()
+        result = Trainer(config, dataset, folder, stack, group, stream, restart).run()
     group.close()
     return result
 
@@ -110,6 +113,7 @@ class Trainer:
         stack: contextlib.ExitStack,
         group: Group | None = None,
         stream: TextIO | None = None,
+        restart: bool = False,
     ):
         self.config, self.folder, self.group = config, folder, group or Group()
         self.device = self.group.device(config.torch_device())
@@ -126,15 +130,16 @@ class Trainer:
         self.optimizers = Optimizers(self.model, config)
         self.step, self.best = 0, -float("inf")
         self.scores: dict[str, Any] = {}
-        damaged: list[str] = []
-        newest = self.group.on_first(lambda: self._start(damaged))
+        damaged: dict[Path, str] = {}
+        folder.locate(Path(os.fsdecode(self.group.on_first(folder.create))))
+        newest = self.group.on_first(lambda: checkpoint_to_resume(folder, damaged, restart))
         if newest:
             self._load(Checkpoint.from_bytes(newest))
         self.group.on_first(self._store_config)
         self.recorder = Recorder(folder, config, self.step, self.device, stream, self.group.first)
         stack.callback(self.recorder.close)
-        for reason in damaged:
-            self.recorder.say(f"{reason}: going back to the one before")
+        for path, reason in damaged.items():
+            self.recorder.say(f"{reason}: set aside as {set_aside(path)}, going back to the one before")
         if config.compile:
             self.model.encoder.compile()
         self.recorder.announce(self.source, self.model, self.step, self.group.size)
@@ -186,13 +191,6 @@ class Trainer:
             if self.step:
                 self._checkpoint()
             raise
-
-    def _start(self, damaged: list[str]) -> bytes:
-        """Make the folder; the newest good checkpoint in it, or nothing. ``damaged`` gets what is said of others."""
-        self.folder.create()
-        newest, reasons = latest_checkpoint(self.folder)
-        damaged.extend(reasons)
-        return newest.to_bytes() if newest else b""
 
     def _store_config(self) -> bytes:
         """Once it is known to fit what the run goes on from: the next resume reads it."""

@@ -85,7 +85,7 @@ class Recorder:
         before = folder.described_data()
         if step and before and not same_images(before, source.description):
             say(f"warning   other images than before from here on: the run had {before}")
-        self._store(folder.data, f"{source.description}\n".encode())
+        self._store(folder.data, f"{source.description}\n".encode(errors="backslashreplace"))
         facts = self._meter.facts()
         warnings = [*source.warnings, *late_ramps(config)]
         made_with = {"versions": versions(PACKAGES), "digest": source.digest, "warnings": warnings}
@@ -145,7 +145,10 @@ class Recorder:
         """Write what a resume needs, and the weights of the same step, while the next steps run."""
 
         def write() -> None:
-            with contextlib.suppress(OSError):  # of a full disk, which what follows reports
+            if not self._folder.path.is_dir():
+                self.say(f"warning   {self._folder.path} was removed: it is made anew, from what is in memory")
+                self._folder.remake(f"{self._config.to_json()}\n")
+            with contextlib.suppress(OSError, UserError):  # of a full disk, which what follows reports
                 self._log.sync()
             save_checkpoint(self._folder, checkpoint, self._config.keep_checkpoints)
             write_atomic(self._folder.last_weights, weights)

@@ -120,7 +120,8 @@ def test_the_log_is_on_the_disk_before_a_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", seen)
     fit(config_of(steps=2), out=tmp_path / "run")
-    assert synced.index("metrics.jsonl") < synced.index(".step_00000002.safetensors.partial")
+    checkpoint = next(n for n, name in enumerate(synced) if name.startswith(".step_00000002.safetensors."))
+    assert synced.index("metrics.jsonl") < checkpoint
 
 
 def test_what_a_data_set_raises_leaves_a_checkpoint(tmp_path):
@@ -165,7 +166,9 @@ def test_a_damaged_newer_checkpoint_pushes_out_no_good_one(folder, keep):
     assert latest_checkpoint(folder)[0].step == 4
     save_checkpoint(folder, checkpoint(5), keep)
     assert latest_checkpoint(folder)[0].step == 5
-    assert len(list(folder.checkpoints.iterdir())) == keep
+    names = sorted(path.name for path in folder.checkpoints.iterdir())
+    assert len([name for name in names if name.endswith(".safetensors")]) == keep
+    assert [name for name in names if "aside" in name] == [f"step_0000000{n}.safetensors.aside" for n in (6, 8)]
 
 
 def test_what_a_kill_left_half_written_is_removed(folder):
