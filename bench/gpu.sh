@@ -3,17 +3,27 @@
 # memory, energy (in the rows) and a profile; rows and profile go to bench/results. Meant to fit in 8 minutes; what a
 # slow compiler has used up is taken from the scaling sweep, which comes last.
 #
-#   bench/gpu.sh            on a machine with a GPU, from a checkout with fastslots installed ('.[test,bench,gpu]')
+#   bench/gpu.sh            on a machine with a GPU, from a checkout, installed ('.[test,bench,gpu]') or not
+#   bench/gpu.sh --check    in under a minute: what it needs, and whether that is here
 #   bench/gpu.sh --dry      every path on the CPU at tiny sizes: shows that the script works, its rows are no figures
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export PYTHONSAFEPATH=1 # the installed package, not the source folder
+python=$(command -v python || command -v python3)
+if (cd / && "$python" -c 'import fastslots' 2>/dev/null); then
+  export PYTHONSAFEPATH=1 # the installed package, not the source folder
+else
+  export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # the checkout itself: all but its C++ module
+fi
+python() { "$python" "$@"; }
+fastslots() { python -m fastslots "$@"; }
+pytest() { python -m pytest "$@"; }
 
 dry=""
 case "${1:-}" in
   "") ;;
   --dry) dry=1 ;;
-  *) echo "usage: bench/gpu.sh [--dry]" >&2; exit 2 ;;
+  --check) exec "$python" -m fastslots.bench.check ;;
+  *) echo "usage: bench/gpu.sh [--check | --dry]" >&2; exit 2 ;;
 esac
 
 out=bench/results

@@ -81,7 +81,7 @@ def test_files_and_folders_stay_small():
 
 
 MOST_LINES: dict[str, int] = {"cpu_backend.py": 400}
-MOST_FILES = {"bench": 18}
+MOST_FILES = {"bench": 19}
 """What is not yet as small as the rest."""
 
 

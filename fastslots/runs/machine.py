@@ -6,6 +6,7 @@ machine's processes used (NVML), or on a CPU its packages (RAPL), with all that 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -118,6 +119,19 @@ class _Counter:
         self._total += (now - self._last) % (self._largest + 1)
         self._last = now
         return self._total
+
+
+DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def nvidia_driver() -> str | None:
+    """The version of the NVIDIA driver that the kernel has loaded; "" where that can't be read, None without one."""
+    if not DRIVER.exists():
+        return None
+    with contextlib.suppress(OSError):
+        found = re.search(r"Kernel Module.*?(\d+(?:\.\d+)+)", DRIVER.read_text())
+        return found.group(1) if found else ""
+    return ""
 
 
 def versions(packages: tuple[str, ...]) -> dict[str, str]:

@@ -1,7 +1,8 @@
-"""Chooses how a run shows its progress: a live view on a terminal, plain lines elsewhere."""
+"""Chooses how a run shows its progress: a live view on a terminal, plain lines elsewhere and without rich."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -12,12 +13,14 @@ from fastslots.runs.progress import Progress, ProgressView
 
 
 def open_progress(steps: int, log_every: int, first_step: int, stream: TextIO | None, log: Path) -> ProgressView:
-    """``LiveProgress`` where the stream (None: stderr) is a terminal that can move its cursor, else ``Progress``.
+    """``LiveProgress`` where the stream (None: stderr) is a terminal that can move its cursor and rich is installed,
+    else ``Progress``.
 
     log: the run's metrics.jsonl, as cut by a resume.
     """
     stream = sys.stderr if stream is None else stream
-    if stream.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown"):
+    movable = stream.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+    if movable and importlib.util.find_spec("rich"):
         from fastslots.runs.terminal import LiveProgress
 
         return LiveProgress(steps, first_step, stream, MetricsReader(log).update())

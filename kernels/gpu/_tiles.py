@@ -28,7 +28,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 def load_rows(ptr, stride, mask_l, D: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows ``ptr + l·stride`` as a tuple of chunks [BLOCK_L, BLOCK_D]; zeros in masked rows and past column D."""
     rows = ()
-    for c in tl.static_range(tl.cdiv(D, BLOCK_D)):
+    for c in tl.static_range(triton.cdiv(D, BLOCK_D)):
         offs_d = c * BLOCK_D + tl.arange(0, BLOCK_D)
         offs = tl.arange(0, BLOCK_L)[:, None] * stride + offs_d[None, :]
         if (c + 1) * BLOCK_D <= D:

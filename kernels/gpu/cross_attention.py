@@ -57,7 +57,7 @@ def _cross_attention_fwd_kernel(
     D: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    WIDTH: tl.constexpr = tl.cdiv(D, BLOCK_D) * BLOCK_D
+    WIDTH: tl.constexpr = triton.cdiv(D, BLOCK_D) * BLOCK_D
     image = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * BLOCK_L
     mask_l = start + tl.arange(0, BLOCK_L) < L
@@ -87,8 +87,8 @@ def _cross_attention_bwd_kernel(
 ):  # fmt: skip
     # Program (part, head, image): ``blocks`` tiles of pixels. dw is the same for all heads, so heads need not meet.
     # dk and dv are accumulated transposed, [d, K]: K of 8 or 16 suits the narrow side of a tensor-core product.
-    WIDTH: tl.constexpr = tl.cdiv(D, BLOCK_D) * BLOCK_D
-    CHUNKS: tl.constexpr = tl.cdiv(D, BLOCK_D)
+    WIDTH: tl.constexpr = triton.cdiv(D, BLOCK_D) * BLOCK_D
+    CHUNKS: tl.constexpr = triton.cdiv(D, BLOCK_D)
     part = tl.program_id(0)
     image = tl.program_id(2).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)

@@ -48,7 +48,7 @@ def _decoder_layer_fwd_kernel(
     SHARED_X: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    WIDTH: tl.constexpr = tl.cdiv(D, BLOCK_D) * BLOCK_D
+    WIDTH: tl.constexpr = triton.cdiv(D, BLOCK_D) * BLOCK_D
     image = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * BLOCK_L
     mask_l = start + tl.arange(0, BLOCK_L) < L
@@ -82,7 +82,7 @@ def _feed_forward_dx_kernel(
     D: tl.constexpr, UNITS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    WIDTH: tl.constexpr = tl.cdiv(D, BLOCK_D) * BLOCK_D
+    WIDTH: tl.constexpr = triton.cdiv(D, BLOCK_D) * BLOCK_D
     start = tl.program_id(0).to(tl.int64) * BLOCK_L
     mask_l = start + tl.arange(0, BLOCK_L) < rows
     dy = load_rows(dy_ptr + start * D, D, mask_l, D, BLOCK_L, BLOCK_D)
@@ -120,8 +120,8 @@ def _feed_forward_dw_kernel(
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # Program (group of units, part): its columns of both gradients, [D, units] each, over ``blocks`` tiles of rows.
-    WIDTH: tl.constexpr = tl.cdiv(D, BLOCK_D) * BLOCK_D
-    CHUNKS: tl.constexpr = tl.cdiv(D, BLOCK_D)
+    WIDTH: tl.constexpr = triton.cdiv(D, BLOCK_D) * BLOCK_D
+    CHUNKS: tl.constexpr = triton.cdiv(D, BLOCK_D)
     unit = tl.program_id(0) * BLOCK_C
     part = tl.program_id(1).to(tl.int64)
     b1 = tl.load(b1_ptr + unit + tl.arange(0, BLOCK_C))

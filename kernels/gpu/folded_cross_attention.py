@@ -52,7 +52,7 @@ def attend(
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """acc + A·U and the slot map [BLOCK_L, KP] of a tile of normed rows; one group of heads at a time."""
-    WIDTH: tl.constexpr = tl.cdiv(D, BLOCK_D) * BLOCK_D
+    WIDTH: tl.constexpr = triton.cdiv(D, BLOCK_D) * BLOCK_D
     w_in_ptr += image * (WIDTH * COLUMNS)
     w_out_ptr += image * (WIDTH * COLUMNS)
     b_in_ptr += image * COLUMNS
@@ -126,7 +126,7 @@ def _folded_attention_dx_kernel(
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # Program (l, i): rows of image i of x, which stands for ``images`` images of dy (1, or all where x is shared).
-    WIDTH: tl.constexpr = tl.cdiv(D, BLOCK_D) * BLOCK_D
+    WIDTH: tl.constexpr = triton.cdiv(D, BLOCK_D) * BLOCK_D
     x_image = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * BLOCK_L
     mask_l = start + tl.arange(0, BLOCK_L) < L
@@ -175,8 +175,8 @@ def _folded_attention_dw_kernel(
 ):  # fmt: skip
     # Program (group of heads, part, image): its columns of dG and dU over ``blocks`` tiles of rows. Groups run fastest,
     # so that those which read the same rows run together and find them in L2.
-    WIDTH: tl.constexpr = tl.cdiv(D, BLOCK_D) * BLOCK_D
-    CHUNKS: tl.constexpr = tl.cdiv(D, BLOCK_D)
+    WIDTH: tl.constexpr = triton.cdiv(D, BLOCK_D) * BLOCK_D
+    CHUNKS: tl.constexpr = triton.cdiv(D, BLOCK_D)
     column = tl.program_id(0) * BLOCK_C
     part = tl.program_id(1)
     image = tl.program_id(2).to(tl.int64)

@@ -62,7 +62,7 @@ def _token_attention_fwd_kernel(
     D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # Program (part, image): ``blocks`` tiles of tokens -> Σ exp(S − top) · token, transposed [D, rows], top and Σ exp.
-    CHUNKS: tl.constexpr = tl.cdiv(D, BLOCK_D)
+    CHUNKS: tl.constexpr = triton.cdiv(D, BLOCK_D)
     part = tl.program_id(0).to(tl.int64)
     image = tl.program_id(1).to(tl.int64)
     rows_ptr += image * M * D
@@ -134,7 +134,7 @@ def _token_attention_bwd_kernel(
 ):  # fmt: skip
     # Program (part, image): dtokens of its tokens, and its share of drows, transposed [D, rows]. Padded rows carry
     # rows = dgathered = lse = δ = 0, hence dS = 0, and A = 1 meets dgathered = 0.
-    CHUNKS: tl.constexpr = tl.cdiv(D, BLOCK_D)
+    CHUNKS: tl.constexpr = triton.cdiv(D, BLOCK_D)
     part = tl.program_id(0).to(tl.int64)
     image = tl.program_id(1).to(tl.int64)
     rows_ptr += image * M * D
