@@ -13,7 +13,6 @@ portable).
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -22,14 +21,8 @@ import numpy as np
 import torch  # before _cpu, which takes its OpenMP symbols from the runtime that torch has loaded
 from torch import Tensor
 
+from fastslots import _cpu  # type: ignore[attr-defined]
 from fastslots.errors import UserError
-
-try:
-    from fastslots import _cpu  # type: ignore[attr-defined]
-except ImportError as error:
-    if importlib.util.find_spec("fastslots._cpu"):
-        raise  # it is there and can't be loaded
-    raise ImportError("no C++ module: `pip install .` in fastslots' folder builds it, with a C++ compiler") from error
 
 MAX_SLOTS = 64
 MAX_COLUMNS = 512

@@ -24,6 +24,7 @@ A module may leave ops out, and then serves none of them.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -71,6 +72,8 @@ def load(name: str) -> ModuleType:
 
 def _absent(name: str, op: str) -> str | None:
     """Why there is no such kernel in this installation, or None."""
+    if name == "cpu" and importlib.util.find_spec("fastslots._cpu") is None:
+        return "no C++ module: `pip install .` in fastslots' folder builds it where there is a C++ compiler"
     try:
         module = load(name)
     except ImportError as error:
