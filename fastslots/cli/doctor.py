@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import os
 import shutil
 import tempfile
@@ -12,33 +10,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from fastslots.cli.installation import Findings, check_compiled, check_gpus, check_packages, check_triton
 from fastslots.errors import UserError, first_line
 
-OPTIONAL = ("rich", "flask", "h5py", "tensorboard", "xformers", "nvidia-ml-py")  # beside those that a run records
 TRAIN_STEPS = 40
 LITTLE_DATA = 4 << 20  # bytes that are read too soon to time
 READ_BYTES, READ_SECONDS = 1 << 28, 1.5
 SCENE_BYTES = 4 * 128 * 128  # image and mask of a packed CLEVR scene
 LITTLE_SPACE = 2 << 30  # bytes: a long run's checkpoints and its report fit
-
-
-class Findings:
-    """Lines printed as they are found; the problems, each with its mend, once more at the end."""
-
-    def __init__(self) -> None:
-        self.problems: list[tuple[str, str, str]] = []
-
-    def say(self, name: str, text: str) -> None:
-        print(f"{name:<10} {text}", flush=True)
-
-    def problem(self, name: str, text: str, mend: str) -> None:
-        self.say(name, text)
-        self.problems.append((name, text, mend))
-
-    def summary(self) -> None:
-        print("\nno problems found" if not self.problems else "\nproblems:")
-        for name, text, mend in self.problems:
-            print(f"  {name}: {text}\n    mend: {mend}")
 
 
 def add_parser(commands) -> None:
@@ -51,10 +30,11 @@ def run(args: argparse.Namespace) -> int:
     if args.data and not args.data.exists():
         raise UserError(f"{args.data}: no such file or folder")
     found = Findings()
-    _versions(found)
+    check_packages(found)
+    check_triton(found)
     _processors(found)
-    _gpus(found)
-    _compiled(found)
+    check_gpus(found)
+    check_compiled(found)
     _backends(found)
     _folders(found)
     if args.data:
@@ -62,13 +42,6 @@ def run(args: argparse.Namespace) -> int:
     broken = _self_check(found)
     found.summary()
     return 1 if broken else 0
-
-
-def _versions(found: Findings) -> None:
-    from fastslots.runs.machine import PACKAGES, versions
-
-    for package, text in versions(PACKAGES + OPTIONAL).items():
-        found.say(package, text)
 
 
 def _processors(found: Findings) -> None:
@@ -88,43 +61,6 @@ def _processors(found: Findings) -> None:
         found.say("cpu", text)
     asleep = "wait for one another asleep" if waits_asleep() else "spin while they wait for one another"
     found.say("threads", asleep + ("" if waits_asleep() else ", on a busy machine at the others' cost"))
-
-
-def _gpus(found: Findings) -> None:
-    import torch
-
-    for i in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(i)
-        text = f"{properties.name}, {properties.total_memory >> 30} GiB, sm_{properties.major}{properties.minor}"
-        if (properties.major, properties.minor) < (8, 0):
-            found.problem("gpu", text, "the Triton kernels need sm_80 (Ampere) or newer: this one runs the reference")
-        else:
-            found.say("gpu", text)
-    if torch.cuda.device_count():
-        return
-    if shutil.which("nvidia-smi") and torch.version.cuda is None:
-        mend = "pip install torch from https://pytorch.org/get-started with the CUDA of your driver"
-        found.problem("gpu", "there is a driver, but this torch was built without CUDA", mend)
-    elif shutil.which("nvidia-smi"):
-        found.problem("gpu", "there is a driver, but torch sees no GPU", "see nvidia-smi, and CUDA_VISIBLE_DEVICES")
-    else:
-        found.say("gpu", "none seen by torch")
-
-
-def _compiled(found: Findings) -> None:
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    found.say("compiler", compiler or "none")
-    get = "" if compiler else "install g++ or clang++ (Debian: apt install g++), then "
-    again = f"{get}pip install --force-reinstall --no-deps . in fastslots' folder, and read what CMake says (-v)"
-    if not importlib.util.find_spec("fastslots._cpu"):
-        found.problem("C++ module", "absent: the slower PyTorch reference serves on CPUs", again)
-        return
-    try:
-        importlib.import_module("torch")  # its OpenMP pool comes first
-        importlib.import_module("fastslots._cpu")
-        found.say("C++ module", "present")
-    except ImportError as error:
-        found.problem("C++ module", f"present, but cannot be loaded ({error})", again)
 
 
 def _backends(found: Findings) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import runpy
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 
-from fastslots.cli import doctor, main
+from fastslots.cli import doctor, installation, main
 from fastslots.data.open import cache_folder
 
 
@@ -32,7 +34,9 @@ def test_what_is_there(quick, capsys, tmp_path):
 def test_every_problem_comes_with_its_mend(quick, capsys, monkeypatch, tmp_path):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "fastslots._cpu" else find_spec(name))
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi" if name == "nvidia-smi" else None)
+    monkeypatch.setattr(
+        installation.shutil, "which", lambda name: "/usr/bin/nvidia-smi" if name == "nvidia-smi" else None
+    )
     monkeypatch.setattr(doctor, "LITTLE_SPACE", 1 << 62)
     monkeypatch.setenv("FASTSLOTS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
@@ -85,3 +89,78 @@ def test_an_error_without_words_goes_by_its_type(monkeypatch):
 def test_data_that_is_not_there(capsys):
     assert main(["doctor", "nowhere"]) == 2
     assert "nowhere: no such file or folder" in capsys.readouterr().err
+
+
+DRIVERS = {
+    "535.129.03": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19 18:56:32 UTC 2023\n",
+    "580.65.06": "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (dvs)\n",
+}
+
+
+def problems_of(*checks) -> str:
+    found = installation.Findings()
+    for check in checks:
+        check(found)
+    return "\n".join(f"{name}: {text} MEND {mend}" for name, text, mend in found.problems)
+
+
+@pytest.mark.parametrize(
+    "driver, cuda, expected",
+    [
+        (
+            "535.129.03",
+            "13.0",
+            "for CUDA 13.0 needs 580 or newer: the CPU serves MEND update the driver, or pip install",
+        ),
+        ("535.129.03", "12.8", "driver 535.129.03 is here, but torch sees no GPU: the CPU serves MEND see nvidia-smi"),
+        ("580.65.06", "13.0", "driver 580.65.06 is here, but torch sees no GPU: the CPU serves MEND see nvidia-smi"),
+        (
+            "580.65.06",
+            None,
+            "this torch was built without CUDA: the CPU serves MEND install torch from https://pytorch.org",
+        ),
+    ],
+)
+def test_a_driver_that_torch_cannot_use(monkeypatch, tmp_path, driver, cuda, expected):
+    from fastslots.runs import machine
+
+    (tmp_path / "version").write_text(DRIVERS[driver] + "GCC version:  gcc version 11.4.0\n")
+    monkeypatch.setattr(machine, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    assert expected in problems_of(installation.check_gpus)
+
+
+@pytest.mark.parametrize("cuda", ["13.0", None])
+def test_no_triton(monkeypatch, capsys, cuda):
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(installation, "version", absent)
+    monkeypatch.setattr(installation, "requires", lambda _: ['triton==3.7.1; platform_system == "Linux"', "numpy"])
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    said = problems_of(installation.check_triton)
+    if cuda:
+        assert said.endswith("MEND pip install 'triton==3.7.1', which this torch requires")
+    else:  # CPUs need none
+        assert not said and "not installed, and needed on GPUs alone (pip install" in capsys.readouterr().out
+
+
+def test_packages_that_are_missing_or_too_old(monkeypatch):
+    from fastslots.runs import machine
+
+    here = {"numpy": "1.24.4", "torch": "2.13.0+cpu", "scipy": "not installed", "rich": "not installed"}
+    monkeypatch.setattr(machine, "versions", lambda names: {name: here.get(name, "99.1") for name in names})
+    said = problems_of(installation.check_packages)
+    assert "numpy: 1.24.4 is older than 1.26, the oldest that is tested MEND pip install 'numpy>=1.26'" in said
+    assert "scipy: not installed, and needed MEND pip install 'scipy>=" in said
+    assert "torch" not in said and "rich" not in said  # plain lines stand in for the latter
+    assert set(installation.lower_bounds()) >= {"torch", "numpy", "scipy", "pillow", "safetensors", "fsspec"}
+
+
+def test_a_python_that_is_too_old_is_told_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "version_info", (3, 9, 18))
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("fastslots.__main__", run_name="__main__")
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and "needs Python 3.10 or newer" in said and "3.9.18" in said
