@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
+import torch
 import torch.nn as nn
 from torch import Tensor
 
-from fastslots.ops import FoldedProjections, fold_projections, folded_cross_attention
+from fastslots.ops import FoldedProjections, fold_projections, folded_cross_attention, slot_attention
 
 
 class AttentionProjections(nn.Module):
@@ -86,3 +90,111 @@ class InteractionCrossAttention(nn.Module):
         """
         folded = self.projections.fold(*self.projections.keys_values(slots))
         return folded_cross_attention(queries, folded, self.backend, slot_mask=slot_mask)
+
+
+class SlotAttention(nn.Module):
+    """Slot Attention (Locatello et al. 2020, arXiv 2006.15055): slots compete for tokens, iteration by iteration.
+
+    >>> attention = SlotAttention(width=64, token_width=192)
+    >>> slots = attention(first_slots, tokens)                        # [B, K, 64], of [B, K, 64] and [B, L, 192]
+    >>> slots, slot_map = attention(first_slots, tokens, return_map=True)          # [B, L, K] of the last iteration
+
+    The projections of the tokens are folded into the slots: no key and no value of a token is ever made, so what an
+    iteration keeps for the backward does not grow with the number of tokens. Where the first slots come from is the
+    caller's choice: a learned parameter, or draws from a Gaussian.
+
+    Args:
+        width: of slots, queries and updates. token_width: of the tokens (None: width).
+        iterations: how often slots are refined. hidden: units of the MLP (None: 2 width).
+        eps: added to every weight. scale: factor on the scores; None means width^-1/2.
+        implicit: only the last iteration has a gradient, the first-order form of implicit differentiation (Chang et al.
+            2022, arXiv 2207.00787): the others only bring the slots to where it starts.
+        backend: see ``fastslots.ops.cross_attention``.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        token_width: int | None = None,
+        iterations: int = 3,
+        hidden: int | None = None,
+        eps: float = 1e-8,
+        scale: float | None = None,
+        implicit: bool = False,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        token_width, hidden = token_width or width, hidden or 2 * width
+        if iterations < 1:
+            raise ValueError(f"iterations must be at least 1, got {iterations}")
+        self.iterations, self.eps, self.implicit, self.backend = iterations, eps, implicit, backend
+        self.scale = width**-0.5 if scale is None else scale
+        self.norm_tokens, self.norm_slots = nn.LayerNorm(token_width), nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k, self.to_v = (nn.Linear(token_width, width, bias=False) for _ in range(2))
+        self.gru = nn.GRUCell(width, width)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
+
+    def forward(
+        self, slots: Tensor, tokens: Tensor, slot_mask: Tensor | None = None, return_map: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """slots [B, K, width], tokens [B, L, token_width] -> slots [B, K, width], with ``return_map`` also [B, L, K].
+
+        slot_mask: [B, K] bool, True for a real slot; the others win no token.
+        """
+        tokens = self.norm_tokens(tokens)
+        slot_map = tokens.new_zeros(0)
+        for i in range(self.iterations):
+            last = i == self.iterations - 1
+            slots = slots.detach() if last and self.implicit else slots
+            with torch.set_grad_enabled(torch.is_grad_enabled() and (last or not self.implicit)):
+                slots, slot_map = self._refine(slots, tokens, slot_mask, return_map and last)
+        return (slots, slot_map) if return_map else slots
+
+    def _refine(
+        self, slots: Tensor, tokens: Tensor, slot_mask: Tensor | None, return_map: bool
+    ) -> tuple[Tensor, Tensor]:
+        rows = (self.to_q(self.norm_slots(slots)) @ self.to_k.weight)[:, None].to(tokens.dtype)
+        n = tokens[:, None]
+        gathered = slot_attention(
+            rows, n, n, self.scale, self.eps, self.backend, slot_mask=slot_mask, return_map=return_map
+        )
+        updates, slot_map = gathered if isinstance(gathered, tuple) else (gathered, tokens.new_zeros(0))
+        updates = self.to_v(updates[:, 0])
+        slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
+        return slots + self.mlp(slots), slot_map
+
+    def load_foreign(self, state: Mapping[str, Tensor]) -> None:
+        """Take the weights of another implementation by the names that are common for them.
+
+        Known are norm_input(s) or norm_features, norm_slots, norm_pre_ff or norm_mlp, to_q or project_q (k and v
+        alike), gru, and fc1 and fc2 or mlp.0 and mlp.2. Biases of keys and values have no place in the published
+        algorithm. Means and deviations of first slots are left out: those are the caller's.
+
+        Raises ValueError: weights that are missing, left over or of another shape, by their names.
+        """
+        ours, left = {}, []
+        for name, value in state.items():
+            renamed = next((re.sub(pattern, to, name) for pattern, to in _COMMON if re.search(pattern, name)), name)
+            if renamed in self.state_dict():
+                ours[renamed] = value
+            elif not re.search(r"slots?_(mu|log_?sigma|sigma|mean|init)|initial_slots|learned_slots", name):
+                left.append(name)
+        shapes = {name: value.shape for name, value in self.state_dict().items()}
+        missing = sorted(shapes.keys() - ours.keys())
+        wrong = [f"{name} {list(ours[name].shape)}" for name in ours if ours[name].shape != shapes[name]]
+        if missing or left or wrong:
+            problems = {"missing": missing, "left over": left, "of another shape": wrong}
+            said = "; ".join(f"{what}: {', '.join(names)}" for what, names in problems.items() if names)
+            raise ValueError(f"these are no weights of a SlotAttention of this size ({said})")
+        self.load_state_dict(ours)
+
+
+# Names of other implementations -> ours, the first that matches.
+_COMMON = (
+    (r"^norm_(inputs?|features)\.", "norm_tokens."),
+    (r"^norm_(pre_ff|mlp)\.", "mlp.0."),
+    (r"^(project|to)_([qkv])\.", r"to_\2."),
+    (r"^(fc1|mlp\.0)\.(?=weight|bias)", "mlp.1."),
+    (r"^(fc2|mlp\.2)\.(?=weight|bias)", "mlp.3."),
+)

@@ -63,6 +63,9 @@ def why_not(op: str, tensors: Sequence[Tensor]) -> str | None:
     if not (dtypes == {torch.float64} or dtypes <= {torch.float16, torch.bfloat16, torch.float32}):
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         return f"{names}: all tensors must be fp64, or of at most 32 bits and floating point"
+    if op == "slot_attention":
+        slots = x.shape[2] if x.ndim == 4 else 1
+        return f"{slots} slots are more than {MAX_SLOTS}" if slots > MAX_SLOTS else None
     if op == "token_attention":
         rows = x.shape[1] if x.ndim == 3 else 1
         return f"{rows} rows are more than {MAX_COLUMNS}" if rows > MAX_COLUMNS else None
@@ -133,6 +136,61 @@ def cross_attention_bwd(
     threads = torch.get_num_threads()
     _kernel("cross_attention", dtype)(_isa, *qkv, grads, *cotangents, _mask(slot_mask), scale, threads)
     return _narrowed(grads, (q, k, v))
+
+
+def slot_attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float, slot_mask: Tensor | None, return_map: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B,H,K,d], k, v [B,H,L,d], any strides -> updates [B,H,K,d], totals [B,H,K], map [B,L,K] (or [0])."""
+    dtype = _wide(q.dtype)
+    B, _, K, _ = q.shape
+    updates, totals = q.new_empty(q.shape, dtype=dtype), q.new_empty(q.shape[:3], dtype=dtype)
+    slot_map = q.new_empty((B, k.shape[2], K) if return_map else 0, dtype=dtype)
+    _kernel("slot_attention", dtype)(
+        isa=_isa,
+        q=_rows(q, dtype),
+        k=_rows(k, dtype),
+        v=_rows(v, dtype),
+        outputs=[updates, totals, slot_map if return_map else None],
+        updates_grad=None,
+        map_grad=None,
+        saved=[],
+        slot_mask=_mask(slot_mask),
+        scale=scale,
+        eps=eps,
+        threads=torch.get_num_threads(),
+    )
+    return updates.to(q.dtype), totals, slot_map
+
+
+def slot_attention_bwd(
+    dupdates: Tensor,
+    dslot_map: Tensor | None,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    saved: tuple[Tensor, Tensor],
+    scale: float,
+    eps: float,
+    slot_mask: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """inputs: q, k, v; saved: updates and totals -> dq, dk, dv, contiguous."""
+    dtype = _wide(inputs[0].dtype)
+    grads = [t.new_empty(t.shape, dtype=dtype) for t in inputs]
+    q, k, v = (_rows(t, dtype) for t in inputs)
+    _kernel("slot_attention", dtype)(
+        isa=_isa,
+        q=q,
+        k=k,
+        v=v,
+        outputs=grads,
+        updates_grad=_plain(dupdates, dtype),
+        map_grad=None if dslot_map is None else _plain(dslot_map, dtype),
+        saved=[_plain(t, dtype) for t in saved],
+        slot_mask=_mask(slot_mask),
+        scale=scale,
+        eps=eps,
+        threads=torch.get_num_threads(),
+    )
+    return _narrowed(grads, inputs)
 
 
 def _layer_fwd(x: Tensor, weights: Sequence[Tensor], slot_mask: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:

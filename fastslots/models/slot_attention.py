@@ -20,6 +20,7 @@ from torch import Tensor
 from fastslots.config.model import SlotVAEConfig
 from fastslots.models.encoder import TokenEncoder, posterior_layer
 from fastslots.models.queries import KINDS
+from fastslots.ops import slot_attention
 
 EPSILON = 1e-8
 
@@ -54,8 +55,7 @@ class SlotAttentionEncoder(TokenEncoder):
         """One iteration: slots [B, K, S], tokens [B, T, S] -> slots."""
         # Keys and values have no bias, so both projections move to the slots' side: K rows in place of T.
         rows = self.to_q(self.norm_slots(slots)) @ self.to_k.weight * slots.shape[-1] ** -0.5
-        attn = torch.softmax(rows @ tokens.transpose(1, 2), 1) + EPSILON  # [B, K, T], over the slots
-        share = attn / attn.sum(-1, keepdim=True)
-        updates = self.to_v(share.to(tokens.dtype) @ tokens)
+        n = tokens[:, None]
+        updates = self.to_v(slot_attention(rows.to(tokens.dtype)[:, None], n, n, scale=1.0, eps=EPSILON)[:, 0])
         slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
         return slots + self.mlp(slots)

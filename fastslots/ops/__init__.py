@@ -10,6 +10,7 @@ from fastslots.ops.api import (
     fold_projections,
     folded_cross_attention,
     interaction_penalty,
+    slot_attention,
     token_attention,
 )
 from fastslots.ops.backends import explain
@@ -26,5 +27,6 @@ __all__ = [
     "fold_projections",
     "folded_cross_attention",
     "interaction_penalty",
+    "slot_attention",
     "token_attention",
 ]

@@ -143,6 +143,56 @@ def token_attention(rows: Tensor, tokens: Tensor, backend: str = "auto") -> Tens
     return autograd.token_attention(*_under_autocast(rows, tokens), name)[0]
 
 
+def slot_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    eps: float = 1e-8,
+    backend: str = "auto",
+    *,
+    slot_mask: Tensor | None = None,
+    return_map: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """One iteration of slot attention: slots compete for tokens, and each takes their weighted mean.
+
+    ``A = softmax over slots of scale · (k·q)``; ``updates = Σ_l (A + ε) v / Σ_l (A + ε)`` (Locatello et al. 2020,
+    arXiv 2006.15055, algorithm 1). Kernels read keys and values once a direction and store nothing of size [B, L, K]
+    but the map, where it is asked for. ``fastslots.nn.SlotAttention`` is the whole module.
+
+    The folded form projects no token: with keys ``Wk n`` and values ``Wv n`` of tokens n and no biases, pass
+    ``q @ Wk`` as q and n itself as k and v, and apply ``Wv`` to the updates. It is exact.
+
+    Args:
+        q: [B, H, K, d] fp16, bf16, fp32 or fp64, any strides: the slots' queries.
+        k, v: [B, H, L, d], dtype and device of q: the tokens' keys and values.
+        scale: factor on the scores; None means d^-1/2.
+        eps: added to every weight, so that a slot without tokens takes their mean.
+        backend: as in ``cross_attention``.
+        slot_mask: [B, K] bool, True for a real slot; the others get no weight, and updates of 0.
+        return_map: also return the weights summed over heads.
+
+    Returns:
+        updates [B, H, K, d] in the dtype of q; with ``return_map`` also slot_map [B, L, K] = Σ_h A in fp32 (fp64 for
+        fp64). Without tokens the updates are 0.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or a backend that cannot serve.
+    """
+    checks.slots_and_tokens(q, k, v)
+    checks.slot_mask(slot_mask, q, q.shape[0], q.shape[2])
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    name = backends.select("slot_attention", (q, k, v), backend)
+    if name == "reference":
+        updates, slot_map = reference.slot_attention(q, k, v, scale, eps, slot_mask)
+    else:
+        q, k, v = _under_autocast(q, k, v)
+        updates, _, slot_map = autograd.slot_attention(q, k, v, scale, eps, slot_mask, return_map, name)
+    return (updates, slot_map) if return_map else updates
+
+
 def decoder_layer(
     x: Tensor,
     folded: FoldedProjections,

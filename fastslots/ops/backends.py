@@ -11,6 +11,8 @@ A backend is a module of raw functions (no autograd) in ``fastslots.kernels``, i
     decoder_layer_bwd(dy, dslot_map, x, G, g, U, b, *ff, slot_mask, eps) -> dx, dG, dg, dU, db, *dff
     token_attention_fwd(rows, tokens) -> gathered, lse
     token_attention_bwd(dgathered, rows, tokens, gathered, lse) -> drows, dtokens
+    slot_attention_fwd(q, k, v, scale, eps, slot_mask, return_map) -> updates, totals, map
+    slot_attention_bwd(dupdates, dslot_map, (q, k, v), (updates, totals), scale, eps, slot_mask) -> dq, dk, dv
     encoder_saved_size(images, queries, grid, picks, weights, strides, heads) -> elements an image, if it keeps them
     encoder_fwd(images, queries, grid, picks, weights, strides, heads, eps, keep) -> out, saved (see encoder.py)
     encoder_bwd(dout, saved, images, queries, grid, picks, weights, strides, heads, eps) -> dqueries, *dweights
@@ -36,8 +38,8 @@ from torch.autograd import forward_ad
 
 NAMES = ("reference", "cpu", "triton")
 OPS = (
-    "cross_attention", "folded_cross_attention", "decoder_layer", "decoder_loss", "token_attention", "encoder",
-    "slot_jacobian",
+    "cross_attention", "folded_cross_attention", "decoder_layer", "decoder_loss", "token_attention", "slot_attention",
+    "encoder", "slot_jacobian",
 )  # fmt: skip
 
 

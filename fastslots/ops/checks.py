@@ -111,6 +111,19 @@ def rows_and_tokens(rows: Tensor, tokens: Tensor) -> None:
     same_place(rows=rows, tokens=tokens)
 
 
+def slots_and_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
+    tensor("q", q, 4, "[B, H, K, d]")
+    tensor("k", k, 4, "[B, H, L, d]")
+    tensor("v", v, 4, "[B, H, L, d]")
+    B, H, K, d = q.shape
+    shape("k", k, (B, H, k.shape[2], d), f"(B, H, L, d: B, H and d as in q {list(q.shape)})")
+    shape("v", v, tuple(k.shape), "(the shape of k)")
+    if K == 0 or H == 0 or d == 0:
+        raise ValueError(f"q has shape {list(q.shape)}: there must be at least one head, slot and channel")
+    same_dtype(q=q, k=k, v=v)
+    same_place(q=q, k=k, v=v)
+
+
 def projections(wq: Tensor, bq: Tensor | None, k: Tensor, v: Tensor, wo: Tensor, bo: Tensor | None) -> None:
     tensor("k", k, 4, "[B, H, K, d]")
     tensor("v", v, 4, "[B, H, K, d]")

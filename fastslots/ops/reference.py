@@ -16,6 +16,10 @@ From the other side, M folded rows of few queries gather T tokens n_t, S wide, w
 
     A[b,m,:] = softmax_t(rows[b,m] · n[b,t])      gathered[b,m] = Σ_t A[b,m,t] n[b,t]
 
+One iteration of slot attention, in which slots compete for T tokens (Locatello et al. 2020)::
+
+    A[b,h,t,:] = softmax_k(scale · k[b,h,t] · q[b,h,k])    updates[b,h,k] = Σ_t (A + ε) v[b,h,t] / Σ_t (A + ε)
+
 Softmax and slot maps are computed in fp32 for 16-bit inputs; everything else in the dtype of the inputs (or of
 autocast). Nothing here checks its arguments: ``fastslots.ops`` (api.py) does, and calls this.
 """
@@ -175,6 +179,20 @@ def token_attention(rows: Tensor, tokens: Tensor) -> Tensor:
     scores = rows @ tokens.transpose(1, 2)
     attn = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
     return attn.to(tokens.dtype) @ tokens
+
+
+def slot_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float, slot_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """q [B,H,K,d], k, v [B,H,L,d] -> updates [B,H,K,d], slot_map [B,L,K]: slots compete for tokens, then average them.
+
+    A slot that is masked out gets the update 0. Weights are in fp32 or wider; an empty set of tokens gives zeros.
+    """
+    attn = slot_softmax((k * scale) @ q.transpose(-1, -2), slot_mask)  # [B, H, L, K]
+    weight = attn + eps if slot_mask is None else (attn + eps) * slot_mask[:, None, None, :]
+    total = weight.sum(2)[..., None]  # [B, H, K, 1]
+    share = weight.transpose(-1, -2) / total.masked_fill(total == 0, 1)
+    return share.to(v.dtype) @ v, attn.sum(1)
 
 
 def feed_forward(x: Tensor, ff: FeedForward, eps: float = 1e-5) -> Tensor:

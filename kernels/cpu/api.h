@@ -147,6 +147,25 @@ struct TokenAttentionArgs {
   int threads;
 };
 
+// updates [B,H,K,d] = Σ_l (A+ε) v_l / Σ_l (A+ε) with A = softmax over the slots of scale·(k·q); map [B,L,K] = Σ_h A.
+// Strides of q, k and v are in elements, over (B, H, K or L), and may be 0; the last axis is contiguous.
+template <typename T>
+struct SlotAttentionArgs {
+  int64_t batch, heads, slots, tokens, head_width;
+  const T *q, *k, *v;
+  int64_t q_stride[3], k_stride[3], v_stride[3];
+  double scale, eps;
+  const uint8_t* slot_mask;   // [B, K], 0 = no such slot; or null
+  T* updates;                 // results of the forward
+  T* totals;                  // [B, H, K] Σ_l (A+ε)
+  T* map;                     // or null
+  const T* updates_grad;      // null: forward
+  const T* map_grad;          // or null
+  const T *saved_updates, *saved_totals;  // what the forward gave
+  T *q_grad, *k_grad, *v_grad;            // contiguous
+  int threads;
+};
+
 // Images to what the posterior needs of each slot: CNN (or features as they are), tokens, Transformer, output layer.
 // With `picks`, the first query k is queries[k] + W·token[pick], W the seed weight [S, S].
 // The order of `weights` is that of `encoder_tensors` in fastslots/ops/encoder.py.
@@ -179,6 +198,7 @@ struct Kernels {
   void (*layer)(const LayerArgs<T>&);
   void (*cross_attention)(const CrossAttentionArgs<T>&);
   void (*token_attention)(const TokenAttentionArgs<T>&);
+  void (*slot_attention)(const SlotAttentionArgs<T>&);
   void (*encoder)(const EncoderArgs<T>&);
   int64_t (*encoder_saved_size)(const EncoderArgs<T>&);
   void (*normal_cdf)(const T* x, T* cdf, T* density, int64_t count);  // Φ and φ, for tests of their error

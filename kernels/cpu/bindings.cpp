@@ -293,6 +293,46 @@ void cross_attention(const std::string& isa, nb::handle q, nb::handle k, nb::han
   kernels.cross_attention(args);
 }
 
+// Forward (updates_grad is None): outputs are updates [B,H,K,d], totals [B,H,K], map [B,L,K] or None. Backward: saved
+// are updates and totals, outputs the gradients of q, k and v.
+template <typename T>
+void slot_attention(const std::string& isa, nb::handle q, nb::handle k, nb::handle v, nb::list outputs,
+                    nb::handle updates_grad, nb::handle map_grad, nb::list saved, nb::handle slot_mask, double scale,
+                    double eps, int threads) {
+  const Kernels<T>& kernels = kernels_for<T>(isa);
+  Arrays<T> arrays;
+  SlotAttentionArgs<T> args = {};
+  args.q = arrays.strided(q, "q", Shape(4, kAny), args.q_stride);
+  const Shape slots = arrays.last_shape();
+  args.k = arrays.strided(k, "k", {slots[0], slots[1], kAny, slots[3]}, args.k_stride);
+  const Shape tokens = arrays.last_shape();
+  args.v = arrays.strided(v, "v", tokens, args.v_stride);
+  args.batch = slots[0], args.heads = slots[1], args.slots = slots[2], args.head_width = slots[3];
+  args.tokens = tokens[2];
+  args.slot_mask = arrays.mask(slot_mask, {args.batch, args.slots});
+  const Shape map = {args.batch, args.tokens, args.slots}, totals = {slots[0], slots[1], slots[2]};
+  const bool backward = !updates_grad.is_none();
+  if (outputs.size() != 3 || saved.size() != (backward ? 2u : 0u)) throw nb::value_error("outputs or saved: wrong number");
+  if (backward) {
+    args.updates_grad = arrays.input(updates_grad, "updates_grad", slots);
+    if (!map_grad.is_none()) args.map_grad = arrays.input(map_grad, "map_grad", map);
+    args.saved_updates = arrays.input(saved[0], "updates", slots);
+    args.saved_totals = arrays.input(saved[1], "totals", totals);
+    args.q_grad = arrays.output(outputs[0], "q_grad", slots);
+    args.k_grad = arrays.output(outputs[1], "k_grad", tokens);
+    args.v_grad = arrays.output(outputs[2], "v_grad", tokens);
+    if (!args.q_grad || !args.k_grad || !args.v_grad) throw nb::value_error("outputs: all three are written");
+  } else {
+    args.updates = arrays.output(outputs[0], "updates", slots);
+    args.totals = arrays.output(outputs[1], "totals", totals);
+    args.map = arrays.output(outputs[2], "map", map);
+    if (!args.updates || !args.totals) throw nb::value_error("outputs: updates and totals are both written");
+  }
+  args.scale = scale, args.eps = eps, args.threads = threads;
+  nb::gil_scoped_release release;
+  kernels.slot_attention(args);
+}
+
 // Forward (saved is None): outputs are gathered [B,M,S] and lse [B,M]. Backward: saved are dgathered, gathered and lse,
 // outputs the gradients of rows and tokens, or None.
 template <typename T>
@@ -464,6 +504,9 @@ void bind(nb::module_& m, const std::string& suffix) {
         nb::arg("slot_mask").none(), nb::arg("scale"), nb::arg("threads"));
   m.def(("token_attention_" + suffix).c_str(), &token_attention<T>, nb::arg("isa"), nb::arg("rows"), nb::arg("tokens"),
         nb::arg("outputs"), nb::arg("saved").none(), nb::arg("threads"));
+  m.def(("slot_attention_" + suffix).c_str(), &slot_attention<T>, nb::arg("isa"), nb::arg("q"), nb::arg("k"),
+        nb::arg("v"), nb::arg("outputs"), nb::arg("updates_grad").none(), nb::arg("map_grad").none(), nb::arg("saved"),
+        nb::arg("slot_mask").none(), nb::arg("scale"), nb::arg("eps"), nb::arg("threads"));
   m.def(("encoder_" + suffix).c_str(), &encoder<T>, nb::arg("isa"), nb::arg("images"), nb::arg("queries"),
         nb::arg("grid").none(), nb::arg("picks").none(), nb::arg("weights"), nb::arg("strides"), nb::arg("heads"), nb::arg("saved").none(),
         nb::arg("out_grad").none(), nb::arg("results"), nb::arg("eps"), nb::arg("threads"));
