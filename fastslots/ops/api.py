@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastslots.ops import autograd, backends, checks, reference
+from fastslots.ops import autograd, autograd_slots, backends, checks, reference
 from fastslots.ops.reference import FeedForward, FoldedProjections
 
 
@@ -189,7 +189,7 @@ def slot_attention(
         updates, slot_map = reference.slot_attention(q, k, v, scale, eps, slot_mask)
     else:
         q, k, v = _under_autocast(q, k, v)
-        updates, _, slot_map = autograd.slot_attention(q, k, v, scale, eps, slot_mask, return_map, name)
+        updates, _, slot_map = autograd_slots.slot_attention(q, k, v, scale, eps, slot_mask, return_map, name)
     return (updates, slot_map) if return_map else updates
 
 

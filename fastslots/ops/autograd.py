@@ -1,4 +1,4 @@
-"""Kernels as differentiable torch operators: the only file that registers ops with ``torch.library``.
+"""Kernels as differentiable torch operators: those of pixels and of the encoder.
 
 They work in eager mode, under ``torch.compile(fullgraph=True)`` and ``export``. Inside forward-mode AD and functorch
 transforms they would answer with silent zeros: ``backends.select`` takes the reference there. Outputs that no one used
@@ -225,75 +225,6 @@ def _token_attention_vjp(ctx, dgathered, _dlse):
 torch.library.register_autograd(
     "fastslots::token_attention", _token_attention_vjp, setup_context=_token_attention_setup
 )
-
-
-# ---- slot_attention --------------------------------------------------------------------------------------------------
-
-
-@_operator
-def slot_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    eps: float,
-    slot_mask: Tensor | None,
-    return_map: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> updates, each slot's sum of weights (which the backward needs), and the map (empty where it is not wanted)."""
-    return backends.load(backend).slot_attention_fwd(q, k, v, scale, eps, slot_mask, return_map)
-
-
-@torch.library.register_fake("fastslots::slot_attention")
-def _(q, k, v, scale, eps, slot_mask, return_map, backend):
-    B, H, K, _ = q.shape
-    wide = torch.promote_types(q.dtype, torch.float32)
-    updates = torch.empty_like(q, memory_format=torch.contiguous_format)
-    slot_map = _map_like(q, B, k.shape[2], K) if return_map else q.new_empty(0, dtype=wide)
-    return updates, q.new_empty(B, H, K, dtype=wide), slot_map
-
-
-@_operator
-def slot_attention_backward(
-    dupdates: Tensor,
-    dslot_map: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    updates: Tensor,
-    totals: Tensor,
-    scale: float,
-    eps: float,
-    slot_mask: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = backends.load(backend)
-    return kernels.slot_attention_bwd(dupdates, dslot_map, (q, k, v), (updates, totals), scale, eps, slot_mask)
-
-
-@torch.library.register_fake("fastslots::slot_attention_backward")
-def _(dupdates, dslot_map, q, k, v, updates, totals, scale, eps, slot_mask, backend):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-
-
-def _slot_attention_setup(ctx, inputs, output):
-    q, k, v, ctx.scale, ctx.eps, slot_mask, ctx.return_map, ctx.backend = inputs
-    updates, totals, slot_map = output
-    ctx.mark_non_differentiable(totals)
-    if not ctx.return_map:
-        ctx.mark_non_differentiable(slot_map)
-    ctx.save_for_backward(q, k, v, updates, totals, slot_mask)
-
-
-def _slot_attention_vjp(ctx, dupdates, _dtotals, dslot_map):
-    *tensors, slot_mask = ctx.saved_tensors
-    dmap = dslot_map if ctx.return_map else None
-    grads = slot_attention_backward(dupdates, dmap, *tensors, ctx.scale, ctx.eps, slot_mask, ctx.backend)
-    return *grads, None, None, None, None, None
-
-
-torch.library.register_autograd("fastslots::slot_attention", _slot_attention_vjp, setup_context=_slot_attention_setup)
 
 
 # ---- encoder ---------------------------------------------------------------------------------------------------------
