@@ -92,7 +92,7 @@ def _check(args: argparse.Namespace) -> int:
 def _as_preset(args: argparse.Namespace) -> None:
     """Ask of the data what ``train PRESET`` would, but for flags that are given."""
     from fastslots.config.run import TrainConfig
-    from fastslots.data import read_batch, to_float
+    from fastslots.data import to_float
     from fastslots.data.packed.features import is_features
     from fastslots.data.sources import check_shape, open_source
 
@@ -100,8 +100,8 @@ def _as_preset(args: argparse.Namespace) -> None:
     given = {name: value for name, value in given.items() if value is not None}
     config = TrainConfig.preset(args.preset, preset_name=args.preset, data=args.path, **given)
     if config.input == "features" or is_features(args.path):  # at what size they are is no choice
-        dataset, rows = open_source(config).splits["train"]
-        check_shape(config, to_float(read_batch(dataset, rows[:1])[0]))
+        train = open_source(config).splits["train"]
+        check_shape(to_float(train[:1].read()[0]), config.channels, config.resolution)
     args.max_objects, args.size = config.max_objects, config.resolution
 
 

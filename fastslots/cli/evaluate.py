@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from fastslots.data.packed.urls import check_allowed
     from fastslots.data.sources import open_source
     from fastslots.evaluation import analyses
-    from fastslots.evaluation.evaluate import PAPER, WITH_MASKS, evaluate
+    from fastslots.evaluation.evaluate import PAPER, WITH_MASKS, Scoring, evaluate
     from fastslots.models import SlotVAE
 
     folder = RunFolder(args.run_folder)
@@ -69,31 +69,24 @@ def run(args: argparse.Namespace) -> int:
     config = replace(recorded, data=args.data) if args.data else recorded
     check_allowed(config.data, folder.config, args.allow_remote or bool(args.data))
     source = open_source(config)
-    dataset, rows = source.splits[args.split]
+    split = source.splits[args.split][: args.images or None]
     say(f"data      {source.description}")
     for warning in source.warnings:
         say(f"warning   {warning}")
     if weights != args.weights:
         say(f"warning   no evaluation has been, so there are no {args.weights} weights yet: scoring the {weights} ones")
     model.to(config.torch_device())
-    asked = (model, dataset, rows, args.images, args.batch_size or 10)
     paper_batch, counted = PAPER[args.split] if args.score_mode == "paper" else (0, 0)
     batch = args.batch_size or paper_batch or 10
-    scores = evaluate(
-        *(model, dataset, rows, args.images, batch),
-        latent=args.latent,
-        seed=config.seed,
-        progress=progress_of("images"),
-        score_mode=args.score_mode,
-        jacobian_images=counted,
-    )
+    scoring = Scoring(args.latent, config.seed, args.score_mode, counted)
+    scores = evaluate(model, split, batch, scoring, progress=progress_of("images")).scores()
     scores |= {name: None for name in WITH_MASKS if name not in scores}
     if args.interaction_order:
-        scores |= analyses.order_scores(*asked)
+        scores |= analyses.order_scores(model, split, args.batch_size or 10)
     if args.attributes:
-        scores |= analyses.attribute_scores(*asked)
+        scores |= analyses.attribute_scores(model, split, args.batch_size or 10)
     if args.recombination:
-        scores |= analyses.recombination_scores(*asked)
+        scores |= analyses.recombination_scores(model, split, args.batch_size or 10)
     if args.composition:
         scores |= analyses.composition_scores(model, config, args.images, args.batch_size or 10)
     if counted:

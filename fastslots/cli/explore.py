@@ -60,7 +60,7 @@ def held_out(folder: RunFolder, config, allow_remote: bool = False):
     """The first held-out images of a run, float [n, 3, R, R]; none where its data are not at hand."""
     import torch
 
-    from fastslots.data import read_batch, to_float
+    from fastslots.data import to_float
     from fastslots.data.packed.urls import check_allowed
     from fastslots.data.sources import open_source
     from fastslots.report.write import other_data
@@ -74,5 +74,4 @@ def held_out(folder: RunFolder, config, allow_remote: bool = False):
     if reason:
         print(f"no images of the run to start from: {reason}", file=sys.stderr)
         return torch.empty(0, config.channels, config.resolution, config.resolution)
-    dataset, rows = source.splits["val"]
-    return to_float(read_batch(dataset, rows[:IMAGES])[0])
+    return to_float(source.splits["val"][:IMAGES].read()[0])

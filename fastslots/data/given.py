@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
-from fastslots.data.items import FEATURES, ignore_label, image_of, mask_of
+from fastslots.data.dataset import SceneDataset, Split
+from fastslots.data.items import FEATURES, image_of, mask_of
 from fastslots.errors import UserError
 
 LOOKED_AT = 8  # items of a split
@@ -18,10 +19,55 @@ MASK_LIKE = {"masks", "segmentation", "segmentations", "label_map", "labels", "i
 """Names under which others keep masks; only "mask" is read."""
 
 
-def is_ours(dataset: Any) -> bool:
-    """Whether it has our ``batch(indices) -> images, masks``. Others' methods of that name mean other things: that of
-    Hugging Face's ``datasets`` groups rows."""
-    return hasattr(dataset, "batch") and hasattr(dataset, "factors_of")
+def as_scenes(dataset: Any) -> SceneDataset:
+    """One of ours as it is, any other map-style data set behind ``GivenDataset``.
+
+    A method ``batch`` alone makes none of ours: that of Hugging Face's ``datasets`` groups rows.
+    """
+    return dataset if isinstance(dataset, SceneDataset) else GivenDataset(dataset)
+
+
+class GivenDataset:
+    """A map-style data set of Python code: ``len()``, and items by number as ``read_items`` takes them."""
+
+    info = None
+    by_range = False
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    @property
+    def whole(self) -> Any:
+        """What a torch ``Subset`` (of a ``Subset``) is a part of; else the data set itself."""
+        whole = self.dataset
+        while hasattr(whole, "dataset"):
+            whole = whole.dataset
+        return whole
+
+    @property
+    def ignore_label(self) -> int | None:
+        return getattr(self.whole, "ignore_label", None)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def batch(self, indices: np.ndarray, masks: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
+        """See ``read_items``."""
+        images, labels = read_items(self.dataset, indices)
+        return images, labels if masks else None
+
+    def factors_of(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """The factors that all items have, stacked: entry "factors" of an item that is a mapping."""
+        items = [_factors_of_item(self.dataset[int(i)]) for i in indices]  # not the items: pictures may fill the memory
+        names = set.intersection(*(set(factors) for factors in items)) if items else set()
+        try:
+            return {name: np.stack([factors[name] for factors in items]) for name in sorted(names)}
+        except ValueError as error:
+            raise UserError(f"the images' factors differ in shape ({error}): give every image the same") from None
+
+
+def _factors_of_item(item: Any) -> Mapping[str, Any]:
+    return item.get("factors") or {} if isinstance(item, Mapping) else {}
 
 
 def read_items(dataset: Any, indices: np.ndarray | Iterable[int]) -> tuple[np.ndarray, np.ndarray | None]:
@@ -110,25 +156,25 @@ def check_map_style(dataset: Any) -> None:
         raise UserError(f"{name} is empty: expected {expected}, and at least one image")
 
 
-def look_at(dataset: Any, splits: Iterable[Any]) -> list[str]:
+def look_at(given: GivenDataset, splits: Iterable[Split]) -> list[str]:
     """Read some items of each split; what looks wrong without being an error. UserError as of ``read_items``."""
     warnings, masked = [], set()
-    name, highest = type(dataset).__name__, 0
-    for rows in splits:
-        some = np.unique(np.linspace(0, len(rows) - 1, min(LOOKED_AT, len(rows))).astype(int))
-        images, masks = read_items(dataset, [rows[i] for i in some])
+    name, highest = type(given.dataset).__name__, 0
+    for split in splits:
+        some = np.unique(np.linspace(0, len(split) - 1, min(LOOKED_AT, len(split))).astype(int))
+        images, masks = given.batch(np.asarray(split.rows)[some])
         masked.add(masks is not None)
         highest = max(highest, 0 if masks is None else int((masks == 255).any()))
         if len(images) > 2 and (images == images[:1]).all():
             warnings.append(f"the images of the {name} are all equal")
     if len(masked) > 1:
         raise UserError(f"{name}: {SOME_MASKS}")
-    if highest and ignore_label(dataset) is None:
+    if highest and given.ignore_label is None:
         warnings.append(
             f"masks of the {name} have the label 255, scored as an object: where it means 'do not score', set its "
             f"attribute ignore_label = 255"
         )
-    return list(dict.fromkeys(warnings)) + ([] if True in masked else _unread(dataset[0], name))
+    return list(dict.fromkeys(warnings)) + ([] if True in masked else _unread(given.dataset[0], name))
 
 
 def _unread(item: Any, name: str) -> list[str]:

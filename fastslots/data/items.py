@@ -201,14 +201,6 @@ def labels_of_colours(mask: np.ndarray, name: str) -> np.ndarray:
     return (labels.reshape(wide.shape) + (0 if colours[0] == 0 else 1)).astype(np.uint8)
 
 
-def ignore_label(dataset: Any) -> int | None:
-    """The label of pixels that are not scored: what a reader of files knows, else ``dataset.ignore_label``."""
-    while hasattr(dataset, "dataset"):  # what a torch ``Subset`` is part of
-        dataset = dataset.dataset
-    found = getattr(getattr(dataset, "info", None), "ignore_label", None)
-    return getattr(dataset, "ignore_label", None) if found is None else found
-
-
 def _array(value: Any, name: str) -> np.ndarray:
     """An array or tensor as an array; UserError for what is neither."""
     try:

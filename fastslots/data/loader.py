@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastslots.data.given import is_ours, read_items
+from fastslots.data.dataset import Split, read_rows
+from fastslots.data.given import as_scenes
 from fastslots.data.packed.ranges import AHEAD
 from fastslots.data.sampling import batch_indices
 
@@ -35,7 +36,7 @@ def to_float(images: Tensor) -> Tensor:
     return images.float()
 
 
-def read_batch(dataset, indices: np.ndarray) -> tuple[Tensor, Tensor | None]:
+def read_batch(dataset: Any, indices: np.ndarray) -> tuple[Tensor, Tensor | None]:
     """Images and masks at ``indices`` of one of our data sets (``batch``) or of any torch map-style data set.
 
     Items of the latter may be an image, a tuple (image, mask, ...), or a dict with "image" and perhaps "mask"; an
@@ -43,41 +44,33 @@ def read_batch(dataset, indices: np.ndarray) -> tuple[Tensor, Tensor | None]:
 
     Raises UserError naming the item that is none of it, and where some have a mask and others none.
     """
-    images, masks = dataset.batch(indices) if is_ours(dataset) else read_items(dataset, indices)
-    return torch.from_numpy(np.ascontiguousarray(images)), None if masks is None else torch.from_numpy(masks)
+    return read_rows(as_scenes(dataset), indices)
 
 
-def hold_images(dataset, rows, device: torch.device, limit: float) -> Tensor | None:
-    """Images of ``rows`` as one tensor on ``device``, uint8 [n, R, R, 3] or features as they are kept; None where that
+def hold_images(split: Split, device: torch.device, limit: float) -> Tensor | None:
+    """Images of a split as one tensor on ``device``, uint8 [n, R, R, 3] or features as they are kept; None where that
     takes over ``limit`` bytes.
 
     For sets on disk alone (those with ``info``): what is made on the fly has no end.
     """
-    if getattr(dataset, "info", None) is None or not len(rows):
+    if split.dataset.info is None or not len(split):
         return None
-    one = read_batch(dataset, np.asarray(rows[:1]))[0]
-    if len(rows) * one.nbytes > limit:
+    one = split[:1].read()[0]
+    if len(split) * one.nbytes > limit:
         return None
-    held = torch.empty(len(rows), *one.shape[1:], dtype=one.dtype, device=device)
-    for first in range(0, len(rows), 1024):
-        part = np.asarray(rows[first : first + 1024])
-        held[first : first + len(part)] = _read_images(dataset, part)[0].to(device)
+    held = torch.empty(len(split), *one.shape[1:], dtype=one.dtype, device=device)
+    for first in range(0, len(split), 1024):
+        part = split[first : first + 1024]
+        held[first : first + len(part)] = part.read(masks=False)[0].to(device)
     return held
-
-
-def _read_images(dataset, rows: np.ndarray) -> tuple[Tensor, Tensor | None]:
-    """``read_batch``, but no masks of sets that are read by byte range: training needs none, and each is a request."""
-    if getattr(dataset, "ranged", None):
-        return torch.from_numpy(dataset.batch(rows, masks=False)[0]), None
-    return read_batch(dataset, rows)
 
 
 class Loader:
     """Iterates over ``Batch`` for step = start_step, start_step + 1, ... without end.
 
     Args:
-        dataset: one of ours, or any torch map-style data set (see ``read_batch``).
-        indices: the rows to draw from (a split); None for all.
+        dataset: a ``Split``, one of our data sets, or any torch map-style one (see ``read_batch``).
+        indices: the rows to draw from; None for all.
         batch_size: images a step on this process; ``start``: where its slice of the global batch begins.
         prefetch: batches prepared ahead by a thread (``AHEAD`` by as many, and without masks, where a set in object
             storage is read by byte range); 0 prepares in the caller.
@@ -98,27 +91,28 @@ class Loader:
         prefetch: int = 2,
         device: torch.device | None = None,
     ):
-        self._dataset, self._seed, self._batch_size, self._start = dataset, seed, batch_size, start
-        self._rows = range(len(dataset)) if indices is None else indices
+        if not isinstance(dataset, Split):
+            dataset = Split(as_scenes(dataset), range(len(dataset)) if indices is None else indices)
+        self._split: Split = dataset
+        self._seed, self._batch_size, self._start = seed, batch_size, start
         self._step = start_step
         self._pin, self._held = False, None
         if device is not None and device.type == "cuda":
             self._pin = True
-            self._held = hold_images(dataset, self._rows, device, RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0])
+            self._held = hold_images(self._split, device, RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0])
         self._closed = False
-        ranged = bool(prefetch and getattr(dataset, "ranged", None))
-        self._ahead = max(prefetch, AHEAD) if ranged else prefetch
-        self._threads = ThreadPoolExecutor(AHEAD if ranged else 1, "fastslots-loader") if prefetch else None
+        far = bool(prefetch and self._split.dataset.by_range)
+        self._ahead = max(prefetch, AHEAD) if far else prefetch
+        self._threads = ThreadPoolExecutor(AHEAD if far else 1, "fastslots-loader") if prefetch else None
         self._batches: deque[Future[Batch]] = deque()
         self._prefetch()
 
     def read(self, step: int) -> Batch:
         """The batch of any step, now."""
-        drawn = batch_indices(self._seed, step, self._batch_size, len(self._rows), self._start)
+        drawn = batch_indices(self._seed, step, self._batch_size, len(self._split), self._start)
         if self._held is not None:
             return Batch(step, self._held[torch.from_numpy(drawn).to(self._held.device)], None)
-        rows = drawn + self._rows.start if isinstance(self._rows, range) else np.asarray(self._rows)[drawn]
-        images, masks = _read_images(self._dataset, rows)
+        images, masks = self._split.read(drawn, masks=False)
         return Batch(step, images.pin_memory() if self._pin else images, masks)
 
     def _prefetch(self) -> None:

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from fastslots.config.run import GIVEN, TrainConfig
 from fastslots.data import SpritesDataset, split_indices
 from fastslots.data.builtin import BUILTIN, TexturedSpritesDataset
 from fastslots.data.builtin.sprites import FACTORS
-from fastslots.data.factors import factor_words, numbered_objects
-from fastslots.data.given import check_map_style, is_ours, look_at
+from fastslots.data.dataset import SceneDataset, Split
+from fastslots.data.factors import factor_format, numbered_objects
+from fastslots.data.given import GivenDataset, as_scenes, check_map_style, look_at
 from fastslots.data.holdout import Holdout
 from fastslots.data.packed.dataset import DatasetInfo
 from fastslots.data.packed.features import FeatureDataset, is_features
@@ -28,18 +30,18 @@ SEARCH = 100  # scenes that are looked through for each with a held-out combinat
 
 @dataclass(frozen=True)
 class Source:
-    """Data sets with the rows that each split draws from."""
+    """What a run reads: each split's scenes, and what is known of them."""
 
     description: str
-    splits: dict[str, tuple[Any, Any]]  # train, val, test -> (data set, rows)
+    splits: dict[str, Split]  # train, val, test
     warnings: list[str] = field(default_factory=list)  # what looks wrong (``fastslots data check``)
     digest: str = ""  # fingerprint of a set on disk
     split_note: str = ""  # how many images each split has, and by which rule; part of the description
 
     def on_training_images(self, split: str) -> bool:
         """Whether a split is the training images: of a set that has too few to set some aside."""
-        (dataset, rows), (trained, on) = self.splits[split], self.splits["train"]
-        return dataset is trained and len(rows) > 0 and rows[0] in on
+        asked, trained = self.splits[split], self.splits["train"]
+        return asked.dataset is trained.dataset and len(asked) > 0 and asked.rows[0] in trained.rows
 
 
 def open_source(config: TrainConfig, dataset: Any = None) -> Source:
@@ -82,11 +84,13 @@ def open_source(config: TrainConfig, dataset: Any = None) -> Source:
 
 def _given(dataset: Any, holdout: str) -> Source:
     """A data set that Python code has handed over: some of its items are read, so that what is wrong shows now."""
-    if is_ours(dataset):
-        return _split(dataset, f"{type(dataset).__name__} of {len(dataset)} images", holdout)
-    check_map_style(dataset)
-    source = _split(dataset, f"{type(dataset).__name__} of {len(dataset)} images", holdout)
-    return replace(source, warnings=look_at(dataset, [rows for _, rows in source.splits.values()]))
+    scenes = as_scenes(dataset)
+    if isinstance(scenes, GivenDataset):
+        check_map_style(dataset)
+    source = _split(scenes, f"{type(dataset).__name__} of {len(scenes)} images", holdout)
+    if isinstance(scenes, GivenDataset):
+        source = replace(source, warnings=look_at(scenes, source.splits.values()))
+    return source
 
 
 def check_named(config: TrainConfig) -> None:
@@ -104,8 +108,8 @@ def _builtin(config: TrainConfig) -> Source:
     objects = _objects(config)
     avoid = _avoidable(config) if config.holdout else None
 
-    def sprites(seed: int, count: int) -> tuple[SpritesDataset, range]:
-        return _sprites(config, seed, count, avoid), range(count)
+    def sprites(seed: int, count: int) -> Split:
+        return Split(_sprites(config, seed, count, avoid), range(count))
 
     splits = {
         "train": sprites(step_seed(config.seed, 0, Purpose.TRAIN) >> 1, 1 << 31),
@@ -133,8 +137,8 @@ def _made_once(config: TrainConfig) -> str:
         return str(cached(config.data, 0, config.resolution, SCENE_OBJECTS, progress))
 
 
-def unseen(config: TrainConfig, count: int) -> tuple[Any, np.ndarray]:
-    """The first ``count`` test images with an object that ``config.holdout`` kept from the run, as (data set, rows).
+def unseen(config: TrainConfig, count: int) -> Split:
+    """The first ``count`` test images with an object that ``config.holdout`` kept from the run.
 
     Of a data set on disk they are those of the test split that were set aside, fewer where there are not so many; of
     the built-in data scenes of the test seed as they come, so that their other objects are as everywhere.
@@ -144,61 +148,61 @@ def unseen(config: TrainConfig, count: int) -> tuple[Any, np.ndarray]:
     if not config.holdout:
         raise UserError("the run held no combination out: train with --holdout shape=square,hue=0.5:0.75, say")
     if config.data not in ON_THE_FLY:
-        dataset, rows = open_source(replace(config, holdout="")).splits["test"]
-        found = np.asarray(rows)[_held_out(dataset, rows, config.holdout)]
-        if not len(found):
+        test = open_source(replace(config, holdout="")).splits["test"]
+        rows = np.asarray(test.rows)[_held_out(test, config.holdout)]
+        if not len(rows):
             raise UserError(f"holdout {config.holdout!r}: no test image has such an object: widen it")
-        return dataset, found[:count]
+        return Split(test.dataset, rows[:count])
     holdout = _builtin_holdout(config)
     dataset = _sprites(config, step_seed(0, 0, Purpose.TEST) >> 1, SEARCH * count)
     parts: list[np.ndarray] = []
     for first in range(0, len(dataset), HELD_OUT):
         scenes = np.arange(first, min(first + HELD_OUT, len(dataset)))
-        parts.append(scenes[holdout.matches(*numbered_objects(dataset, scenes))])
+        parts.append(scenes[holdout.matches(*numbered_objects(Split(dataset, scenes)))])
         if sum(map(len, parts)) >= count:
-            return dataset, np.concatenate(parts)[:count]
+            return Split(dataset, np.concatenate(parts)[:count])
     raise UserError(f"holdout {config.holdout!r}: fewer than one scene in {SEARCH} has such an object: widen it")
 
 
 def _builtin_holdout(config: TrainConfig) -> Holdout:
-    return Holdout.parse(config.holdout, FACTORS, factor_words(SpritesDataset()))
+    return Holdout.parse(config.holdout, FACTORS, SpritesDataset.WORDS)
 
 
 def _avoidable(config: TrainConfig) -> Holdout:
     """The holdout of a run on scenes made on the fly. UserError where ``SpritesDataset`` could not redraw them all."""
     holdout, scenes = _builtin_holdout(config), SpritesDataset(0, 16, _objects(config))
-    if holdout.matches(*numbered_objects(scenes, range(HELD_OUT))).mean() > 0.9:
+    if holdout.matches(*numbered_objects(Split(scenes, range(HELD_OUT)))).mean() > 0.9:
         raise UserError(f"holdout {config.holdout!r}: more than 9 in 10 scenes have such an object: narrow it")
     return holdout
 
 
-def _held_out(dataset: Any, rows: Any, holdout: str) -> np.ndarray:
+def _held_out(split: Split, holdout: str) -> np.ndarray:
     """bool: which images have an object with the combination. UserError where the data do not tell."""
-    factors, present = numbered_objects(dataset, rows)
+    factors, present = numbered_objects(split)
     if not factors:
         raise UserError("holdout needs data that tell factors of their objects (shape, colour, ...): leave it out")
-    return Holdout.parse(holdout, tuple(factors), factor_words(dataset)).matches(factors, present)
+    return Holdout.parse(holdout, tuple(factors), factor_format(split.dataset).words).matches(factors, present)
 
 
 def _objects(config: TrainConfig) -> tuple[int, int]:
     return 2, max(2, min(config.num_slots - 1, 4))  # a slot is left for the background
 
 
-def _split(dataset: Any, description: str, holdout: str, info: DatasetInfo | None = None) -> Source:
+def _split(dataset: SceneDataset, description: str, holdout: str, info: DatasetInfo | None = None) -> Source:
     if not len(dataset):
         raise UserError(f"{description}: no images are left; raise --max_objects or name another data set")
     splits = split_indices(len(dataset), *((info.published_split, info.parts) if info else ()))
     rows = {"train": splits.train, "val": splits.val, "test": splits.test}
+    whole = {name: Split(dataset, part) for name, part in rows.items()}
     if not holdout:
-        parts = {name: (dataset, part) for name, part in rows.items()}
-        return Source(f"{description}; {splits}", parts, split_note=str(splits))
-    kept = {name: np.asarray(part)[~_held_out(dataset, part, holdout)] for name, part in rows.items()}
+        return Source(f"{description}; {splits}", whole, split_note=str(splits))
+    kept = {name: Split(dataset, np.asarray(part.rows)[~_held_out(part, holdout)]) for name, part in whole.items()}
     for name, part in kept.items():
         if not len(part):
             raise UserError(f"holdout {holdout!r}: every image of {name} has such an object: narrow it")
-    counts = ", ".join(f"{len(part):,} of {len(rows[name]):,} {name}" for name, part in kept.items())
+    counts = ", ".join(f"{len(part):,} of {len(whole[name]):,} {name}" for name, part in kept.items())
     note = f"{splits}; none with {holdout} ({counts} images left)"
-    return Source(f"{description}; {note}", {name: (dataset, part) for name, part in kept.items()}, split_note=note)
+    return Source(f"{description}; {note}", kept, split_note=note)
 
 
 def same_images(before: str, now: str) -> bool:
@@ -207,9 +211,9 @@ def same_images(before: str, now: str) -> bool:
     return before.replace(here, "").strip() == now.replace(here, "").strip()
 
 
-def check_shape(config: TrainConfig, images: Any) -> None:
-    """UserError unless a float batch [b, C, R, R] fits the model."""
-    expected = (config.channels, config.resolution, config.resolution)
+def check_shape(images: Tensor, channels: int, side: int) -> None:
+    """UserError unless a float batch [b, C, R, R] has ``channels`` and ``side``, the model's."""
+    expected = (channels, side, side)
     if tuple(images.shape[1:]) != expected:
         raise UserError(
             f"the data gives images of shape {list(images.shape[1:])}, the model expects {list(expected)}: "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastslots.config.run import TrainConfig
-from fastslots.data import read_batch, to_float
-from fastslots.data.factors import counts_from_one, object_factors
-from fastslots.data.items import ignore_label
+from fastslots.data import to_float
+from fastslots.data.dataset import Split
+from fastslots.data.factors import factor_format, object_factors
 from fastslots.data.sources import open_source, unseen
 from fastslots.errors import UserError
 from fastslots.evaluation.evaluate import evaluate
@@ -29,37 +29,34 @@ COMPOSITION = ("recon", "j_ari", "jis", "fg_ari", "mbo")
 
 
 @torch.no_grad()
-def order_scores(
-    model: SlotVAE, dataset: Any, rows: Any, images: int = 0, batch_size: int = 10, seed: int = 0
-) -> dict[str, Any]:
+def order_scores(model: SlotVAE, split: Split, batch_size: int = 10, seed: int = 0) -> dict[str, Any]:
     """``interaction_order`` (its ratio) of the decoder at the mean slots of the first images, at most 32."""
-    count = min(images or ORDER_IMAGES, ORDER_IMAGES, len(rows))
+    split = split[:ORDER_IMAGES]
     parts = [
         interaction_order(model.decoder, slots, seed=seed + first)
-        for first, (slots, _) in _encoded(model, dataset, rows[:count], batch_size)
+        for first, (slots, _) in _encoded(model, split, batch_size)
     ]
     whole = parts[0]
     for part in parts[1:]:
         whole = type(whole)(torch.cat([whole.cross, part.cross]), torch.cat([whole.within, part.within]), whole.slots)
-    return {"interaction_order": whole.ratio, "interaction_order_images": count}
+    return {"interaction_order": whole.ratio, "interaction_order_images": len(split)}
 
 
 @torch.no_grad()
-def attribute_scores(model: SlotVAE, dataset: Any, rows: Any, images: int = 0, batch_size: int = 10) -> dict[str, Any]:
+def attribute_scores(model: SlotVAE, split: Split, batch_size: int = 10) -> dict[str, Any]:
     """R² and accuracy of probes from the mean slots to the data's factors; fitted on the first half of the images.
 
     Returns attribute_r2_PROBE and attribute_accuracy_PROBE (means over factors), each factor's own with its name after
     them, and attribute_objects, the matched objects. Raises UserError where the data has no masks or no factors, or
     too few objects.
     """
-    rows = rows[: images or None]
-    factors = object_factors(dataset, rows)
+    factors = object_factors(split)
     if not factors:
         raise UserError("the data has no factors of its objects to predict: leave --attributes out")
-    start = 1 if counts_from_one(dataset) else 0  # the mask label of the factors' first row
+    start = factor_format(split.dataset).first_label
     objects = min(len(values[0]) for values in factors.values())
-    slots, owners, places, ignore = [], [], [], ignore_label(dataset)
-    for first, (z, masks) in _encoded(model, dataset, rows, batch_size):
+    slots, owners, places, ignore = [], [], [], split.dataset.ignore_label
+    for first, (z, masks) in _encoded(model, split, batch_size):
         if masks is None:
             raise UserError("the data has no masks, which match slots to objects: leave --attributes out")
         slot_map, side = _slot_map(model, z).cpu(), model.config.resolution
@@ -77,10 +74,10 @@ def attribute_scores(model: SlotVAE, dataset: Any, rows: Any, images: int = 0, b
     out: dict[str, Any] = {"attribute_objects": len(owner)}
     for kind in DECAY:
         try:
-            found = probe(torch.cat(slots), targets, owner >= len(rows) // 2, kind)
+            probed = probe(torch.cat(slots), targets, owner >= len(split) // 2, kind)
         except ValueError as error:
             raise UserError(f"--attributes: {error}") from None
-        for score, values in (("r2", found.r2), ("accuracy", found.accuracy)):
+        for score, values in (("r2", probed.r2), ("accuracy", probed.accuracy)):
             if values:
                 out[f"attribute_{score}_{kind}"] = sum(values.values()) / len(values)
             out |= {f"attribute_{score}_{kind}_{name}": value for name, value in values.items()}
@@ -91,20 +88,17 @@ def composition_scores(model: SlotVAE, config: TrainConfig, images: int = 0, bat
     """Compositional generalisation: the scores of test images without the combination that ``config.holdout`` kept
     from the run (seen_...), and of as many with an object that has it (unseen_...). Raises UserError: see ``unseen``.
     """
-    seen, rows = open_source(config).splits["test"]
-    held_out = unseen(config, min(images or len(rows), len(rows)))
-    count = len(held_out[1])
-    out: dict[str, Any] = {"composition_images": count}
-    for name, (dataset, own) in {"unseen": held_out, "seen": (seen, rows[:count])}.items():
-        scores = evaluate(model, dataset, own, batch_size=batch_size)
+    test = open_source(config).splits["test"]
+    held_out = unseen(config, min(images or len(test), len(test)))
+    out: dict[str, Any] = {"composition_images": len(held_out)}
+    for name, split in {"unseen": held_out, "seen": test[: len(held_out)]}.items():
+        scores = evaluate(model, split, batch_size).scores()
         out |= {f"{name}_{score}": scores[score] for score in COMPOSITION if score in scores}
     return out
 
 
 @torch.no_grad()
-def recombination_scores(
-    model: SlotVAE, dataset: Any, rows: Any, images: int = 0, batch_size: int = 10, seed: int = 0
-) -> dict[str, Any]:
+def recombination_scores(model: SlotVAE, split: Split, batch_size: int = 10, seed: int = 0) -> dict[str, Any]:
     """Whether slots mean the same in other company: decode, encode again, and compare with what was decoded.
 
     ``reencoding_error``: mean over slots of |z'' − z|² relative to the mean |z − z̄|² of all slots, slots matched
@@ -113,8 +107,7 @@ def recombination_scores(
     """
     from scipy.optimize import linear_sum_assignment  # kept out of the import of fastslots
 
-    rows = rows[: images or None]
-    slots = torch.cat([z for _, (z, _) in _encoded(model, dataset, rows, batch_size)])
+    slots = torch.cat([z for _, (z, _) in _encoded(model, split, batch_size)])
     spread = (slots - slots.mean((0, 1))).square().sum(-1).mean().item()
     if len(slots) < 2 or not spread:
         raise UserError("--recombination needs at least two images, and slots that are not all the same")
@@ -122,16 +115,16 @@ def recombination_scores(
     foreign = torch.rand(slots.shape[:2], generator=generator)[..., None].to(slots.device) < SWAP_SHARE
     mixed = torch.where(foreign, slots.roll(1, 0), slots)
 
-    def error(given: Tensor) -> float:
+    def error(decoded: Tensor) -> float:
         total = 0.0
-        for part in given.split(batch_size):
+        for part in decoded.split(batch_size):
             picture = model.decode(part).recon
             if model.config.input == "pixels":
                 picture = picture.clamp(0, 1)
             again = _mean_slots(model, picture)
             for distance in torch.cdist(part, again).square().cpu().numpy():
                 total += float(distance[linear_sum_assignment(distance)].mean())
-        return total / len(given) / spread
+        return total / len(decoded) / spread
 
     return {"reencoding_error": error(slots), "recombination_error": error(mixed)}
 
@@ -147,14 +140,12 @@ def _slot_map(model: SlotVAE, slots: Tensor) -> Tensor:
     return slot_share(slot_jacobian(model.decoder, slots)).flatten(2).mT if slot_map is None else slot_map
 
 
-def _encoded(
-    model: SlotVAE, dataset: Any, rows: Sequence[int], batch_size: int
-) -> Iterator[tuple[int, tuple[Tensor, Tensor | None]]]:
+def _encoded(model: SlotVAE, split: Split, batch_size: int) -> Iterator[tuple[int, tuple[Tensor, Tensor | None]]]:
     """(first, (mean slots [b, K, D], masks or None)) of each batch, in evaluation mode."""
     training, device = model.training, next(model.parameters()).device
     model.eval()
-    for first in range(0, len(rows), batch_size):
-        raw, masks = read_batch(dataset, np.asarray(rows[first : first + batch_size]))
+    for first in range(0, len(split), batch_size):
+        raw, masks = split[first : first + batch_size].read()
         slots = _mean_slots(model, to_float(raw.to(device)))
         yield first, (slots, masks)
     model.train(training)

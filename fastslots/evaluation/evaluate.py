@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastslots.data import read_batch, to_float
+from fastslots.data import to_float
+from fastslots.data.dataset import Split
 from fastslots.data.given import SOME_MASKS
-from fastslots.data.items import ignore_label
 from fastslots.data.sampling import Purpose, step_seed
 from fastslots.distributed import Group
 from fastslots.errors import UserError
@@ -20,8 +20,9 @@ from fastslots.metrics import JacobianMeter, SegmentationMeter, slot_jacobian
 from fastslots.models import SlotVAE
 from fastslots.models.vae import SlotVAEOutput
 
-_OF_AN_IMAGE = ("j_ari", *SegmentationMeter.SCORES)  # scores that are means over images
-WITH_MASKS = (*_OF_AN_IMAGE, "jis")  # scores that there are only where the data has masks
+LOSSES = ("recon", "kl", "interaction")
+OF_AN_IMAGE = ("j_ari", *SegmentationMeter.SCORES)  # scores that are means over images
+WITH_MASKS = (*OF_AN_IMAGE, "jis")  # scores that there are only where the data has masks
 SHOWN = ("j_ari", "fg_ari")  # those that are also given image by image
 
 PAPER = {"val": (50, 12), "test": (10, 10)}
@@ -32,95 +33,146 @@ PAPER = {"val": (50, 12), "test": (10, 10)}
 See = Callable[[Tensor, SlotVAEOutput, Tensor | None], None]
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """How images are scored.
+
+    latent: "mean" (z is the posterior mean) or "sample" (drawn, from ``seed`` and an image's number alone).
+    mode: of ``JacobianMeter``; "paper" averages the means of batches, and then depends on their size.
+    jacobian_images: J-ARI and JIS look at the first so many images of each batch; 0: at all.
+    """
+
+    latent: str = "mean"
+    seed: int = 0
+    mode: str = "pooled"
+    jacobian_images: int = 0
+
+
+class Evaluation:
+    """Scores of a model, gathered batch by batch: ``update`` with each, then ``reduce`` once, then ``scores``.
+
+    Several processes each update with their share of the images, and have the same scores after ``reduce``.
+
+    Attributes:
+        of_images: after ``reduce``, J-ARI and FG-ARI of every image in their order; {} without masks, or where
+            ``Scoring.jacobian_images`` leaves images out.
+    """
+
+    def __init__(self, model: SlotVAE, scoring: Scoring = Scoring(), ignore_label: int | None = None):
+        self._model, self._scoring, self._start = model, scoring, time.perf_counter()
+        side = model.config.resolution
+        self._by_jacobian = JacobianMeter(scoring.mode, ignore_label)
+        self._by_map = SegmentationMeter(ignore_label, (side, side))
+        self._losses = dict.fromkeys(LOSSES, 0.0)
+        self._images = self._masked = 0
+        self._totals: dict[str, float] = {}
+        self.of_images: dict[str, list[float]] = {}
+
+    @torch.no_grad()
+    def update(self, images: Tensor, masks: Tensor | None, first: int) -> tuple[SlotVAEOutput, Tensor | None]:
+        """Score a batch: images [B, C, R, R] on the model's device, masks [B, H, W]; ``first``: its first number.
+
+        Returns what the model makes of it, and the slot Jacobian [B, K, R, R] on the CPU, None without masks.
+
+        Raises UserError where some of the images have a mask and others none.
+        """
+        if self._images and (masks is None) != (self._masked == 0):
+            raise UserError(SOME_MASKS)
+        model, scoring, count = self._model, self._scoring, len(images)
+        result = model(images, latent_noise(model, count, scoring.latent, scoring.seed, first, images.device))
+        terms = model.loss(result, images)
+        for name in LOSSES:
+            self._losses[name] += getattr(terms, name).item() * count
+        self._images += count
+        if masks is None:
+            return result, None
+        self._masked += count
+        masks, scored = masks.long(), scoring.jacobian_images or count
+        jacobian = slot_jacobian(model.decoder, result.slots[:scored]).cpu()
+        self._by_jacobian.update(jacobian, masks[:scored])
+        if result.slot_map is not None:
+            self._by_map.update(result.slot_map.cpu(), masks)
+        return result, jacobian
+
+    def reduce(self, group: Group, images: int) -> None:
+        """Add up over the processes of ``group``, each of which has scored ``group.share(images)``."""
+        local, share = self._sums(), group.share(images)
+        each = torch.zeros(len(SHOWN), images, dtype=torch.float64)
+        if self._masked and not self._scoring.jacobian_images:
+            each[0, share.start : share.stop] = torch.tensor(self._by_jacobian.of_images, dtype=each.dtype)
+            if self._by_map.images:
+                each[1, share.start : share.stop] = torch.tensor(self._by_map.of_images["fg_ari"], dtype=each.dtype)
+        summed = group.sum([*local.values(), *each.flatten().tolist()])
+        self._totals = dict(zip(local, summed, strict=False))
+        if self._totals["masked"] and not self._scoring.jacobian_images:
+            each = torch.tensor(summed[len(local) :], dtype=each.dtype).view_as(each)
+            self.of_images = dict(zip(self._shown(SHOWN), each.tolist(), strict=False))
+
+    def _sums(self) -> dict[str, float]:
+        """Sums rather than means, so that those of all processes can be added."""
+        sums = self._losses | dict.fromkeys((*OF_AN_IMAGE, "jis", "foreground"), 0.0)
+        if self._masked:
+            j_ari, jis, _, foreground = self._by_jacobian.result()
+            means = {"j_ari": j_ari} | (self._by_map.result() if self._by_map.images else {})
+            sums |= {name: mean * self._masked for name, mean in means.items()}
+            sums |= {"jis": jis * foreground, "foreground": foreground}
+        counts = {"images": self._images, "masked": self._masked, "mapped": self._by_map.images}
+        return sums | counts | {"scored": len(self._by_jacobian.of_images)}
+
+    def _shown(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of ``names`` that there are: without a slot map, J-ARI alone."""
+        return names if self._totals["mapped"] else ("j_ari",)
+
+    def scores(self) -> dict[str, Any]:
+        """After ``reduce``: recon = Σ(x − x̂)²/image, kl, interaction (R) and interaction_normalized (R/H²), each a mean
+        over images; with masks also j_ari (a mean over images) and jis (pooled over all foreground pixels), and of a
+        decoder with a slot map fg_ari, ari, mbo and miou (means over images); the counts, ``latent`` and seconds.
+        """
+        totals = self._totals
+        scores: dict[str, Any] = {name: totals[name] / max(totals["images"], 1) for name in LOSSES}
+        scores["interaction_normalized"] = scores["interaction"] / self._model.slot_decoder.heads**2
+        if totals["masked"]:
+            scores |= {name: totals[name] / totals["masked"] for name in self._shown(OF_AN_IMAGE)}
+            scores["jis"] = totals["jis"] / max(totals["foreground"], 1)
+        scores |= {"images": int(totals["images"]), "images_with_masks": int(totals["masked"])}
+        scores["foreground_pixels"] = int(totals["foreground"])
+        if self._scoring.jacobian_images:
+            scores["jacobian_images"] = int(totals["scored"])
+        return scores | {"latent": self._scoring.latent, "seconds": time.perf_counter() - self._start}
+
+
 @torch.no_grad()
 def evaluate(
     model: SlotVAE,
-    dataset: Any,
-    rows: Any,
-    images: int = 0,
+    split: Split,
     batch_size: int = 10,
-    latent: str = "mean",
-    seed: int = 0,
-    progress: Any = None,
+    scoring: Scoring = Scoring(),
     group: Group | None = None,
-    score_mode: str = "pooled",
+    progress: Callable[[int, int], None] | None = None,
     see: See | None = None,
-    of_images: bool = False,
-    jacobian_images: int = 0,
-) -> dict[str, Any]:
-    """Scores of a model on the first ``images`` rows (0: all) of a data set.
+) -> Evaluation:
+    """The ``Evaluation`` of a model on all images of a split, reduced.
 
-    Returns recon = Σ(x − x̂)²/image, kl, interaction (R) and interaction_normalized (R/H²), each a mean over images;
-    with masks also j_ari (a mean over images) and jis (pooled over all foreground pixels), and of a decoder with a slot
-    map fg_ari, ari, mbo and miou (means over images); the counts, ``latent`` ("mean": z is the posterior mean;
-    "sample": drawn) and seconds. Several processes take a share of the rows each and return the same scores.
-    ``score_mode``: of ``JacobianMeter``; "paper" averages batch means, and
-    then depends on ``batch_size``. ``progress`` is called with (images done, images), ``see`` as ``See``
-    says. ``of_images``: also "of_images", J-ARI and FG-ARI of every image in the order of rows ({} without masks).
-    ``jacobian_images``: J-ARI and JIS look at the first so many images of each batch (0: all), and "jacobian_images"
-    says at how many in all; not together with ``of_images``.
+    progress: called with (images done, images) after each batch, ``see`` as ``See`` says, both on this process's share.
 
     Raises UserError where some of the images have a mask and others none.
     """
-    if of_images and jacobian_images:
-        raise ValueError("of_images needs the Jacobian of every image: leave jacobian_images at 0")
     group, device = group or Group(), next(model.parameters()).device
-    rows = rows[: images or None]
-    own = group.share(len(rows))
-    training, start = model.training, time.perf_counter()
+    share, training = group.share(len(split)), model.training
+    evaluation = Evaluation(model, scoring, split.dataset.ignore_label)
     model.eval()
-    sums = dict.fromkeys(("recon", "kl", "interaction"), 0.0)
-    ignore, side, masked = ignore_label(dataset), model.config.resolution, 0
-    by_jacobian, by_map = JacobianMeter(score_mode, ignore), SegmentationMeter(ignore, (side, side))
-    for first in range(own.start, own.stop, batch_size):
-        raw, masks = read_batch(dataset, np.asarray(rows[first : min(first + batch_size, own.stop)]))
-        if first > own.start and (masks is None) != (masked == 0):
-            raise UserError(SOME_MASKS)
-        x = to_float(raw.to(device))
-        result = model(x, latent_noise(model, len(x), latent, seed, first, device))
-        terms = model.loss(result, x)
-        for name in sums:
-            sums[name] += getattr(terms, name).item() * len(x)
-        jacobian = None
-        if masks is not None:
-            masks, seen, masked = masks.long(), jacobian_images or len(x), masked + len(x)
-            jacobian = slot_jacobian(model.decoder, result.slots[:seen]).cpu()
-            by_jacobian.update(jacobian, masks[:seen])
-            if result.slot_map is not None:
-                by_map.update(result.slot_map.cpu(), masks)
+    for first in range(share.start, share.stop, batch_size):
+        stop = min(first + batch_size, share.stop)
+        raw, masks = split[first:stop].read()
+        images = to_float(raw.to(device))
+        result, jacobian = evaluation.update(images, masks, first)
         if see:
-            see(x, result, jacobian)
+            see(images, result, jacobian)
         if progress:
-            progress(min(first + batch_size, own.stop) - own.start, len(own))
+            progress(stop - share.start, len(share))
     model.train(training)
-    found: dict[str, float] = {}
-    pixels = 0.0
-    if masked:
-        found["j_ari"], found["jis"], _, pixels = by_jacobian.result()
-        found |= by_map.result() if by_map.images else {}
-    # Sums rather than means, so that those of all processes can be added; an image's own score counts in one of them
-    each = torch.zeros(len(SHOWN), len(rows), dtype=torch.float64)
-    if masked and of_images:
-        each[0, own.start : own.stop] = torch.tensor(by_jacobian.of_images, dtype=each.dtype)
-        if by_map.images:
-            each[1, own.start : own.stop] = torch.tensor(by_map.of_images["fg_ari"], dtype=each.dtype)
-    local = [*sums.values(), *(found.get(name, 0.0) * masked for name in _OF_AN_IMAGE)]
-    local += [found.get("jis", 0.0) * pixels, by_map.images, masked, len(by_jacobian.of_images), pixels]
-    summed = group.sum([*local, *each.flatten().tolist()])
-    *totals, jis, mapped, all_masked, scored, pixels = summed[: len(local)]
-    out: dict[str, Any] = {name: total / max(len(rows), 1) for name, total in zip(sums, totals, strict=False)}
-    out["interaction_normalized"] = out["interaction"] / model.slot_decoder.heads**2
-    if all_masked:
-        names = _OF_AN_IMAGE if mapped else ("j_ari",)
-        scores = zip(names, totals[len(sums) :], strict=False)
-        out |= {name: total / all_masked for name, total in scores} | {"jis": jis / max(pixels, 1)}
-    out |= {"images": len(rows), "images_with_masks": int(all_masked), "foreground_pixels": int(pixels)}
-    out |= {"jacobian_images": int(scored)} if jacobian_images else {}
-    if of_images:
-        rest = torch.tensor(summed[len(local) :], dtype=each.dtype).view_as(each)
-        shown = SHOWN if mapped else ("j_ari",)
-        out["of_images"] = dict(zip(shown, rest.tolist(), strict=False)) if all_masked else {}
-    return out | {"latent": latent, "seconds": time.perf_counter() - start}
+    evaluation.reduce(group, len(split))
+    return evaluation
 
 
 def latent_noise(model: SlotVAE, count: int, latent: str, seed: int, first: int, device: torch.device) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastslots.config.run import TrainConfig
-from fastslots.data import read_batch, to_float
+from fastslots.data import to_float
 from fastslots.data.packed.urls import check_allowed
 from fastslots.data.sources import Source, open_source, same_images
 from fastslots.errors import UserError
@@ -68,8 +68,7 @@ def write_explorer(
             source = open_source(config)
             if reason := other_data(folder, source):
                 return reason
-        dataset, rows = source.splits["val"]
-        images, masks = read_batch(dataset, rows[:ENCODED])
+        images, masks = source.splits["val"][:ENCODED].read()
         model = SlotVAE.from_file(weights).to(config.torch_device())
     except UserError as error:
         return str(error)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 
 from fastslots.config.run import GIVEN, TrainConfig
-from fastslots.data import Batch, Loader, read_batch, to_float
+from fastslots.data import Batch, Loader, to_float
 from fastslots.data.sources import check_shape, open_source
 from fastslots.distributed import Group, LostProcessError, StoppedError, StopSignals
 from fastslots.errors import UserError
@@ -122,8 +122,7 @@ class Trainer:
         elif torch.get_num_threads() > usable_processors():
             torch.set_num_threads(usable_processors())  # torch knows nothing of a container's quota
         self.source = open_source(config, dataset)
-        train, rows = self.source.splits["train"]
-        check_shape(config, to_float(read_batch(train, rows[:1])[0]))
+        check_shape(to_float(self.source.splits["train"][:1].read()[0]), config.channels, config.resolution)
         self.precision = Precision(config.precision, self.device)
         torch.manual_seed(config.seed)
         self.model = _initial_model(config).to(self.device).train()
@@ -145,9 +144,9 @@ class Trainer:
         self.recorder.announce(self.source, self.model, self.step, self.group.size)
 
     def run(self) -> FitResult:
-        config, group, (train, rows) = self.config, self.group, self.source.splits["train"]
-        share = group.share(config.batch_size)
-        loader = Loader(train, config.seed, len(share), self.step + 1, rows, share.start, device=self.device)
+        config, group = self.config, self.group
+        share, train = group.share(config.batch_size), self.source.splits["train"]
+        loader = Loader(train, config.seed, len(share), self.step + 1, start=share.start, device=self.device)
         with StopSignals(group) as signals, loader:
             batches, last, stop, done = iter(loader), time.perf_counter(), 0, False
             while self.step < config.steps and not stop:
@@ -198,25 +197,22 @@ class Trainer:
         return b""
 
     def _evaluate(self) -> None:
-        config, (dataset, rows) = self.config, self.source.splits["val"]
+        config, val = self.config, self.source.splits["val"]
         pictures = SlotPictures(self.model, GRID_IMAGES if self.group.first and config.input == "pixels" else 0)
-        self.scores = evaluate(
+        evaluation = evaluate(
             self.model,
-            dataset,
-            rows,
-            config.eval_images,
+            val[: config.eval_images or None],
             config.eval_batch,
-            progress=lambda images, total: self.recorder.note(f"evaluating: {images} of {total} images"),
             group=self.group,
+            progress=lambda images, total: self.recorder.note(f"evaluating: {images} of {total} images"),
             see=pictures.see,
-            of_images=True,
         )
-        of_images = self.scores.pop("of_images")
+        self.scores = evaluation.scores()
         score = self.scores["j_ari"] + self.scores["jis"] if "j_ari" in self.scores else -self.scores["recon"]
         if score > self.best:
             self.best = score
             self.recorder.best(self.model.weights_bytes())
-        self.recorder.evaluated(self.step, self.scores, of_images, pictures)
+        self.recorder.evaluated(self.step, self.scores, evaluation.of_images, pictures)
 
     def _checkpoint(self) -> None:
         """Copy what a resume needs; the first process writes it while the next steps run."""
@@ -251,11 +247,11 @@ class Trainer:
 
     def _leave_page(self) -> None:
         """The page as of a stop, and where no evaluation has left a picture of slots yet, one."""
-        config, (dataset, rows) = self.config, self.source.splits["val"]
+        val = self.source.splits["val"]
         try:
-            if config.input == "pixels" and not self.recorder.has_pictures():
+            if self.config.input == "pixels" and not self.recorder.has_pictures():
                 pictures = SlotPictures(self.model, LAST_IMAGES)
-                evaluate(self.model, dataset, rows, LAST_IMAGES, LAST_IMAGES, see=pictures.see)
+                evaluate(self.model, val[:LAST_IMAGES], LAST_IMAGES, see=pictures.see)
                 self.recorder.pictures(self.step, pictures)
             self.recorder.page()
         except Exception as error:  # a user's data set may raise anything, and the weights be beyond use

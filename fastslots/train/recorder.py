@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -112,7 +112,7 @@ class Recorder:
         self._progress.update(step, values)
 
     def evaluated(
-        self, step: int, scores: dict[str, Any], of_images: dict[str, Sequence[float]], pictures: SlotPictures
+        self, step: int, scores: dict[str, Any], of_images: Mapping[str, Sequence[float]], pictures: SlotPictures
     ) -> None:
         """The scores of an evaluation, those of single images, and its pictures where there are any; then the page."""
         if not self._first:

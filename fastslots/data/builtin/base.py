@@ -20,6 +20,8 @@ class BuiltinScenes(ABC):
     WORDS: ClassVar[Mapping[str, tuple[str, ...]]]
     """Names of the values of factors that are codes, counted from 1."""
 
+    info = ignore_label = None
+    by_range = False
     size: int
     count: int
 
@@ -33,10 +35,10 @@ class BuiltinScenes(ABC):
         images, masks, factors = self.scenes(np.array([index % self.count]))
         return {"image": images[0], "mask": masks[0], "factors": {name: v[0] for name, v in factors.items()}}
 
-    def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """images uint8 [n, R, R, 3], masks uint8 [n, R, R]"""
-        images, masks, _ = self.scenes(np.asarray(indices))
-        return images, masks
+    def batch(self, indices: np.ndarray, masks: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
+        """images uint8 [n, R, R, 3], masks uint8 [n, R, R]; None where they are not wanted"""
+        images, labels, _ = self.scenes(np.asarray(indices))
+        return images, labels if masks else None
 
     def factors_of(self, indices: np.ndarray | range) -> dict[str, np.ndarray]:
         """Generating factors [n, max objects] by name, 0 beyond a scene's count."""

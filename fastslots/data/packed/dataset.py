@@ -77,7 +77,7 @@ class PackedDataset:
                 f"{path or folder} was packed with at most {packed_with} objects, not {max_objects}: "
                 f"set --max_objects {packed_with}, or pack it again with --max_objects {max_objects}"
             )
-        self._folder, self.ranged = folder, ranged
+        self._folder, self.ranged, self.by_range = folder, ranged, bool(ranged)
 
         def array(name: str, shape: tuple[int, ...]) -> np.ndarray | RangedArray:
             return ranged[name] if ranged else map_array(folder / name, shape)
@@ -109,6 +109,10 @@ class PackedDataset:
             ignore_label=meta.get("ignore_label"),
             read_as=meta.get("read_as", ""),
         )
+
+    @property
+    def ignore_label(self) -> int | None:
+        return self.info.ignore_label
 
     def __reduce__(self):
         """Workers of a torch DataLoader map the files again rather than receive a copy of the arrays."""

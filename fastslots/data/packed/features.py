@@ -45,6 +45,8 @@ class Features(NamedTuple):
 class FeatureDataset:
     """Map-style: ``ds[i]`` is {"image": float [C, side, side], "mask" where there are masks, "factors"}."""
 
+    by_range = False
+
     def __init__(self, folder: str | Path, max_objects: int | None = None):
         folder = Path(folder)
         meta = read_meta(folder)
@@ -112,13 +114,17 @@ class FeatureDataset:
         """As ``PackedDataset.factors_of``."""
         return {name: values[self._rows[indices]] for name, values in self._factors.items()}
 
-    def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """features float [n, C, side, side], masks uint8 [n, R, R] or None"""
+    @property
+    def ignore_label(self) -> int | None:
+        return self.info.ignore_label
+
+    def batch(self, indices: np.ndarray, masks: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
+        """features float [n, C, side, side], masks uint8 [n, R, R] or None (where there are none, or not wanted)"""
         check_lengths(self._folder, self._open)
         rows = self._rows[np.asarray(indices)]
         tokens = self._tokens[rows].transpose(0, 2, 1)
         features = np.ascontiguousarray(tokens).reshape(len(rows), self.channels, self.side, self.side)
-        return features, None if self._masks is None else self._masks[rows]
+        return features, self._masks[rows] if masks and self._masks is not None else None
 
     def verify(self) -> None:
         """UserError unless the arrays are those that were written."""

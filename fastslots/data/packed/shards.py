@@ -77,7 +77,7 @@ class PackedShards:
                     f"{part.info.path} holds {_what(part.info)}, but {first.path} holds {_what(first)}: "
                     f"name sets of one kind"
                 )
-        self._parts, self.ranged = parts, any(part.ranged for part in parts)
+        self._parts, self.by_range = parts, any(part.by_range for part in parts)
         self._starts = np.cumsum([0, *map(len, parts)])
         train, val, test = (len(part) for part in parts) if splits else (1, 1, 1)
         if not train * val * test:
@@ -99,6 +99,10 @@ class PackedShards:
             ignore_label=next((p.info.ignore_label for p in parts if p.info.ignore_label is not None), None),
             read_as=first.read_as,
         )
+
+    @property
+    def ignore_label(self) -> int | None:
+        return self.info.ignore_label
 
     def __len__(self) -> int:
         return int(self._starts[-1])
