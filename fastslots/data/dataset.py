@@ -74,5 +74,6 @@ def read_rows(
     dataset: SceneDataset, rows: np.ndarray | Sequence[int], masks: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """``SceneDataset.batch`` as tensors."""
-    images, labels = dataset.batch(np.asarray(rows), masks or not dataset.by_range)
+    rows = np.asarray(rows)
+    images, labels = dataset.batch(rows) if masks or not dataset.by_range else dataset.batch(rows, masks=False)
     return torch.from_numpy(np.ascontiguousarray(images)), None if labels is None else torch.from_numpy(labels)

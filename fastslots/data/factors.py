@@ -25,13 +25,18 @@ class FactorFormat:
 
 
 def factor_format(dataset: SceneDataset) -> FactorFormat:
-    """By type; of a set on disk by what its files say that it is."""
+    """That of built-in scenes, or of the kind that files say they hold."""
     whole = dataset.whole if isinstance(dataset, GivenDataset) else dataset
     if isinstance(whole, BuiltinScenes):
         return FactorFormat(1, whole.WORDS)
-    if not isinstance(whole, SceneDataset) or whole.info is None:
-        return FactorFormat()
-    kind = whole.info.kind.removeprefix("features of ")
+    if isinstance(whole, SceneDataset) and whole.info is not None:
+        return format_of_kind(whole.info.kind)
+    return FactorFormat()
+
+
+def format_of_kind(kind: str) -> FactorFormat:
+    """kind: ``DatasetInfo.kind``, which a file holds as text."""
+    kind = kind.removeprefix("features of ")
     builtin = next((builtin for builtin in BUILTIN.values() if kind == builtin.KIND), None)
     return FactorFormat(1, builtin.WORDS) if builtin else FactorFormat(0, CODES if kind.startswith("CLEVR") else {})
 

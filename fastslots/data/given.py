@@ -27,6 +27,12 @@ def as_scenes(dataset: Any) -> SceneDataset:
     return dataset if isinstance(dataset, SceneDataset) else GivenDataset(dataset)
 
 
+def as_split(dataset: Any, rows: range | np.ndarray | None = None) -> Split:
+    """Those ``rows`` of any map-style data set, or all of it."""
+    scenes = as_scenes(dataset)
+    return Split(scenes, range(len(scenes)) if rows is None else rows)
+
+
 class GivenDataset:
     """A map-style data set of Python code: ``len()``, and items by number as ``read_items`` takes them."""
 

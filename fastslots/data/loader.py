@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastslots.data.dataset import Split, read_rows
-from fastslots.data.given import as_scenes
+from fastslots.data.given import as_scenes, as_split
 from fastslots.data.packed.ranges import AHEAD
 from fastslots.data.sampling import batch_indices
 
@@ -91,9 +91,7 @@ class Loader:
         prefetch: int = 2,
         device: torch.device | None = None,
     ):
-        if not isinstance(dataset, Split):
-            dataset = Split(as_scenes(dataset), range(len(dataset)) if indices is None else indices)
-        self._split: Split = dataset
+        self._split = dataset if isinstance(dataset, Split) else as_split(dataset, indices)
         self._seed, self._batch_size, self._start = seed, batch_size, start
         self._step = start_step
         self._pin, self._held = False, None

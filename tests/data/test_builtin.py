@@ -12,7 +12,8 @@ from fastslots.data.builtin import BUILTIN, ScenesDataset, SpritesDataset, Textu
 from fastslots.data.builtin.geometry import CUBE, CYLINDER, SPHERE, Objects, View
 from fastslots.data.builtin.raytrace import LAMP_POSITIONS, render
 from fastslots.data.builtin.scenes import GAP, HALF_SIZES, MIN_PIXELS
-from fastslots.data.factors import factor_words, numbered_objects, object_factors
+from fastslots.data.factors import factor_format, numbered_objects, object_factors
+from fastslots.data.given import as_split
 from fastslots.data.holdout import Holdout
 
 EYE = np.array([7.38, -6.53, 5.34], np.float32)
@@ -122,10 +123,11 @@ def test_generate_command_makes_scenes_that_tell_their_factors(tmp_path, capsys)
     folder = tmp_path / "scenes"
     assert main(["data", "generate", "scenes", str(folder), "--count", "6", "--size", "32", "--objects", "3-3"]) == 0
     assert "generated scenes" in capsys.readouterr().out
-    dataset = open_dataset(folder)
-    factors, present = numbered_objects(dataset, range(6))
-    assert present.all() and present.shape == (6, 3) and factor_words(dataset)["material"] == ("rubber", "metal")
-    assert object_factors(dataset, range(6))["color"].max() <= 8 and "x" in factors
+    split = as_split(open_dataset(folder))
+    factors, present = numbered_objects(split)
+    words = factor_format(split.dataset).words
+    assert present.all() and present.shape == (6, 3) and words["material"] == ("rubber", "metal")
+    assert object_factors(split)["color"].max() <= 8 and "x" in factors
     assert main(["data", "generate", "scenes", str(folder), "--count", "6"]) == 2
     assert main(["data", "generate", "scenes", str(tmp_path / "x"), "--count", "6", "--objects", "3-30"]) == 2
     assert "objects <= 10" in capsys.readouterr().err

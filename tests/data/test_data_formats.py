@@ -112,7 +112,7 @@ def test_a_folder_of_train_val_and_test_is_split_so(tmp_path):
         assert report.splits == "train 3, val 2, test 3 (as the files are named)" and report.unmasked == 3
         assert "; 3 images have none" in str(report) and not report.warnings
         splits = open_source(TrainConfig.preset("sprites-mini", data=str(path))).splits
-        assert {name: list(rows) for name, (_, rows) in splits.items()} == {
+        assert {name: list(split.rows) for name, split in splits.items()} == {
             "train": [0, 1, 2], "val": [3, 4], "test": [5, 6, 7],
         }  # fmt: skip
     with pytest.raises(UserError, match="nothing tells how many objects"):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastslots.data import Loader, SpritesDataset, batch_indices, split_indices, to_float
+from fastslots.data.given import as_split
 from fastslots.data.loader import hold_images
 
 
@@ -98,12 +99,13 @@ def test_images_held_on_a_device_are_those_of_the_data_set(tmp_path):
     from fastslots.data import open_dataset
 
     assert main(["data", "generate", "sprites", str(tmp_path / "p"), "--count=40", "--size=8"]) == 0
-    dataset, rows, cpu = open_dataset(tmp_path / "p"), range(5, 35), torch.device("cpu")
-    held = hold_images(dataset, rows, cpu, limit=30 * 8 * 8 * 3)
+    dataset, cpu = open_dataset(tmp_path / "p"), torch.device("cpu")
+    split = as_split(dataset, range(5, 35))
+    held = hold_images(split, cpu, limit=30 * 8 * 8 * 3)
     assert np.array_equal(held.numpy(), dataset.batch(np.arange(5, 35))[0])
-    assert hold_images(dataset, rows, cpu, limit=30 * 8 * 8 * 3 - 1) is None
-    assert hold_images(SpritesDataset(0, 8), rows, cpu, limit=1e12) is None
-    with Loader(dataset, 3, 4, indices=rows) as read, Loader(dataset, 3, 4, indices=rows) as resident:
+    assert hold_images(split, cpu, limit=30 * 8 * 8 * 3 - 1) is None
+    assert hold_images(as_split(SpritesDataset(0, 8), split.rows), cpu, limit=1e12) is None
+    with Loader(dataset, 3, 4, indices=range(5, 35)) as read, Loader(split, 3, 4) as resident:
         resident._held = held
         assert torch.equal(read.read(9).images, resident.read(9).images)
 

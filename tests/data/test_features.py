@@ -205,7 +205,7 @@ def test_features_keep_the_split_of_files_and_masks_of_some(tmp_path, checkpoint
     given = features.batch(np.arange(6))[1]
     assert (given == open_dataset(tmp_path / "arrays", size=28).batch(np.arange(6))[1]).all() and not given[:3].any()
     config = TrainConfig.preset("clevrtex", **TINY, data=str(tmp_path / "features"))
-    assert list(open_source(config).splits["val"][1]) == [3, 4]
+    assert list(open_source(config).splits["val"].rows) == [3, 4]
     meta = json.loads((tmp_path / "features" / "meta.json").read_text())
     (tmp_path / "features" / "meta.json").write_text(json.dumps(meta | {"parts": [3, 2, 2]}))
     with pytest.raises(UserError, match=r"describes no features .*parts is \[3, 2, 2\], count 6"):

@@ -12,7 +12,8 @@ from tiny import MODEL_16
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from fastslots.data import SpritesDataset, read_batch, to_float
-from fastslots.data.given import look_at, read_items
+from fastslots.data.dataset import Split
+from fastslots.data.given import GivenDataset, look_at, read_items
 from fastslots.errors import UserError
 from fastslots.train import TrainConfig, fit
 
@@ -235,9 +236,11 @@ def test_label_255_is_said_and_left_out_where_the_data_say_so(tmp_path):
 
 def test_a_large_set_is_looked_at_here_and_there():
     dataset = Items(lambda i: IMAGES[i])
-    assert look_at(dataset, [range(0, 20), range(20, 24)]) == []
+    given = GivenDataset(dataset)
+    assert look_at(given, [Split(given, range(0, 20)), Split(given, range(20, 24))]) == []
     assert dataset.read <= 8 + 4 + 1
-    assert look_at(Items(lambda i: IMAGES[0]), [range(24)]) == ["the images of the Items are all equal"]
+    given = GivenDataset(Items(lambda i: IMAGES[0]))
+    assert look_at(given, [Split(given, range(24))]) == ["the images of the Items are all equal"]
 
 
 def test_features_are_of_any_finite_value():

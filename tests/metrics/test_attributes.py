@@ -13,6 +13,7 @@ from sklearn.metrics import r2_score
 
 from fastslots.cli import main
 from fastslots.data import SpritesDataset
+from fastslots.data.given import as_split
 from fastslots.errors import UserError
 from fastslots.evaluation.analyses import attribute_scores, recombination_scores
 from fastslots.metrics.attributes import circular, match_slots, probe
@@ -105,7 +106,7 @@ class Oracle(torch.nn.Module):
 
 def test_slots_that_hold_the_factors_score_one_and_the_labels_fit():
     dataset = SpritesDataset(3, 16, (2, 3), 200)
-    found = attribute_scores(Oracle(dataset), dataset, range(200), batch_size=30)
+    found = attribute_scores(Oracle(dataset), as_split(dataset), batch_size=30)
     assert found["attribute_objects"] > 380
     for name in ("y", "x", "radius", "saturation", "value"):
         assert found[f"attribute_r2_linear_{name}"] > 0.999
@@ -133,12 +134,12 @@ def test_recombination_of_a_decoder_that_loses_nothing():
             return Decoded(torch.nn.functional.pad(slots.flatten(1), (0, 3 * 256 - 24)).view(-1, 3, 16, 16), None)
 
     images = torch.randn(30, 6, 16, 16)  # features of any values
-    found = recombination_scores(Exact(), images, range(30))
+    found = recombination_scores(Exact(), as_split(images))
     assert found["reencoding_error"] < 1e-10 and found["recombination_error"] < 1e-10
-    found = recombination_scores(Exact(lost=0.5), images, range(30))
+    found = recombination_scores(Exact(lost=0.5), as_split(images))
     assert found["reencoding_error"] == pytest.approx(0.25, abs=0.02)  # of their spread about a mean near 0
     with pytest.raises(UserError, match="at least two images"):
-        recombination_scores(Exact(), images[:1], range(1))
+        recombination_scores(Exact(), as_split(images[:1]))
 
 
 def test_eval_measures_what_it_is_asked_for(tmp_path, capsys):
@@ -167,6 +168,6 @@ def test_data_without_factors_or_masks_are_refused(tmp_path):
     model = SlotVAE(SlotVAEConfig(**TINY))
     images = np.zeros((4, 16, 16, 3), np.uint8)
     with pytest.raises(UserError, match="no factors"):
-        attribute_scores(model, [{"image": image} for image in images], range(4))
+        attribute_scores(model, as_split([{"image": image} for image in images]))
     with pytest.raises(UserError, match="no masks"):
-        attribute_scores(model, [{"image": image, "factors": {"x": np.zeros(3)}} for image in images], range(4))
+        attribute_scores(model, as_split([{"image": image, "factors": {"x": np.zeros(3)}} for image in images]))

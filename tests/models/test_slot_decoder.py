@@ -11,6 +11,7 @@ from tiny import MODEL_8
 from torch import Tensor
 
 from fastslots.data.builtin.sprites import SpritesDataset
+from fastslots.data.given import as_split
 from fastslots.errors import UserError
 from fastslots.evaluation.evaluate import evaluate
 from fastslots.evaluation.grids import SlotPictures
@@ -144,9 +145,10 @@ def test_a_decoder_of_forward_alone_gets_every_score_and_picture():
         assert terms.interaction == 0
     assert losses[-1] < losses[0]
     pictures = SlotPictures(model.eval(), 2)
-    scores = evaluate(model, dataset, range(6), batch_size=3, see=pictures.see, of_images=True)
+    evaluation = evaluate(model, as_split(dataset, range(6)), batch_size=3, see=pictures.see)
+    scores = evaluation.scores()
     assert {"j_ari", "jis"} <= scores.keys() and not {"fg_ari", "ari", "mbo", "miou"} & scores.keys()
-    assert math.isfinite(scores["j_ari"]) and 0 <= scores["jis"] <= 1 and len(scores["of_images"]["j_ari"]) == 6
+    assert math.isfinite(scores["j_ari"]) and 0 <= scores["jis"] <= 1 and len(evaluation.of_images["j_ari"]) == 6
     assert [len(row) for row in pictures.tiles] == [2 + 1 + 2] * 2  # no tiles of a map
     weight = model.decoder.to_image.weight.detach().view(3, 64, 2, 2)  # C, L, K, D: the Jacobian itself
     expected = weight.abs().sum((0, 3)).T.view(1, 2, 8, 8)

@@ -11,7 +11,7 @@ import torch
 from fastslots.cli import main
 from fastslots.config.run import TrainConfig, read_config
 from fastslots.data.builtin.sprites import FACTORS, SHAPES, SpritesDataset
-from fastslots.data.factors import factor_words
+from fastslots.data.factors import format_of_kind
 from fastslots.data.given import LOOKED_AT
 from fastslots.data.holdout import Holdout
 from fastslots.data.sources import open_source, unseen
@@ -46,14 +46,14 @@ def test_training_never_shows_it_and_shows_its_parts():
     config = TrainConfig.preset("sprites-mini", holdout=RULE)
     source = open_source(config)
     assert f"none with {RULE}" in source.description
-    for dataset, rows in source.splits.values():
-        factors = dataset.scenes(rows[:1000])[2]
+    for split in source.splits.values():
+        factors = split[:1000].factors()
         assert not is_held_out(factors).any()
         squares, hues = factors["shape"] == 2, (factors["hue"] >= 0.5) & (factors["hue"] < 0.75)
         assert squares.any(1).mean() > 0.3 and hues.any(1).mean() > 0.3
     # Scenes that hold nothing out stay what they were without the rule.
-    plain, _ = open_source(TrainConfig.preset("sprites-mini")).splits["train"]
-    dataset, _ = source.splits["train"]
+    plain = open_source(TrainConfig.preset("sprites-mini")).splits["train"].dataset
+    dataset = source.splits["train"].dataset
     (images, masks, factors), (own, own_masks, _) = (d.scenes(range(200)) for d in (plain, dataset))
     kept = ~is_held_out(factors)
     assert 0 < kept.sum() < 200 and (images[kept] == own[kept]).all() and (masks[kept] == own_masks[kept]).all()
@@ -61,15 +61,14 @@ def test_training_never_shows_it_and_shows_its_parts():
 
 def test_what_most_scenes_show_is_kept_from_all_of_training():
     source = open_source(TrainConfig.preset("sprites-mini", holdout="y=0:0.57"))  # nearly nine scenes in ten have one
-    dataset, rows = source.splits["train"]
-    factors = dataset.factors_of(rows[:2000])
+    factors = source.splits["train"][:2000].factors()
     assert not ((factors["shape"] > 0) & (factors["y"] < 0.57)).any()
 
 
 def test_unseen_scenes_are_the_first_that_have_it():
-    dataset, rows = unseen(TrainConfig.preset("sprites-mini", holdout=RULE), 30)
-    everything = np.arange(rows[-1] + 1)
-    assert rows.tolist() == everything[is_held_out(dataset.scenes(everything)[2])].tolist()
+    split = unseen(TrainConfig.preset("sprites-mini", holdout=RULE), 30)
+    everything = np.arange(split.rows[-1] + 1)
+    assert split.rows.tolist() == everything[is_held_out(split.dataset.scenes(everything)[2])].tolist()
     with pytest.raises(UserError, match="fewer than one scene in 100 has such an object: widen it"):
         unseen(TrainConfig.preset("sprites-mini", holdout="hue=0.5:0.5001,shape=circle"), 10)
     with pytest.raises(UserError, match="the run held no combination out"):
@@ -85,9 +84,9 @@ def test_both_scores_from_the_command_line(tmp_path, capsys):
     assert scores["composition_images"] == 12
     model, config = SlotVAE.from_run(run), read_config(run / "config.json")
     seen = open_source(config).splits["test"]
-    for name, (dataset, rows) in {"seen": (seen[0], seen[1][:12]), "unseen": unseen(config, 12)}.items():
-        assert is_held_out(dataset.scenes(rows)[2]).tolist() == [name == "unseen"] * 12
-        expected = evaluate(model, dataset, rows, batch_size=4)
+    for name, split in {"seen": seen[:12], "unseen": unseen(config, 12)}.items():
+        assert is_held_out(split.factors()).tolist() == [name == "unseen"] * 12
+        expected = evaluate(model, split, batch_size=4).scores()
         for score in ("recon", "j_ari", "jis", "fg_ari", "mbo"):
             assert scores[f"{name}_{score}"] == pytest.approx(expected[score], rel=1e-4, abs=1e-6)
     assert scores["seen_recon"] != scores["unseen_recon"]
@@ -122,19 +121,20 @@ def test_data_on_disk_hold_out_the_same(on_disk, tmp_path, capsys):
         for rule in ("", RULE)
     )
     assert f"none with {RULE}" in source.description
-    for name, (dataset, rows) in source.splits.items():
-        every = np.asarray(plain.splits[name][1])
-        assert rows.tolist() == every[~is_held_out(dataset.factors_of(every))].tolist() and len(rows) < len(every)
+    for name, split in source.splits.items():
+        every = plain.splits[name]
+        assert split.rows.tolist() == np.asarray(every.rows)[~is_held_out(every.factors())].tolist()
+        assert len(split) < len(every)
     run = tmp_path / "run"
     assert main(["train", *TINY, "--data", str(on_disk), "--holdout", RULE, "--out", str(run)]) == 0
     capsys.readouterr()
     assert main(["eval", str(run), "--composition", "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)
-    dataset, rows = unseen(read_config(run / "config.json"), 100)
-    test = np.asarray(plain.splits["test"][1])
-    assert rows.tolist() == test[is_held_out(dataset.factors_of(test))].tolist()  # all there are: fewer than asked for
-    assert scores["composition_images"] == len(rows) > 0
-    expected = evaluate(SlotVAE.from_run(run), dataset, rows)
+    split, test = unseen(read_config(run / "config.json"), 100), plain.splits["test"]
+    all_there_are = np.asarray(test.rows)[is_held_out(test.factors())]  # fewer than asked for
+    assert split.rows.tolist() == all_there_are.tolist()
+    assert scores["composition_images"] == len(split) > 0
+    expected = evaluate(SlotVAE.from_run(run), split).scores()
     assert scores["unseen_recon"] == pytest.approx(expected["recon"], rel=1e-4)
 
 
@@ -150,9 +150,9 @@ def test_any_data_set_with_factors_can_hold_out(tmp_path):
             return {"image": np.zeros((16, 16, 3), np.uint8), "factors": {"color": color, "angle": np.zeros((3, 2))}}
 
     source = open_source(TrainConfig.preset("sprites-mini", holdout="color=3"), Mine())
-    dataset, rows = source.splits["train"]
-    assert isinstance(dataset, Mine) and rows.tolist() == [i for i in range(36) if i % 3 != 2]
-    assert open_source(TrainConfig.preset("sprites-mini", holdout="color=8:10"), Mine()).splits["test"][1].size == 2
+    train = source.splits["train"]
+    assert isinstance(train.dataset.dataset, Mine) and train.rows.tolist() == [i for i in range(36) if i % 3 != 2]
+    assert open_source(TrainConfig.preset("sprites-mini", holdout="color=8:10"), Mine()).splits["test"].rows.size == 2
     refused = {"angle=0:1": "no factor 'angle' .there are color.", "color=0:4": "every image of train has such an"}
     for rule, words in refused.items():
         with pytest.raises(UserError, match=words):
@@ -171,7 +171,9 @@ def in_items(factors: dict[str, np.ndarray]) -> list[dict[str, object]]:
 
 
 def kept_of(factors: dict[str, np.ndarray], rule: str) -> list[int]:
-    return open_source(TrainConfig.preset("sprites-mini", holdout=rule), in_items(factors)).splits["train"][1].tolist()
+    return (
+        open_source(TrainConfig.preset("sprites-mini", holdout=rule), in_items(factors)).splits["train"].rows.tolist()
+    )
 
 
 def test_factors_in_a_column_and_factors_of_the_whole_image():
@@ -189,8 +191,8 @@ def test_factors_in_a_column_and_factors_of_the_whole_image():
 def test_part_of_a_set_counts_objects_as_the_set_does():
     whole = SpritesDataset(1, 16, (2, 3), 100)
     part = torch.utils.data.Subset(whole, range(100))
-    _, rows = open_source(TrainConfig.preset("sprites-mini", holdout="shape=square"), part).splits["train"]
-    assert rows.tolist() == [i for i in range(90) if not (whole[i]["factors"]["shape"] == 2).any()]
+    train = open_source(TrainConfig.preset("sprites-mini", holdout="shape=square"), part).splits["train"]
+    assert train.rows.tolist() == [i for i in range(90) if not (whole[i]["factors"]["shape"] == 2).any()]
 
 
 def test_pictures_are_read_once_and_not_held():
@@ -221,13 +223,7 @@ def test_pictures_are_read_once_and_not_held():
 
 
 def test_codes_have_the_words_of_their_data():
-    class Info:
-        kind = "CLEVR with masks"
-
-    class Clevr:
-        info = Info()
-
-    words = factor_words(Clevr())
+    words = format_of_kind("CLEVR with masks").words
     holdout = Holdout.parse("shape=cylinder,color=red", ("shape", "color"), words)
     factors = {"shape": np.array([[0, 3, 1], [0, 3, 2]]), "color": np.array([[0, 2, 1], [0, 1, 2]])}
     assert holdout.matches(factors, factors["shape"] > 0).tolist() == [True, False]
@@ -239,14 +235,14 @@ def test_shards_hold_out_as_one_set_does(on_disk, tmp_path, capsys):
     for part in range(2):
         size = ["--count", "30", "--size", "16", "--seed", str(part)]
         assert main(["data", "generate", "sprites", str(shards / f"{part}"), *size]) == 0
-    dataset, rows = open_source(TrainConfig.preset("sprites-mini", data=str(shards), resolution=16)).splits["train"]
+    train = open_source(TrainConfig.preset("sprites-mini", data=str(shards), resolution=16)).splits["train"]
+    dataset, rows = train.dataset, train.rows
     order = np.random.default_rng(0).permutation(len(dataset))
     factors = dataset.factors_of(order)
     for name, values in factors.items():
         assert (values == np.stack([dataset[i]["factors"][name] for i in order])).all()
     held = open_source(TrainConfig.preset("sprites-mini", data=str(shards), resolution=16, holdout="hue=0:0.2"))
-    own = held.splits["train"][1]
-    assert own.tolist() == [i for i in rows if not _low_hue(dataset[i]["factors"])]
+    assert held.splits["train"].rows.tolist() == [i for i in rows if not _low_hue(dataset[i]["factors"])]
 
 
 def _low_hue(factors: dict[str, np.ndarray]) -> bool:

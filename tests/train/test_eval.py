@@ -11,7 +11,7 @@ from tiny import MODEL_16
 
 from fastslots.cli import main
 from fastslots.config.run import read_config
-from fastslots.data import read_batch, to_float
+from fastslots.data import to_float
 from fastslots.data.sources import open_source
 from fastslots.metrics import JacobianMeter, slot_jacobian
 from fastslots.models import SlotVAE
@@ -51,9 +51,9 @@ def write_npz(path, count: int, masks: bool = True) -> None:
 def test_paper_mode_repeats_the_published_evaluation(run, evaluated, split, sizes, counted):
     """Validation: batches of 50, the Jacobian of the first 12 of each; test: batches of 10. It had taken all images."""
     model, meter, first = SlotVAE.from_run(run), JacobianMeter("paper"), 0
-    dataset, rows = open_source(read_config(run / "config.json")).splits[split]
+    held_out = open_source(read_config(run / "config.json")).splits[split]
     for size in sizes:
-        images, masks = read_batch(dataset, np.asarray(rows[first : first + size])[:counted])
+        images, masks = held_out[first : first + size][:counted].read()
         with torch.no_grad():
             slots = model(to_float(images), noise=torch.zeros(len(images), 3, 4)).slots
         meter.update(slot_jacobian(model.decoder, slots), masks.long())

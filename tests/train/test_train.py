@@ -18,6 +18,7 @@ from tiny import MODEL_16
 
 from fastslots.cli import main
 from fastslots.data import read_batch
+from fastslots.data.given import as_split
 from fastslots.errors import UserError
 from fastslots.evaluation.evaluate import evaluate
 from fastslots.files import write_atomic
@@ -141,9 +142,9 @@ def test_images_have_masks_all_or_none(tmp_path):
         read_batch(SomeMasks(False), np.arange(4))
     assert read_batch(SomeMasks(True), np.arange(4))[1] is None
     with pytest.raises(UserError, match=mend):  # no batch is mixed
-        evaluate(SlotVAE(tiny()), SomeMasks(True), range(40), batch_size=4)
+        evaluate(SlotVAE(tiny()), as_split(SomeMasks(True)), batch_size=4)
     with pytest.raises(UserError, match=mend):
-        evaluate(SlotVAE(tiny()), SomeMasks(True), range(39, -1, -1), batch_size=4)
+        evaluate(SlotVAE(tiny()), as_split(SomeMasks(True), range(39, -1, -1)), batch_size=4)
     with pytest.raises(UserError, match=mend):
         fit(tiny(), SomeMasks(False), tmp_path / "run")
 
