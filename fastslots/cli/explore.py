@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         reason = os.strerror(error.errno or 0)
         raise UserError(f"port {args.port} cannot be used ({reason}): name another --port") from None
-    print(f"http://127.0.0.1:{server.port}  (only this machine can open it; Ctrl-C ends)", flush=True)
+    print(f"{server.address}  (only this machine can open it, and who knows the address; Ctrl-C ends)", flush=True)
     try:
         server.serve_forever()
     finally:

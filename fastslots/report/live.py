@@ -17,6 +17,8 @@ from fastslots.report.pictures import by_colour, data_uri, grey, rgb
 
 SPREAD = 3.0  # standard deviations to each side that a slider covers
 
+MOST_PIXELS = 1 << 25  # of an upload: 33 million, as 100 MB of RGB
+
 
 class BadRequestError(ValueError):
     """What the browser sent cannot be used; the message says why."""
@@ -32,6 +34,7 @@ class Session:
         self.model, self.name = model.eval(), name
         self._device = next(model.parameters()).device
         self._lock = threading.Lock()
+        self._pictures = threading.Lock()  # one upload is unpacked at a time: MOST_PIXELS bounds them all
         self.images = [self._encoded(image) for image in images]
 
     def facts(self) -> dict[str, Any]:
@@ -45,12 +48,15 @@ class Session:
         """A picture file, cropped to a centred square and resized. Raises BadRequestError for anything else."""
         R = self.model.config.resolution
         try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            with self._pictures, Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+                if picture.width * picture.height > MOST_PIXELS:
+                    raise ValueError(f"{picture.width} x {picture.height} pixels are over {MOST_PIXELS:,}")
                 side = min(picture.size)
                 left, top = ((length - side) // 2 for length in picture.size)
                 square = picture.convert("RGB").crop((left, top, left + side, top + side))
                 square = square.resize((R, R), Image.Resampling.BILINEAR)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:
+            # Pillow's plugins raise many types on bad bytes
             raise BadRequestError(f"no picture that Pillow can read ({error})") from None
         return self._encoded(torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255)
 
@@ -61,7 +67,7 @@ class Session:
         try:
             z = torch.tensor(request["z"], dtype=torch.float32)
             shown = [k for k in range(K) if request["shown"][k]]
-        except (TypeError, KeyError, IndexError, ValueError) as error:
+        except (TypeError, KeyError, IndexError, ValueError, OverflowError, RuntimeError) as error:
             raise BadRequestError(f"z and shown are needed ({error})") from None
         if z.shape != (K, D) or not torch.isfinite(z).all():
             raise BadRequestError(f"z must hold {K} x {D} finite numbers")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import math
 import shutil
 import struct
 import time
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import h5py
@@ -18,15 +21,15 @@ from tiny import MODEL_8
 from wire import message
 
 from fastslots.cli import main
-from fastslots.data.open import decoded
-from fastslots.data.packed.dataset import DatasetInfo
+from fastslots.data.open import decoded, pack
+from fastslots.data.packed.dataset import DatasetInfo, PackedDataset
 from fastslots.data.packed.features import FeatureDataset, Features, write_features
 from fastslots.data.packed.writer import write_arrays
 from fastslots.data.readers.hdf5 import Hdf5Reader
 from fastslots.data.readers.multi_object import MultiObjectReader
 from fastslots.data.readers.npz import MOST_BYTES, NpzReader
 from fastslots.data.readers.pictures import ClevrReader, FolderReader
-from fastslots.data.readers.tfrecord import masked_crc
+from fastslots.data.readers.tfrecord import masked_crc, parse_example
 from fastslots.errors import UserError
 from fastslots.train import TrainConfig, fit
 
@@ -155,7 +158,8 @@ def test_an_npz_that_is_read_whole_is_within_bounds(tmp_path, monkeypatch):
 
 def test_chunks_of_hdf5_are_within_bounds(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as file:
-        file.create_dataset("image", (1 << 12, 128, 128, 3), "u1", chunks=(1 << 11, 128, 128, 3), compression="gzip")
+        file.create_dataset("image", (1 << 11, 128, 128, 3), "u1", chunks=(1 << 11, 128, 128, 3), compression="gzip")
+        file["image"][0] = 0  # the whole chunk, 98 kB
     with pytest.raises(UserError, match="image has chunks of 100,663,296 bytes, too large"):
         list(Hdf5Reader(tmp_path / "a.h5").scenes())
 
@@ -267,3 +271,67 @@ def test_a_damaged_configuration_is_named_by_a_resume(copy, content, preset, cap
     (copy / "config.json").write_bytes(content)
     assert main(["train", *preset, "--out", str(copy), "--resume"]) == 2
     assert str(copy / "config.json") in capsys.readouterr().err
+
+
+# ---- claims ----------------------------------------------------------------------------------------------------------
+
+
+def small_npz_that_claims(path: Path, claims: dict[str, tuple[int, ...]], **held: np.ndarray) -> None:
+    """Members of a few bytes whose headers, and the archive's, say that they hold terabytes."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in held.items():
+            buffer = io.BytesIO()
+            np.lib.format.write_array(buffer, array)
+            archive.writestr(f"{name}.npy", buffer.getvalue())
+        for name, shape in claims.items():
+            buffer = io.BytesIO()
+            np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            archive.writestr(f"{name}.npy", buffer.getvalue())
+            archive.getinfo(f"{name}.npy").file_size = buffer.tell() + math.prod(shape)
+
+
+def test_an_npz_that_claims_terabytes_is_refused_from_its_header(tmp_path):
+    path = tmp_path / "a.npz"
+    small_npz_that_claims(path, {"arr_0": (1 << 28, 128, 128, 1)})
+    with pytest.raises(UserError, match=r"it claims 4,398,046,511,104 bytes, more than a file of \d+ can hold"):
+        NpzReader(path)
+
+
+@pytest.mark.parametrize("shape", [(2, 1 << 40), (2, 1 << 25), (1 << 40, 1)])
+def test_factors_that_claim_more_than_there_is_are_refused(tmp_path, shape):
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8), arr_1=np.zeros((2, 3)))
+    pack(tmp_path / "a.npz", tmp_path / "packed")
+    small_npz_that_claims(tmp_path / "packed" / "factors.npz", {"x": shape})
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"factors.npz is damaged .*x (cannot be read|is of|holds)"):
+        PackedDataset(tmp_path / "packed").factors()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 << 20
+
+
+def test_hdf5_that_claims_a_thousand_million_images_is_refused(tmp_path):
+    """Chunks that were never written: 5 kB of file, 49 TB once decoded."""
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("image", (10**9, 128, 128, 3), "u1", chunks=(1, 128, 128, 3), compression="gzip")
+    with pytest.raises(UserError, match=r"image claims 49,152,000,000,000 bytes, more than a file of [\d,]+ can hold"):
+        Hdf5Reader(path)
+
+
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        (message(3, message(1, b"\x01" * (1 << 22))), "a list has over 4,096 numbers"),
+        (message(3, b"\x08\x01" * (1 << 21)), "a message has over 4,096 fields"),
+        (message(2, message(1, b"\0\0\0\0") * (1 << 20)), "a message has over 4,096 fields"),
+        (message(1, message(1, b"ab") * (1 << 20)), "a message has over 4,096 fields"),
+    ],
+)
+def test_a_record_of_millions_of_numbers_is_refused_before_they_are_read(value, words):
+    """They took 2 us each in Python: 16 records zipped to 30 kB a minute or two."""
+    payload = message(1, message(1, message(1, b"x") + message(2, value)))
+    began = time.process_time()
+    with pytest.raises(ValueError, match=words):
+        parse_example(payload)
+    assert time.process_time() - began < 0.5

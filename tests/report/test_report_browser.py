@@ -234,7 +234,7 @@ def live(browser) -> Iterator[Any]:
     model = SlotVAE(SlotVAEConfig.preset("sprites-mini", **small))
     server = serve(Session(model, torch.rand(2, 3, 16, 16), "<i>run</i>"))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_address[1]}/"
+    url = server.address
     browser.get_log("browser"), browser.get_log("performance")
     browser.get(url)
     yield browser

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastslots.data.items import to_labels, to_uint8
-from fastslots.data.readers.npz import MOST_BYTES
+from fastslots.data.readers.npz import MOST_BYTES, MOST_RATIO
 from fastslots.data.readers.scene import BadRecordError, Scene
 from fastslots.errors import UserError
 
@@ -41,6 +41,11 @@ class Hdf5Reader:
         if images is None or images.ndim != 4 or images.shape[3] not in (1, 3) or not len(images):
             raise UserError(f"{path}: no data set 'image' [N, H, W, 3] (it has {', '.join(self._sets)})")
         self._count, height, width, _ = images.shape
+        claimed, size = images.dtype.itemsize * math.prod(images.shape), path.stat().st_size
+        if claimed > (1 << 20) + MOST_RATIO * size:
+            raise UserError(
+                f"{path}: image claims {claimed:,} bytes, more than a file of {size:,} can hold: download it again"
+            )
         self.native = (height, width)
         mask = self._sets.get("mask")
         if mask is not None and mask.shape not in (images.shape[:3], (*images.shape[:3], 1)):

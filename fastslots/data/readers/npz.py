@@ -24,7 +24,8 @@ from fastslots.errors import UserError
 
 ROWS = 64  # read at once,
 MOST_BYTES = 1 << 26  # but no more than this, whatever the header claims
-MOST_WHOLE = 1 << 32  # of an array in Fortran order, which is read whole
+MOST_WHOLE = 1 << 29  # of an array that is read whole: in Fortran order, or a table of factors
+MOST_RATIO = 1_100  # bytes that an archive may claim for each of its own: DEFLATE gives at most 1,032
 PROBED = 16  # images that tell how floats are scaled
 IMAGENET = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 """Mean and deviation that many store pixels with, as DINO takes them."""
@@ -44,6 +45,8 @@ class Member:
             with zipfile.ZipFile(path) as archive, archive.open(self._name) as file:
                 self.shape, self.dtype, self._fortran = self._header(file)
                 held = archive.getinfo(self._name).file_size - file.tell()
+                if held > (1 << 16) + MOST_RATIO * path.stat().st_size:
+                    raise ValueError(f"it claims {held:,} bytes, more than a file of {path.stat().st_size:,} can hold")
         except KeyError:
             raise
         except _DAMAGE as error:
@@ -72,7 +75,9 @@ class Member:
         return shape, dtype, fortran
 
     def read(self) -> np.ndarray:
-        """All rows, [N, ...]."""
+        """All rows, [N, ...]. UserError where they are over ``MOST_WHOLE``."""
+        if (size := math.prod(self.shape) * self.dtype.itemsize) > MOST_WHOLE:
+            raise UserError(f"{self.name} is of {size:,} bytes, over {MOST_WHOLE:,}: {MEND} of fewer or smaller rows")
         return np.stack(list(self.rows()))
 
     def rows(self, start: int = 0) -> Iterator[np.ndarray]:

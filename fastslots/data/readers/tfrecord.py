@@ -11,6 +11,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -23,6 +24,9 @@ from fastslots.errors import UserError
 MAX_RECORD = 1 << 23
 """Bytes. A larger record is refused before anything is allocated: the largest known layout has 3.3 MB, and 256 MB of
 tiny fields, which fit into 250 kB of GZIP, would take minutes to parse."""
+
+MOST_FIELDS = 4_096
+"""Fields of a message, and numbers of a list, that are read one by one, 1 to 3 us each: known layouts have tens."""
 
 MEND = "download the file again"
 
@@ -147,7 +151,8 @@ def _feature(data: memoryview) -> np.ndarray:
         if number == 2:
             return np.concatenate([np.frombuffer(part, "<f4") for _, part in _fields(value)] or [np.empty(0, "<f4")])
         if number == 3:
-            return np.array([v for _, part in _fields(value) for v in _varints(part)], np.int64)
+            numbers = islice((v for _, part in _fields(value) for v in _varints(part)), MOST_FIELDS + 1)
+            return np.array(_few(numbers), np.int64)
     return np.empty(0, np.uint8)
 
 
@@ -171,9 +176,15 @@ def _bytes_list(data: memoryview) -> np.ndarray:
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """(field number, bytes) of a message; fixed-width and varint fields give their bytes too."""
-    position = 0
+    """(field number, bytes) of a message; fixed-width and varint fields give their bytes too.
+
+    ValueError for what is no message, or has over ``MOST_FIELDS``.
+    """
+    position = count = 0
     while position < len(data):
+        count += 1
+        if count > MOST_FIELDS:
+            raise ValueError(f"a message has over {MOST_FIELDS:,} fields")
         tag, position = _varint(data, position)
         wire = tag & 7
         if wire == 2:
@@ -191,6 +202,13 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
             raise ValueError("a field is longer than its message")
         yield tag >> 3, data[position : position + length]
         position += length
+
+
+def _few(numbers: Iterator[int]) -> list[int]:
+    values = list(numbers)
+    if len(values) > MOST_FIELDS:
+        raise ValueError(f"a list has over {MOST_FIELDS:,} numbers")
+    return values
 
 
 def _varint(data: memoryview, position: int) -> tuple[int, int]:

@@ -42,7 +42,7 @@ async function upload(event) {
   const file = event.target.files[0];
   if (!file) return;
   if (file.size > facts.largest) { message.textContent = `At most ${facts.largest >> 20} MB.`; return }
-  const result = await ask("/encode", file);
+  const result = await ask("encode", file);
   if (result) addImage(result, file.name, true);
 }
 
@@ -76,7 +76,7 @@ async function decode() {
   busy = true;
   do {
     again = false;
-    const result = await ask("/decode", JSON.stringify({ z: state.z, shown: state.shown }));
+    const result = await ask("decode", JSON.stringify({ z: state.z, shown: state.shown }));
     if (result) show(result);
   } while (again);
   busy = false;
