@@ -22,7 +22,7 @@ SPAN = "steps, or a share of the run such as 8%"
 LATER_FIELDS = ("queries", "cnn_kernel", "plateau_end", "decay_steps")
 """Fields that runs of earlier versions did not have. Where a run's file lacks one, the run had its default, whatever
 the preset has by now."""
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 GIVEN = "python:"  # begins ``data`` of a run whose data set was handed to ``fit``
 
 
@@ -62,7 +62,9 @@ class TrainConfig(SlotVAEConfig):
         "changes, and the others as foreground does",
         "uniform",
     )
-    precision: str = option(f"of matrix products: {', '.join(PRECISIONS)}", "fp32")
+    precision: str = option(
+        f"of matrix products: {', '.join(PRECISIONS)}; auto: bf16 on a GPU that has it, else fp32", "auto"
+    )
     compile: bool = option("torch.compile the encoder (the decoder runs in tiles of its own)", False)
     device: str = option("auto (a GPU where there is one), cpu, cuda, cuda:1, ...", "auto")
     threads: int = option("threads of torch on a CPU; 0: its default", 0)
@@ -117,12 +119,17 @@ class TrainConfig(SlotVAEConfig):
         return in_steps(getattr(self, field), self.steps)
 
     def resolved(self) -> TrainConfig:
-        """The same with local paths that hold in every working directory."""
+        """The same with local paths that hold in every working directory, and the precision that this device takes."""
         named = self.data in ("", *BUILTIN) or "://" in self.data or self.data.startswith(GIVEN)
         data = self.data if named else str(Path(self.data).absolute())
-        return dataclasses.replace(
-            self, data=data, init_from=str(Path(self.init_from).absolute()) if self.init_from else ""
-        )
+        init_from = str(Path(self.init_from).absolute()) if self.init_from else ""
+        return dataclasses.replace(self, data=data, init_from=init_from, precision=self._precision())
+
+    def _precision(self) -> str:
+        if self.precision != "auto":
+            return self.precision
+        has_bf16 = self.torch_device().type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if has_bf16 else "fp32"
 
     def torch_device(self) -> torch.device:
         """UserError where this machine has no such device; a configuration as such is good on any machine."""

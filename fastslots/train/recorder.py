@@ -21,7 +21,7 @@ from fastslots.report.pictures import encoded
 from fastslots.report.write import write_explorer, write_report
 from fastslots.runs.folder import RunFolder
 from fastslots.runs.log import MetricsLog
-from fastslots.runs.machine import PACKAGES, Meter, versions
+from fastslots.runs.machine import PACKAGES, Meter, nvidia_driver, versions
 from fastslots.runs.progress import ProgressView, Silent
 from fastslots.runs.trackers import open_trackers
 from fastslots.runs.view import open_progress
@@ -88,6 +88,8 @@ class Recorder:
         self._store(folder.data, f"{source.description}\n".encode(errors="backslashreplace"))
         facts = self._meter.facts()
         warnings = [*source.warnings, *late_ramps(config)]
+        if config.device == "auto" and self._device.type == "cpu" and nvidia_driver() is not None:
+            warnings.append("an NVIDIA GPU is here, but torch cannot use it: `fastslots doctor` says why")
         made_with = {"versions": versions(PACKAGES), "digest": source.digest, "warnings": warnings}
         self._store(folder.machine, json.dumps(facts | made_with).encode())
         count = sum(p.numel() for p in model.parameters())

@@ -337,3 +337,20 @@ def test_the_explorer_of_a_finished_run_shows_its_best_weights(tmp_path, monkeyp
     stamp = json.loads((tmp_path / "explorer.json").read_text())["stamp"]
     assert stamp == f"best.safetensors {(tmp_path / 'checkpoints' / 'best.safetensors').stat().st_mtime_ns}"
     assert "explorer" in (tmp_path / "report.html").read_text()
+
+
+def test_precision_is_what_the_device_has(monkeypatch):
+    assert TrainConfig().resolved().precision == "fp32"
+    monkeypatch.setattr(TrainConfig, "torch_device", lambda self: torch.device("cuda"))
+    for has_bf16, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation, has=has_bf16: has)
+        assert TrainConfig().resolved().precision == expected
+    assert TrainConfig(precision="tf32").resolved().precision == "tf32"
+
+
+def test_a_gpu_that_torch_cannot_use_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(recorder, "nvidia_driver", lambda: "535.1")
+    for device, said in (("auto", True), ("cpu", False)):
+        stream = io.StringIO()
+        fit(tiny(steps=1, eval_every=0, device=device), out=tmp_path / device, stream=stream)
+        assert ("torch cannot use it" in stream.getvalue()) == said and "fp32, cpu" in stream.getvalue()
