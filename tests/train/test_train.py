@@ -161,19 +161,25 @@ def test_what_a_run_opened_is_closed_where_it_cannot_begin(tmp_path, monkeypatch
 
 def test_a_run_that_has_learnt_nothing_leaves_no_checkpoint(tmp_path):
     class Vanishing(torch.utils.data.Dataset):
-        reads = 0
+        gone = False
 
         def __len__(self) -> int:
             return 40
 
         def __getitem__(self, i: int):
-            self.reads += 1
-            if self.reads > 8 + 2 + 2 + 1:  # some of each split are looked at, and one shows the shape
+            if self.gone:
                 raise OSError("the disk has gone")
             return torch.rand(3, 16, 16)
 
+    data = Vanishing()
+
+    class Announced(io.StringIO):
+        def write(self, text: str) -> int:
+            data.gone |= text.startswith("training")  # what the run says last before its first step
+            return super().write(text)
+
     with pytest.raises(OSError, match="the disk has gone"):
-        fit(tiny(), Vanishing(), tmp_path / "run")
+        fit(tiny(), data, tmp_path / "run", stream=Announced())
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
