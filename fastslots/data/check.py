@@ -43,6 +43,7 @@ class Report:
             "data set": info.kind,
             "path": info.path,
             "images": f"{info.count:,}" + (f" of {info.total:,}" if info.count < info.total else ""),
+            "read as": info.read_as,
             "size": f"{info.size} x {info.size}",
             "masks": masks if info.has_masks else "no: J-ARI, JIS and ARI need them",
             "objects": histogram,
@@ -50,7 +51,7 @@ class Report:
             "split": self.splits,
             "fingerprint": info.digest,
         }
-        text = "\n".join(f"{name:<12} {value}" for name, value in lines.items())
+        text = "\n".join(f"{name:<12} {value}" for name, value in lines.items() if value)
         if self.quick:
             text += f"\n(the first {info.total:,} scenes alone were read: damage further on would not be seen)"
         if self.sampled < info.count:
@@ -103,6 +104,8 @@ def _look(dataset: PackedDataset | PackedShards, info: DatasetInfo, max_objects:
     values, scenes = np.unique(kept, return_counts=True)
     objects = {int(k): int(n) for k, n in zip(values, scenes, strict=True)}
     colour = tuple(float(c) for c in images.mean((0, 1, 2)))
+    if masks is not None and info.ignore_label is not None:
+        masks = np.where(masks == info.ignore_label, 0, masks)
     std, labels = float(images.std((1, 2, 3)).mean()), 0 if masks is None else int(masks.max())
     known = split_indices(len(dataset), info.published_split, info.parts)
     splits = "known when the whole set is read" if quick else str(known)

@@ -13,7 +13,6 @@ from fastslots.data.dataset import SceneDataset, Split
 from fastslots.data.items import FEATURES, image_of, mask_of
 from fastslots.errors import UserError
 
-LOOKED_AT = 8  # items of a split
 SOME_MASKS = "some images have a mask and others none: give all of them one, or none"
 MASK_LIKE = {"masks", "segmentation", "segmentations", "label_map", "labels", "instances", "seg", "annotation"}
 """Names under which others keep masks; only "mask" is read."""
@@ -83,24 +82,28 @@ def read_items(dataset: Any, indices: np.ndarray | Iterable[int]) -> tuple[np.nd
     ``items.image_of`` and ``items.mask_of`` for what these may be. UserError names the item that is none of it, or
     that differs from the first in size, type or in having a mask.
     """
+    return _together(((index, dataset[index]) for index in map(int, indices)), type(dataset).__name__)
+
+
+def _together(items: Iterable[tuple[int, Any]], owner: str) -> tuple[np.ndarray, np.ndarray | None]:
     images: list[np.ndarray] = []
     masks: list[np.ndarray] = []
-    for index in map(int, indices):
-        name = f"item {index} of the {type(dataset).__name__}"
-        image, mask = _parts(dataset[index], name)
+    start = None
+    for index, item in items:
+        start, name = index if start is None else start, f"item {index} of the {owner}"
+        image, mask = _parts(item, name)
         images.append(image_of(image, f"{name}: its image"))
         first, last = images[0], images[-1]
         if (first.shape, first.dtype) != (last.shape, last.dtype):
             raise UserError(
-                f"{name} is {_what(last)}, but item {int(next(iter(indices)))} is {_what(first)}: bring all images to "
-                f"one size and type"
+                f"{name} is {_what(last)}, but item {start} is {_what(first)}: bring all images to one size and type"
             )
         if mask is not None:
             masks.append(mask_of(mask, _size(last, mask), f"{name}: its mask", most=1 << 62))
     if 0 < len(masks) < len(images):
-        raise UserError(SOME_MASKS)
+        raise UserError(f"{owner}: {SOME_MASKS}")
     if len({mask.shape for mask in masks}) > 1:
-        raise UserError(f"{type(dataset).__name__}: masks differ in size: bring all to one")
+        raise UserError(f"{owner}: masks differ in size: bring all to one")
     return np.stack(images), np.stack(masks) if masks else None
 
 
@@ -162,25 +165,24 @@ def check_map_style(dataset: Any) -> None:
         raise UserError(f"{name} is empty: expected {expected}, and at least one image")
 
 
-def look_at(given: GivenDataset, splits: Iterable[Split]) -> list[str]:
-    """Read some items of each split; what looks wrong without being an error. UserError as of ``read_items``."""
-    warnings, masked = [], set()
-    name, highest = type(given.dataset).__name__, 0
-    for split in splits:
-        some = np.unique(np.linspace(0, len(split) - 1, min(LOOKED_AT, len(split))).astype(int))
-        images, masks = given.batch(np.asarray(split.rows)[some])
-        masked.add(masks is not None)
-        highest = max(highest, 0 if masks is None else int((masks == 255).any()))
-        if len(images) > 2 and (images == images[:1]).all():
-            warnings.append(f"the images of the {name} are all equal")
-    if len(masked) > 1:
-        raise UserError(f"{name}: {SOME_MASKS}")
-    if highest and given.ignore_label is None:
+def look_at(given: GivenDataset, splits: Iterable[Split]) -> tuple[np.ndarray, list[str]]:
+    """Read the first and the last item of each split: the images, and what looks wrong without being an error.
+
+    A data set may be slow to read, or count what is read: no more than that. UserError as of ``read_items``.
+    """
+    owner = type(given.dataset).__name__
+    rows = [int(row) for split in splits for row in dict.fromkeys((split.rows[0], split.rows[-1]))]
+    items = [(row, given.dataset[row]) for row in rows]
+    images, masks = _together(items, owner)
+    warnings = [f"images of the {owner} are all equal"] if len(images) > 2 and (images == images[:1]).all() else []
+    if masks is None:
+        warnings += _unread(items[0][1], owner)
+    elif (masks == 255).any() and given.ignore_label is None:
         warnings.append(
-            f"masks of the {name} have the label 255, scored as an object: where it means 'do not score', set its "
+            f"masks of the {owner} have the label 255, scored as an object: where it means 'do not score', set its "
             f"attribute ignore_label = 255"
         )
-    return list(dict.fromkeys(warnings)) + ([] if True in masked else _unread(given.dataset[0], name))
+    return images, warnings
 
 
 def _unread(item: Any, name: str) -> list[str]:

@@ -49,18 +49,19 @@ def to_uint8(image: np.ndarray, name: str) -> np.ndarray:
     return image if image.dtype == np.uint8 else (image * 255 + 0.5).astype(np.uint8)
 
 
-def check_pixels(image: np.ndarray, name: str) -> None:
-    """UserError unless they are uint8, or floats in [0, 1]."""
+def check_pixels(image: np.ndarray, name: str, finite: bool = True) -> None:
+    """UserError unless they are uint8, or floats in [0, 1]; finite: and none of them NaN or infinite."""
     if image.dtype == np.uint8:
         return
     if image.dtype.kind != "f":
-        what = (
-            "divide 16-bit values by 257, then" if image.dtype.kind in "iu" and image.size and image.max() > 255 else ""
-        )
-        raise UserError(f"{name} holds {image.dtype}: expected uint8, or floats in [0, 1]: {what} cast them to uint8")
-    if not np.isfinite(image).all():
+        deep = image.dtype.kind in "iu" and image.size and image.max() > 255
+        mend = "divide 16-bit values by 257 and cast them to uint8" if deep else "cast them to uint8"
+        raise UserError(f"{name} holds {image.dtype}: expected uint8, or floats in [0, 1]: {mend}")
+    numbers = np.isfinite(image)
+    if finite and not numbers.all():
         raise UserError(f"{name} has NaN or infinite pixels: remove or mend that image")
-    low, high = (float(image.min()), float(image.max())) if image.size else (0.0, 0.0)
+    values = image if numbers.all() else image[numbers]
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
     if low < 0 or high > 1:
         mend = "divide by 255, or give uint8" if low >= 0 and 2 < high <= 255 else UNDO
         raise UserError(f"{name} has values from {low:.3g} to {high:.3g}, expected floats in [0, 1]: {mend}")
@@ -70,7 +71,8 @@ def image_of(value: Any, name: str) -> np.ndarray:
     """An image of a data set in memory: uint8 [H, W, 3], or floats [C, H, W] in [0, 1].
 
     value: a PIL picture; an array or tensor, gray [H, W] or with one or three channels, first or last; uint8 or floats.
-    Five channels and more are features, of any finite floats. UserError for anything else.
+    Five channels and more are features, of any floats. NaN is left to training, which stops at the step that draws it,
+    with good weights and the batch. UserError for anything else.
     """
     if isinstance(value, Image.Image):
         return pixels_of(value, name)
@@ -80,8 +82,6 @@ def image_of(value: Any, name: str) -> np.ndarray:
     if image.ndim != 3:
         raise UserError(f"{name} has shape {list(image.shape)}, expected an image [H, W, 3] or [3, H, W]")
     if image.dtype.kind == "f" and _channels_first(image) and len(image) >= FEATURES:
-        if not np.isfinite(image).all():
-            raise UserError(f"{name} has NaN or infinite values: remove or mend that item")
         return image
     last = image.shape[2] in (1, 3, 4) and not (image.shape[0] in (1, 3) and image.shape[2] not in (1, 3))
     if not last and image.shape[0] not in (1, 3, 4):
@@ -91,7 +91,7 @@ def image_of(value: Any, name: str) -> np.ndarray:
         raise UserError(
             f"{name} has shape {list(np.shape(value))}, with an alpha channel: give red, green and blue alone"
         )
-    check_pixels(image, name)
+    check_pixels(image, name, finite=False)
     if image.dtype == np.uint8:
         return np.broadcast_to(image, (*image.shape[:2], 3))
     return image.transpose(2, 0, 1)

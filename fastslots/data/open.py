@@ -25,6 +25,7 @@ from fastslots.data.packed.urls import is_remote
 from fastslots.data.packed.writer import write_packed
 from fastslots.data.readers.npz import mask_file
 from fastslots.data.readers.scene import BadRecordError, Reader, Scene, default_size, preprocess
+from fastslots.data.storage.paths import stamp, visible
 from fastslots.errors import UserError
 
 KNOWN = (
@@ -33,7 +34,7 @@ KNOWN = (
 )
 
 
-PREPROCESSING = 1
+PREPROCESSING = 2
 """Raised when crop or resize change, so that no cache made before is taken for one made after."""
 
 
@@ -173,6 +174,7 @@ def _pack(
 
     settings: dict[str, object] = {"size": side, "max_objects": max_objects, "stamp": _stamp(path)}
     settings |= {"preprocessing": PREPROCESSING, "first": first, "on_bad_record": on_bad_record}
+    settings |= {name: getattr(reader, name, None) for name in ("ignore_label", "read_as")}
     if isinstance(reader, PackedReader):
         settings["skipped"] = reader.skipped
     with Progress(reader.share) as progress:
@@ -211,6 +213,7 @@ def recognise(path: Path) -> Reader:
 
 def _recognise_folder(path: Path) -> Reader:
     from fastslots.data.readers.clevrtex import ClevrTexReader
+    from fastslots.data.readers.masked import MaskedReader, find_layout
     from fastslots.data.readers.pictures import ClevrReader, FolderReader
 
     if is_packed(path):
@@ -221,6 +224,8 @@ def _recognise_folder(path: Path) -> Reader:
         return ClevrTexReader(path)
     if any(path.glob("*.mdb")):
         raise UserError(f"{path} is an LMDB of pickles, which are never loaded: convert it to npz or HDF5")
+    if layout := find_layout(path):
+        return MaskedReader(path, layout)
     folder = FolderReader(path)
     if folder.count:
         return folder
@@ -253,11 +258,11 @@ def cache_folder(path: Path, size: int, on_bad_record: str = "stop") -> Path:
     return cache_root() / hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
 
 
-def _stamp(path: Path) -> list[int]:
-    """Size and time of a file (with that of its masks); of a folder, their sums over all files in it."""
-    files = path.rglob("*") if path.is_dir() else [path, mask_file(path)]
-    stats = [p.stat() for p in files if p and p.is_file()]
-    return [len(stats), sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)]
+def _stamp(path: Path) -> str:
+    """Of the names, sizes and times of all files that a set is made of: of a file with its masks, or of a folder."""
+    if path.is_dir():
+        return stamp(visible(path), path)
+    return stamp([p for p in (path, mask_file(path)) if p], path.parent)
 
 
 class Progress:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fastslots.config.run import GIVEN, TrainConfig
-from fastslots.data import SpritesDataset, split_indices
+from fastslots.data import SpritesDataset, split_indices, to_float
 from fastslots.data.builtin import BUILTIN, TexturedSpritesDataset
 from fastslots.data.builtin.sprites import FACTORS
 from fastslots.data.dataset import SceneDataset, Split
@@ -83,14 +84,11 @@ def open_source(config: TrainConfig, dataset: Any = None) -> Source:
 
 
 def _given(dataset: Any, holdout: str) -> Source:
-    """A data set that Python code has handed over: some of its items are read, so that what is wrong shows now."""
+    """A data set that Python code has handed over."""
     scenes = as_scenes(dataset)
     if isinstance(scenes, GivenDataset):
         check_map_style(dataset)
-    source = _split(scenes, f"{type(dataset).__name__} of {len(scenes)} images", holdout)
-    if isinstance(scenes, GivenDataset):
-        source = replace(source, warnings=look_at(scenes, source.splits.values()))
-    return source
+    return _split(scenes, f"{type(dataset).__name__} of {len(scenes)} images", holdout)
 
 
 def check_named(config: TrainConfig) -> None:
@@ -219,3 +217,16 @@ def check_shape(images: Tensor, channels: int, side: int) -> None:
             f"the data gives images of shape {list(images.shape[1:])}, the model expects {list(expected)}: "
             f"set --resolution (and --channels), or give images of that size"
         )
+
+
+def looked_at(source: Source, config: TrainConfig) -> Source:
+    """With what some of its images say, before the first step: UserError where they do not fit the model, or, of a data
+    set that Python code has handed over, where items are not what they should be; else with warnings."""
+    train, val = source.splits["train"], source.splits["val"]
+    if isinstance(train.dataset, GivenDataset):
+        images, warnings = look_at(train.dataset, (train, val))
+        source = replace(source, warnings=[*source.warnings, *warnings])
+    else:
+        images = train[:1].read()[0].numpy()
+    check_shape(to_float(torch.from_numpy(images[:1])), config.channels, config.resolution)
+    return source

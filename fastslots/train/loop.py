@@ -16,7 +16,7 @@ from safetensors.torch import save
 
 from fastslots.config.run import GIVEN, TrainConfig
 from fastslots.data import Batch, Loader, to_float
-from fastslots.data.sources import check_shape, open_source
+from fastslots.data.sources import looked_at, open_source
 from fastslots.distributed import Group, LostProcessError, StoppedError, StopSignals
 from fastslots.errors import UserError
 from fastslots.evaluation.evaluate import evaluate
@@ -28,6 +28,7 @@ from fastslots.threads import usable_processors
 from fastslots.train.checkpoint import Checkpoint, checkpoint_to_resume, snapshot
 from fastslots.train.optim import Optimizers
 from fastslots.train.recorder import Recorder
+from fastslots.train.schedule import due
 from fastslots.train.step import LEAST_SCALE, Precision, training_step
 
 GRID_IMAGES = 8
@@ -64,8 +65,7 @@ def fit(
 
     Args:
         config: e.g. ``TrainConfig.preset("clevr6", data="clevr.tfrecords", steps=1000)``.
-        dataset: any map-style data set in place of ``config.data``: items are an image, a tuple (image, mask) or a
-            dict with "image" and perhaps "mask"; an image is uint8 [R,R,3] or [3,R,R], or float [C,R,R] in [0, 1].
+        dataset: any map-style data set in place of ``config.data``; ``read_batch`` says what its items may be.
         out: the run's folder; None takes the next free one in runs/.
         resume: go on from the newest good checkpoint in ``out``, bit for bit; start fresh where there is none.
         stream: where progress goes (stderr).
@@ -121,8 +121,7 @@ class Trainer:
             torch.set_num_threads(config.threads)
         elif torch.get_num_threads() > usable_processors():
             torch.set_num_threads(usable_processors())  # torch knows nothing of a container's quota
-        self.source = open_source(config, dataset)
-        check_shape(to_float(self.source.splits["train"][:1].read()[0]), config.channels, config.resolution)
+        self.source = looked_at(open_source(config, dataset), config)
         self.precision = Precision(config.precision, self.device)
         torch.manual_seed(config.seed)
         self.model = _initial_model(config).to(self.device).train()
@@ -158,10 +157,10 @@ class Trainer:
                 values["images_per_s"], last = config.batch_size / (now - last), now
                 self.recorder.trained(self.step, values)
                 done = self.step == config.steps
-                if done or _due(self.step, config.eval_every):
-                    self._evaluate()
+                if done or due(self.step, config.eval_every):
+                    self._evaluate_safely(done)
                     last = time.perf_counter()
-                if done or stop or _due(self.step, config.checkpoint_every):
+                if done or stop or due(self.step, config.checkpoint_every):
                     self._checkpoint()
             stop = stop or group.asked  # by now also during the last evaluation
             stop = self._finish(signals if done and not stop else None, stopped=bool(stop)) or stop
@@ -195,6 +194,16 @@ class Trainer:
         """Once it is known to fit what the run goes on from: the next resume reads it."""
         write_atomic(self.folder.config, f"{self.config.to_json()}\n".encode())
         return b""
+
+    def _evaluate_safely(self, done: bool) -> None:
+        """Where an evaluation fails, as a user's data may, what was learnt is saved; after the last step it is said."""
+        try:
+            self._evaluate()
+        except Exception as error:
+            self._checkpoint()
+            if not done or self.group.size > 1:  # others would wait for this process
+                raise
+            self.recorder.say(f"warning   no last evaluation ({type(error).__name__}: {error}); the weights are kept")
 
     def _evaluate(self) -> None:
         config, val = self.config, self.source.splits["val"]
@@ -288,10 +297,6 @@ class Trainer:
             f"step {step}: {why}. The batch is in {path}, the weights before it in "
             f"{self.folder.last_weights}; a lower --lr or --grad_clip 1 often helps"
         )
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
 
 
 def _initial_model(config: TrainConfig) -> SlotVAE:

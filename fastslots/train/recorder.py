@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from PIL import Image
 
 from fastslots.config.run import TrainConfig
 from fastslots.data.sources import Source, same_images
@@ -83,8 +84,11 @@ class Recorder:
         config, say = self._config, self.say
         folder = self._folder
         before = folder.described_data()
+        earlier = folder.read_json(folder.machine).get("digest", "")
         if step and before and not same_images(before, source.description):
             say(f"warning   other images than before from here on: the run had {before}")
+        elif step and earlier and source.digest and earlier != source.digest:
+            say(f"warning   other images than before from here on: their fingerprint was {earlier}, is {source.digest}")
         self._store(folder.data, f"{source.description}\n".encode(errors="backslashreplace"))
         facts = self._meter.facts()
         warnings = [*source.warnings, *late_ramps(config)]
@@ -130,7 +134,9 @@ class Recorder:
 
     def pictures(self, step: int, pictures: SlotPictures) -> None:
         """The grid of an evaluation, in the run's folder and to trackers that take pictures."""
-        grid = pictures.grid()
+        self._or_warn(lambda: self._grid(step, pictures.grid()))
+
+    def _grid(self, step: int, grid: Image.Image) -> None:
         self._store(self._folder.grid(step), encoded(grid, "PNG", optimize=True))
         self._or_warn(lambda: self._log.picture("val/slots", grid, step))
 
@@ -199,8 +205,9 @@ class Recorder:
     def _or_warn(self, write: Callable[[], object]) -> None:
         try:
             write()
-        except (OSError, UserError) as error:
+        except Exception as error:  # a picture or a page is no reason to end a run
             if str(error) not in self._warned:
                 self._warned.add(str(error))
-                mend = "" if isinstance(error, UserError) else ": free space"
-                self.say(f"warning   {error}{mend}; training goes on")
+                mend = ": free space" if isinstance(error, OSError) else ""
+                reason = error if isinstance(error, OSError | UserError) else f"{type(error).__name__}: {error}"
+                self.say(f"warning   {reason}{mend}; training goes on")

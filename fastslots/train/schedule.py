@@ -82,3 +82,8 @@ def late_ramps(config: TrainConfig) -> list[str]:
         for name, end, used, flag in ramps
         if used and end > config.steps
     ]
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something is to happen after a step: at every multiple; 0: never."""
+    return every > 0 and step % every == 0

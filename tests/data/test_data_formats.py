@@ -157,6 +157,40 @@ def test_hdf5(tmp_path):
     assert len(open_dataset(tmp_path / "anything", max_objects=2)) == (dataset.objects <= 2).sum()
 
 
+@pytest.mark.parametrize(("entries", "objects"), [(7, [1, 3, 2]), (10, [6, 5, 0]), (4, [0, 0, 0])])
+def test_objects_room(tmp_path, entries, objects):
+    """Sky, floor and two halves of the walls come before the objects: they are background; three numbers of entries."""
+    records, expected = [], []
+    for count in objects:
+        masks = np.zeros((entries, 64, 64), np.uint8)
+        masks[0, :20], masks[1, 44:], masks[2, 20:44, :32], masks[3, 20:44, 32:] = 255, 255, 255, 255
+        for k in range(count):
+            masks[:, 22 + k : 30 + k, 9 * k : 9 * k + 8] = 0
+            masks[4 + k, 22 + k : 30 + k, 9 * k : 9 * k + 8] = 255
+        expected.append(np.maximum(masks.argmax(0) - 3, 0))
+        records.append(frame(example({"image": IMAGES[count].tobytes(), "mask": masks.tobytes()}, one_value=True)))
+    (tmp_path / "room.tfrecords").write_bytes(b"".join(records))
+    dataset = open_dataset(tmp_path / "room.tfrecords")
+    assert dataset.info.kind.startswith("Objects Room") and dataset.objects.tolist() == objects
+    assert np.array_equal(dataset.batch(range(3))[1], expected)
+
+
+def test_hdf5_is_cropped_as_clevr_where_it_is_clevr(tmp_path):
+    """Not by its size alone: a set of one's own may be 240 x 320 as well."""
+    images = np.zeros((3, 240, 320, 3), np.uint8)
+    images[..., 0], images[..., 1] = np.arange(240)[:, None], np.arange(320) // 2
+    rows = {}
+    for name, factors in (("own", ()), ("clevr", ("shape", "size", "material", "color"))):
+        with h5py.File(tmp_path / name, "w") as file:
+            file["image"] = images
+            for factor in factors:
+                file[factor] = np.zeros((3, 11), np.uint8)
+        image = open_dataset(tmp_path / name, size=192)[0]["image"].astype(int)
+        rows[name] = [image[0, 0, 0], image[-1, 0, 0], 2 * image[0, 0, 1], 2 * image[0, -1, 1]]
+    assert np.allclose(rows["own"], [0, 239, 40, 279], atol=3)  # the centred square
+    assert np.allclose(rows["clevr"], [29, 220, 64, 255], atol=3)
+
+
 def test_folder_of_images(tmp_path):
     for i in range(8):
         Image.fromarray(IMAGES[i]).save(tmp_path / f"{i}.png")

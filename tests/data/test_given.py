@@ -137,7 +137,6 @@ REFUSED = {
     "int64": (lambda i: IMAGES[i].astype(np.int64), r"item 0 .* holds int64: expected uint8, or floats in \[0, 1\]"),
     "16 bits": (lambda i: IMAGES[i].astype(np.uint16) * 257, r"holds uint16.*divide 16-bit values by 257"),
     "16-bit PNG": (lambda i: Image.fromarray(IMAGES[i][..., 0].astype(np.uint16) * 257), "more than 8 bits a channel"),
-    "NaN": (lambda i: floats(i) * float("nan"), "has NaN or infinite pixels"),
     "alpha": (lambda i: np.dstack([IMAGES[i], IMAGES[i][..., 0]]), "with an alpha channel: give red, green and blue"),
     "transparent": (lambda i: Image.fromarray(np.dstack([IMAGES[i], IMAGES[i][..., 0]])), "is transparent in places"),
     "batched": (lambda i: IMAGES[i][None], r"has shape \[1, 32, 32, 3\], expected an image \[H, W, 3\]"),
@@ -234,18 +233,27 @@ def test_label_255_is_said_and_left_out_where_the_data_say_so(tmp_path):
     assert part.scores["foreground_pixels"] == result.scores["foreground_pixels"]
 
 
-def test_a_large_set_is_looked_at_here_and_there():
+def test_a_set_is_looked_at_here_and_there():
     dataset = Items(lambda i: IMAGES[i])
     given = GivenDataset(dataset)
-    assert look_at(given, [Split(given, range(0, 20)), Split(given, range(20, 24))]) == []
-    assert dataset.read <= 8 + 4 + 1
+    images, warnings = look_at(given, [Split(given, range(0, 20)), Split(given, range(20, 24))])
+    assert np.array_equal(images, IMAGES[[0, 19, 20, 23]]) and not warnings and dataset.read == 4
     given = GivenDataset(Items(lambda i: IMAGES[0]))
-    assert look_at(given, [Split(given, range(24))]) == ["the images of the Items are all equal"]
+    assert look_at(given, [Split(given, range(24))])[1] == []
+    warnings = look_at(given, [Split(given, range(24)), Split(given, range(3))])[1]
+    assert warnings == ["images of the Items are all equal"]
 
 
-def test_features_are_of_any_finite_value():
+def test_each_item_is_checked_when_it_is_drawn(tmp_path):
+    """One that nobody has looked at before the first step ends the run with its number, and what was learnt is kept."""
+    with pytest.raises(UserError, match=r"item 9 of the Items: its mask has labels from -1"):
+        read_batch(Items(lambda i: (IMAGES[i], MASKS[i].astype(int) - (i == 9))), np.array([3, 9]))
+    with pytest.raises(UserError, match=r"item 9 of the Items: its image has values from 0 to"):
+        train(Items(lambda i: floats(i) * (255 if i == 9 else 1)), tmp_path, steps=200)
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_features_are_of_any_value():
     grids = np.random.default_rng(0).normal(size=(4, 384, 16, 16)).astype(np.float32) * 30
     images, masks = read_items([(grid, MASKS[i]) for i, grid in enumerate(grids)], range(4))
     assert np.array_equal(images, grids) and np.array_equal(masks, MASKS[:4])
-    with pytest.raises(UserError, match="NaN or infinite values"):
-        read_items([grids[0] * np.float32("nan")], [0])

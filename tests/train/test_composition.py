@@ -12,7 +12,6 @@ from fastslots.cli import main
 from fastslots.config.run import TrainConfig, read_config
 from fastslots.data.builtin.sprites import FACTORS, SHAPES, SpritesDataset
 from fastslots.data.factors import format_of_kind
-from fastslots.data.given import LOOKED_AT
 from fastslots.data.holdout import Holdout
 from fastslots.data.sources import open_source, unseen
 from fastslots.errors import UserError
@@ -218,8 +217,7 @@ def test_pictures_are_read_once_and_not_held():
 
     data = Mine()
     open_source(TrainConfig.preset("sprites-mini", holdout="color=2"), data)
-    # once for their factors, a picture at a time, and besides a few of each split, to see what they are
-    assert data.reads <= 40 + 3 * LOOKED_AT + 1 and data.most <= LOOKED_AT + 1
+    assert data.reads == 40 and data.most <= 2
 
 
 def test_codes_have_the_words_of_their_data():

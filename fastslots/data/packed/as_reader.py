@@ -23,7 +23,7 @@ class PackedReader:
         self._data.verify()
         info = self._data.info
         self.kind, self.published_split, self.native = info.kind, info.published_split, (info.size, info.size)
-        self.skipped = info.skipped
+        self.skipped, self.ignore_label, self.read_as = info.skipped, info.ignore_label, info.read_as
 
     def at_most(self, max_objects: int | None) -> int | None:
         """Objects of a scene, with the filter of the folder. UserError where that has dropped what is asked for."""

@@ -83,6 +83,7 @@ class FeatureDataset:
             max_objects=max_objects or meta["max_objects"],
             digest=meta["digest"],
             parts=self._parts(meta.get("parts")),
+            ignore_label=meta.get("ignore_label"),
         )
 
     def _parts(self, parts: list[int] | None) -> tuple[int, int, int] | None:
@@ -212,6 +213,7 @@ class _Writer(PartialFolder):
         meta |= {"count": self.state["done"], "side": round(tokens**0.5), "channels": channels, "mask_size": size}
         meta |= {"dtype": self.settings["dtype"], "made_by": self.settings["made_by"]}
         meta |= {"published_split": source.published_split, "max_objects": source.max_objects, "parts": source.parts}
+        meta |= {} if source.ignore_label is None else {"ignore_label": source.ignore_label}
         self.describe(meta, names)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from fastslots.data.packed.dataset import DatasetInfo, PackedDataset, is_packed
 from fastslots.data.packed.ranges import gather
 from fastslots.data.readers.npz import images_of
+from fastslots.data.storage.paths import is_hidden, matching
 from fastslots.errors import UserError
 
 SUFFIXES = (".tfrecord", ".tfrecords", ".npz", ".hdf5", ".h5")
@@ -26,7 +27,7 @@ def find_shards(path: str | Path) -> list[Path]:
         if Path(path).exists():
             found = _inside(Path(path)) if Path(path).is_dir() and not is_packed(Path(path)) else []
             return found or [Path(path)]
-        found = sorted(Path(name) for name in glob.glob(str(path))) if glob.has_magic(str(path)) else []
+        found = matching(str(path)) if glob.has_magic(str(path)) else []
         found = [p for p in found if not images_of(p)]
     except (OSError, ValueError) as error:  # too long a name, a null byte
         raise UserError(f"{str(path)!r} is no path ({error})") from None
@@ -39,7 +40,7 @@ def _inside(folder: Path) -> list[Path]:
     """Data files, or packed folders, directly in a folder; none where it is a set itself (CLEVR v1.0)."""
     if (folder / "scenes").is_dir():
         return []
-    entries = sorted(p for p in folder.iterdir() if p.suffix != ".partial")
+    entries = sorted(p for p in folder.iterdir() if p.suffix != ".partial" and not is_hidden(p, folder))
     return [p for p in entries if is_packed(p)] or [
         p for p in entries if p.suffix in SUFFIXES and p.is_file() and not images_of(p)
     ]

@@ -222,6 +222,7 @@ class _Appender(PartialFolder):
         meta |= {"skipped": state["bad"] + settings.get("skipped", 0), "count": state["done"]}
         meta |= {"size": state["size"], "has_masks": state["has_masks"]}
         meta |= {"max_objects": settings.get("max_objects") or 0, "published_split": published_split}
+        meta |= {name: settings[name] for name in ("ignore_label", "read_as") if settings.get(name) is not None}
         self.describe(meta, ARRAYS)
 
 

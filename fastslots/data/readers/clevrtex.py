@@ -14,6 +14,7 @@ from PIL import Image
 
 from fastslots.data.readers.pictures import FORMATS, read_picture
 from fastslots.data.readers.scene import BadRecordError, Scene
+from fastslots.data.storage.paths import is_hidden, visible
 from fastslots.errors import UserError
 
 CROP = 0.8
@@ -32,11 +33,11 @@ class ClevrTexReader:
 
     @staticmethod
     def mask_files(path: Path) -> list[Path]:
-        return sorted(p for p in path.rglob(f"*{FLAT}") if _picture_of(p).is_file() and p.is_file())
+        return [p for p in visible(path, f"*{FLAT}") if _picture_of(p).is_file()]
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
-        return any(_picture_of(p).is_file() for p in path.rglob(f"*{FLAT}"))
+        return any(_picture_of(p).is_file() for p in path.rglob(f"*{FLAT}") if not is_hidden(p, path))
 
     def share(self, done: int) -> float:
         return done / len(self._masks)

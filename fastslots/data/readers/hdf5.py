@@ -50,8 +50,9 @@ class Hdf5Reader:
         mask = self._sets.get("mask")
         if mask is not None and mask.shape not in (images.shape[:3], (*images.shape[:3], 1)):
             raise UserError(f"{path}: mask has shape {list(mask.shape)}, expected {[*images.shape[:3], 1]}")
-        self.crop = self.native == (240, 320)
-        name = "CLEVR with masks" if self.crop and {"material", "size"} <= set(self._sets) else "multi-object set"
+        # By what it holds besides: other sets are of this size too, and are cropped as any other.
+        self.crop = self.native == (240, 320) and {"material", "size", "shape", "color"} <= set(self._sets)
+        name = "CLEVR with masks" if self.crop else "multi-object set"
         self.kind = f"{name} (object-centric-library HDF5)"
 
     def share(self, done: int) -> float:

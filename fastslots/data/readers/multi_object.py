@@ -22,6 +22,7 @@ class Layout:
     entries: int
     entries_last: bool = False  # mask [H, W, N, 1] instead of [N, H, W, 1]
     crop: bool = False
+    backgrounds: int = 1  # entries that come before the objects
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -34,7 +35,10 @@ LAYOUTS = (
     Layout("Multi-dSprites, binarised", (64, 64, 1), 4, entries_last=True),
     Layout("Multi-dSprites, coloured on grayscale", (64, 64, 3), 6, entries_last=True),
     Layout("Multi-dSprites, coloured on coloured", (64, 64, 3), 5, entries_last=True),
-    Layout("Objects Room", (64, 64, 3), 7),
+    # Sky, floor and two halves of the walls come first; its test sets have other numbers of entries
+    Layout("Objects Room", (64, 64, 3), 7, backgrounds=4),
+    Layout("Objects Room, empty", (64, 64, 3), 4, backgrounds=4),
+    Layout("Objects Room, up to six objects", (64, 64, 3), 10, backgrounds=4),
     Layout("Tetrominoes", (35, 35, 3), 4),
 )
 
@@ -119,8 +123,8 @@ class MultiObjectReader:
         present = factors.get("visibility", entries.any((1, 2)))
         return Scene(
             image.repeat(3, 2) if channels == 1 else image,
-            labels_of(entries),
-            int(present.sum()) - 1,
+            labels_of(entries, layout.backgrounds),
+            int(present[layout.backgrounds :].sum()),
             {name: self._factor(value) for name, value in factors.items()},
         )
 

@@ -223,3 +223,11 @@ def _only_array(path: Path) -> Member:
         return Member(path, "arr_0")
     except KeyError:
         raise UserError(f"{path}: no member arr_0: expected the masks of the images beside it") from None
+
+
+def read_npy(path: Path) -> np.ndarray:
+    """The array of an npy file, mapped. UserError where it is none, or holds pickled objects."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (*_DAMAGE, KeyError) as error:
+        raise UserError(f"{path} cannot be read as npy ({error}): save a plain array with numpy.save") from None

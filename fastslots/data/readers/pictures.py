@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
 
+from fastslots.data.items import pixels_of
 from fastslots.data.readers.scene import BadRecordError, Scene
+from fastslots.data.storage.paths import visible
 from fastslots.errors import UserError
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}  # of files that are taken for pictures
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 """Whatever a file is named: for PostScript Pillow would start another program. MPO is opened as a JPEG: by its own name
 Pillow cannot open it."""
@@ -31,15 +34,27 @@ MOST_OBJECTS = 254  # of a scene; every scene's factors have room for those of t
 
 
 def read_picture(path: Path) -> np.ndarray:
-    """uint8 [H, W, 3]; transparency is dropped. UserError where it is no picture."""
+    """uint8 [H, W, 3], as a viewer shows it. UserError where it is no picture, or not one of 8 bits and opaque."""
+    with open_picture(path) as picture:
+        return pixels_of(picture, str(path))
+
+
+@contextlib.contextmanager
+def open_picture(path: Path, file: IO[bytes] | None = None) -> Iterator[Image.Image]:
+    """A decoded picture. UserError where it is none, or claims more than its file can hold.
+
+    file: its bytes, where they are in another file; ``path`` then is its name.
+    """
     try:
-        with Image.open(path, formats=FORMATS) as picture:
+        size = path.stat().st_size if file is None else file.seek(0, 2)
+        if file is not None:
+            file.seek(0)
+        with Image.open(file or path, formats=FORMATS) as picture:
             pixels = picture.width * picture.height
-            if pixels > MAX_PIXELS or pixels > (1 << 18) + MAX_RATIO * path.stat().st_size:
+            if pixels > MAX_PIXELS or pixels > (1 << 18) + MAX_RATIO * size:
                 raise UserError(f"{path}: {picture.width} x {picture.height} pixels are too many: make it smaller")
-            if picture.mode.startswith(("I", "F")):  # Pillow would cut 16-bit values off at 255
-                raise UserError(f"{path} has more than 8 bits a channel: save it with 8")
-            return np.asarray(picture.convert("RGB"))
+            picture.load()
+            yield picture
     except UserError:
         raise
     except Exception as error:  # Pillow's plugins raise many types on bad bytes
@@ -77,7 +92,7 @@ class ClevrReader:
 
     @staticmethod
     def scene_files(path: Path) -> list[Path]:
-        return sorted((path / "scenes").glob("CLEVR_*_scenes.json"))
+        return visible(path / "scenes", "CLEVR_*_scenes.json")
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
@@ -146,8 +161,7 @@ class FolderReader:
     published_split = False
 
     def __init__(self, path: Path):
-        self._paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        self._paths = [p for p in self._paths if not any(part[0] == "." for part in p.relative_to(path).parts)]
+        self._paths = [p for p in visible(path) if p.suffix.lower() in SUFFIXES]
         self.count = len(self._paths)
         self.native = self._first_size() if self._paths else (0, 0)
 

@@ -38,6 +38,8 @@ class Reader(Protocol):
     def crop(self) -> bool: ...  # whether CLEVR's centred crop applies
     @property
     def published_split(self) -> bool: ...  # whether the authors' split applies (their npz)
+    # May have: ``ignore_label``, of pixels that are not scored, and ``read_as``, what was understood of a layout that
+    # could be read otherwise.
     @property
     def native(self) -> tuple[int, int]: ...  # height and width on disk (of the first scene, where they differ)
 
@@ -85,13 +87,14 @@ def preprocess(scene: Scene, crop: bool, size: int) -> Scene:
     return Scene(image, mask, scene.objects, scene.factors)
 
 
-def labels_of(entries: np.ndarray) -> np.ndarray:
-    """Masks of entries [N, H, W] (0 or 255, entry 0 the background) -> label map uint8 [H, W].
+def labels_of(entries: np.ndarray, backgrounds: int = 1) -> np.ndarray:
+    """Masks of entries [N, H, W] (0 or 255) -> label map uint8 [H, W]: 0 for the first ``backgrounds`` entries,
+    then 1, 2, ...
 
     Where masks overlap, which no published set has, the highest entry owns the pixel; where there are none, the
     background.
     """
     labels = np.zeros(entries.shape[1:], np.uint8)
-    for entry in range(1, len(entries)):  # 4x faster than argmax over the first axis
-        np.maximum(labels, (entries[entry] != 0) * np.uint8(entry), out=labels)
+    for label, entry in enumerate(entries[backgrounds:], 1):  # 4x faster than argmax over the first axis
+        np.maximum(labels, (entry != 0) * np.uint8(label), out=labels)
     return labels
