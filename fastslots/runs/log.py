@@ -19,23 +19,25 @@ from fastslots.errors import UserError
 from fastslots.files import open_log
 from fastslots.runs.curves import is_number
 from fastslots.runs.folder import RunFolder
+from fastslots.runs.repeat import MOST_LINES
 
 
 class Lines:
-    """One flushed JSON object a line. A resume first cuts what lies after its checkpoint; ``last`` is what remains."""
+    """One flushed JSON object a line. A resume first cuts what lies after its checkpoint.
+
+    Attributes: ``last``, the last line that remains; ``cut``, those that do not (the first ``MOST_LINES``).
+    """
 
     def __init__(self, path: Path, last_step: int = 0):
         self._path, self._file = path, open_log(path)
-        self.last = _cut(self._file, last_step)
+        self.last, self.cut = _cut(self._file, last_step)
         self._pending = b""
         self._lock = threading.Lock()  # lines come from the loop, ``sync`` from the thread that writes checkpoints
 
     def write(self, values: dict[str, object]) -> None:
         """OSError where the disk is full; the line is kept and written with the next that succeeds."""
-        # JSON has no NaN: null says the same and every reader takes it.
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with self._lock:
-            self._pending += json.dumps(clean).encode() + b"\n"
+            self._pending += json.dumps(without_nan(values)).encode() + b"\n"
             self._flush()
 
     def sync(self) -> None:
@@ -67,6 +69,7 @@ class MetricsLog:
         self._metrics, self._machine = Lines(folder.metrics, last_step), Lines(folder.machine_log, last_step)
         used: Any = self._machine.last.get("energy_wh")
         self.energy_wh = used if is_number(used) else 0.0  # what a run that goes on had used
+        self.cut = self._metrics.cut
 
     def write(self, values: dict[str, object]) -> None:
         """A step's losses, or an evaluation's scores. OSError and UserError: as ``Lines.write`` and ``_tell``."""
@@ -110,19 +113,28 @@ class MetricsLog:
                 tracker.close()
 
 
-def _cut(log: BinaryIO, last_step: int) -> dict[str, Any]:
-    """Remove what follows the lines up to ``last_step``; the last of those. In place, so that a kill meanwhile, or a
-    full disk, loses nothing; and a long log is never in memory."""
+def without_nan(values: dict[str, object]) -> dict[str, object]:
+    """JSON has no NaN: null says the same and every reader takes it."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def _cut(log: BinaryIO, last_step: int) -> tuple[dict[str, Any], list[bytes]]:
+    """Remove what follows the lines up to ``last_step``; the last of those, and what was removed.
+
+    In place, so that a kill meanwhile, or a full disk, loses nothing; and a long log is never in memory.
+    """
     place = end = 0
-    last = b"{}"
+    last, cut = b"{}", []
     with open(log.fileno(), "rb", closefd=False) as lines:
         lines.seek(0)
         for line in lines:
             place += len(line)
             if line.endswith(b"\n") and _step_of(line) <= last_step:
-                end, last = place, line
+                end, last, cut = place, line, []
+            elif len(cut) < MOST_LINES:
+                cut.append(line)
     log.truncate(end)
-    return json.loads(last)
+    return json.loads(last), cut
 
 
 def _step_of(line: bytes) -> float:

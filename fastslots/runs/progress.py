@@ -35,6 +35,7 @@ class Silent:
     """In place of MetricsLog and of a ``ProgressView`` on processes that write nothing."""
 
     energy_wh = 0.0
+    cut: tuple[bytes, ...] = ()
 
     def sync(self) -> None:
         pass

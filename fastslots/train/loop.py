@@ -133,6 +133,7 @@ class Trainer:
         newest = self.group.on_first(lambda: checkpoint_to_resume(folder, damaged, restart))
         if newest:
             self._load(Checkpoint.from_bytes(newest))
+        self._earlier: dict[str, Any] = {}  # configuration
         self.group.on_first(self._store_config)
         self.recorder = Recorder(folder, config, self.step, self.device, stream, self.group.first)
         stack.callback(self.recorder.close)
@@ -140,7 +141,7 @@ class Trainer:
             self.recorder.say(f"{reason}: set aside as {set_aside(path)}, going back to the one before")
         if config.compile:
             self.model.encoder.compile()
-        self.recorder.announce(self.source, self.model, self.step, self.group.size)
+        self.recorder.announce(self.source, self.model, self.step, self.group.size, self._earlier)
 
     def run(self) -> FitResult:
         config, group = self.config, self.group
@@ -192,6 +193,7 @@ class Trainer:
 
     def _store_config(self) -> bytes:
         """Once it is known to fit what the run goes on from: the next resume reads it."""
+        self._earlier = self.folder.read_json(self.folder.config)
         write_atomic(self.folder.config, f"{self.config.to_json()}\n".encode())
         return b""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,9 +22,10 @@ from fastslots.ops import backends
 from fastslots.report.pictures import encoded
 from fastslots.report.write import write_explorer, write_report
 from fastslots.runs.folder import RunFolder
-from fastslots.runs.log import MetricsLog
+from fastslots.runs.log import MetricsLog, without_nan
 from fastslots.runs.machine import PACKAGES, Meter, nvidia_driver, versions
 from fastslots.runs.progress import ProgressView, Silent
+from fastslots.runs.repeat import Repetition, changes
 from fastslots.runs.trackers import open_trackers
 from fastslots.runs.view import open_progress
 from fastslots.train.checkpoint import Checkpoint, Writer, save_checkpoint
@@ -60,11 +62,14 @@ class Recorder:
             names, facts = config.trackers(), dataclasses.asdict(config)
             self._log = MetricsLog(folder, step, open_trackers(names, folder, step, facts))
             self._progress = open_progress(config.steps, config.log_every, step, stream, folder.metrics)
+        self._repetition: Repetition | None = None
         self._meter = Meter(device, self._log.energy_wh)
         self._writer = Writer(self.say)
 
     def close(self) -> None:
         """Wait for what is being written, then close everything, also where one of them fails."""
+        if self._repetition:
+            self._repetition.end()
         with contextlib.ExitStack() as stack:
             for part in (self._log, self._progress, self._writer):
                 stack.callback(part.close)
@@ -77,24 +82,35 @@ class Recorder:
         """What is being done between steps."""
         self._progress.note(text)
 
-    def announce(self, source: Source, model: torch.nn.Module, step: int, processes: int) -> None:
-        """Store what the run is made with, and say in a few lines what is about to happen."""
+    def announce(
+        self, source: Source, model: torch.nn.Module, step: int, processes: int, earlier: dict[str, Any]
+    ) -> None:
+        """Store what the run is made with, and say in a few lines what is about to happen.
+
+        earlier: the configuration with which a run that goes on was run before.
+        """
         if not self._first:
             return
         config, say = self._config, self.say
         folder = self._folder
         before = folder.described_data()
-        earlier = folder.read_json(folder.machine).get("digest", "")
+        made_before = folder.read_json(folder.machine) if step else {}
+        digest = made_before.get("digest", "")
         if step and before and not same_images(before, source.description):
             say(f"warning   other images than before from here on: the run had {before}")
-        elif step and earlier and source.digest and earlier != source.digest:
-            say(f"warning   other images than before from here on: their fingerprint was {earlier}, is {source.digest}")
+        elif digest and source.digest and digest != source.digest:
+            say(f"warning   other images than before from here on: their fingerprint was {digest}, is {source.digest}")
         self._store(folder.data, f"{source.description}\n".encode(errors="backslashreplace"))
         facts = self._meter.facts()
         warnings = [*source.warnings, *late_ramps(config)]
         if config.device == "auto" and self._device.type == "cpu" and nvidia_driver() is not None:
             warnings.append("an NVIDIA GPU is here, but torch cannot use it: `fastslots doctor` says why")
+        name = backends.select("decoder_loss", [torch.empty(1, device=self._device)], "auto")
         made_with = {"versions": versions(PACKAGES), "digest": source.digest, "warnings": warnings}
+        made_with |= {"processes": processes, "kernels": f"{name} {os.environ.get('FASTSLOTS_ISA', '')}".strip()}
+        if step:
+            changed = [*changes(earlier, json.loads(config.to_json())), *made_otherwise(made_before, facts | made_with)]
+            self._repetition = Repetition(self._log.cut, changed, say)
         self._store(folder.machine, json.dumps(facts | made_with).encode())
         count = sum(p.numel() for p in model.parameters())
         probe = torch.empty(1, device=self._device)
@@ -106,7 +122,6 @@ class Recorder:
         where = f"{self._device}" if processes == 1 else f"{processes} processes on {self._device.type}"
         how = f"{config.optimizer}, {config.precision}, {where}"
         say(f"training  {config.steps:,} steps of {config.batch_size} images, {how}")
-        name = backends.select("decoder_loss", [probe], "auto")  # explain would import every backend
         say(f"kernels   {name if name != 'reference' else backends.explain(probe, op='decoder_loss')}")
         say(f"energy    {facts['energy']}")
 
@@ -201,6 +216,8 @@ class Recorder:
 
     def _write(self, values: dict[str, object]) -> None:
         self._or_warn(lambda: self._log.write(values))
+        if self._repetition:
+            self._repetition.see(without_nan(values))
 
     def _or_warn(self, write: Callable[[], object]) -> None:
         try:
@@ -211,3 +228,11 @@ class Recorder:
                 mend = ": free space" if isinstance(error, OSError) else ""
                 reason = error if isinstance(error, OSError | UserError) else f"{type(error).__name__}: {error}"
                 self.say(f"warning   {reason}{mend}; training goes on")
+
+
+def made_otherwise(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two machine.json, in words: packages, processor and threads, processes, kernels, data."""
+    packages = before.get("versions")
+    versions_differ = changes(packages, now["versions"]) if isinstance(packages, dict) else []
+    others = {name: before[name] for name in ("machine", "processes", "kernels", "digest") if name in before}
+    return [*versions_differ, *changes(others, now)]
