@@ -64,8 +64,12 @@ def _compile(args: argparse.Namespace) -> int:
                 stem.with_suffix(".json").write_text(json.dumps(row, indent=1) + "\n")
                 rows.append(row)
                 print(report.one_line(row), flush=True)
-    spilled = [row["kernel"] for row in rows if row["spills"] or row["stack_bytes"]]
-    print(f"{len(rows)} launches in {out}; {len(spilled)} use local memory" + (f": {spilled}" if spilled else ""))
+    spilled = [row for row in rows if row["spills"] or row["stack_bytes"]]
+    names = [
+        f"{row['precision']} {row['kernel']}" for row in spilled if row["loop_spills"] or row["loop_spills"] is None
+    ]
+    inside = f", inside loops: {', '.join(names)}" if names else ", none inside a loop"
+    print(f"{len(rows)} launches in {out}; {len(spilled)} use local memory" + (inside if spilled else ""))
     return 0
 
 

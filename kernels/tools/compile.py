@@ -68,6 +68,7 @@ class Compiled:
     asm: dict[str, Any]  # "ptx", "cubin", ... as Triton names them
     registers: int | None  # per thread
     spills: int | None  # local-memory instructions (LDL, STL); None where they can't be read
+    loop_spills: int | None  # those of them inside a loop, which run once a trip
     stack_bytes: int | None  # per thread
     shared_bytes: int  # per block
     tensor_cores: dict[str, int]  # instruction -> count
@@ -116,21 +117,22 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
     if arch.startswith("sm_"):
         sass, used, stack = _disassemble(kernel.asm["cubin"])
         opcodes = _opcodes(sass)
-        spills = sum(n for op, n in opcodes.items() if op.split(".")[0] in ("LDL", "STL"))
+        spills = spilled(sass)
         tmem = getattr(kernel.metadata, "tmem_size", 0) or 0
         occupancy = _occupancy(arch, used, shared, launch.config.num_warps, tmem)
         return _compiled(kernel.asm, opcodes, used, spills, stack, shared, occupancy)
     text = kernel.asm["amdgcn"]
     opcodes = Counter(re.findall(r"^\s+([a-z]\w+)", text, re.M))
-    vgprs, spilled, private = (_number(rf"\.{name}:\s+(\d+)", text) for name in _AMD_USAGE)
-    return _compiled(kernel.asm, opcodes, vgprs, spilled, private, shared, None)
+    vgprs, spills, private = (_number(rf"\.{name}:\s+(\d+)", text) for name in _AMD_USAGE)
+    return _compiled(kernel.asm, opcodes, vgprs, (spills, None), private, shared, None)
 
 
-def _compiled(asm, opcodes, registers, spills, stack, shared, occupancy) -> Compiled:
+def _compiled(asm, opcodes, registers, spills: tuple[int | None, int | None], stack, shared, occupancy) -> Compiled:
     return Compiled(
         asm=dict(asm),
         registers=registers,
-        spills=spills,
+        spills=spills[0],
+        loop_spills=spills[1],
         stack_bytes=stack,
         shared_bytes=shared,
         tensor_cores=dict(sorted(_count(opcodes, _TENSOR_CORE).items())),
@@ -168,6 +170,21 @@ def _disassemble(cubin: bytes) -> tuple[str, int, int]:
 
 def _opcodes(sass: str) -> Counter[str]:
     return Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", sass, re.M))
+
+
+def spilled(sass: str) -> tuple[int, int]:
+    """Instructions on local memory, and those of them inside loops: between a label and a branch back to it."""
+    labels: dict[str, int] = {}
+    local: list[int] = []
+    loops: list[tuple[int, int]] = []
+    for at, line in enumerate(sass.splitlines()):
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = at
+        elif re.search(r"\*/\s+(?:@!?U?P\w+\s+)?(?:LDL|STL)\b", line):
+            local.append(at)
+        elif (branch := re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)) and branch[1] in labels:
+            loops.append((labels[branch[1]], at))
+    return len(local), sum(any(start < at < end for start, end in loops) for at in local)
 
 
 def _count(opcodes: Counter[str], pattern: re.Pattern[str]) -> Counter[str]:
