@@ -21,6 +21,7 @@ from fastslots.kernels.tools.cost import eager_cost
 from fastslots.models import SlotVAEConfig
 from fastslots.models.decoder import Decoder, DecoderLayer
 from fastslots.ops import backends, reference
+from fastslots.records import FoldedDecoder, describe
 
 INTERPRETED = 1 << 19
 """Most numbers of an input that Triton's interpreter is given: what --tiny makes."""
@@ -40,7 +41,7 @@ def compiled(function: Callable, timed: Callable[[Callable], Run], device: str) 
 
 def need(backend: str, op: str, *tensors: Tensor) -> None:
     """CannotServeError with the backend's own reason."""
-    reason = backends.why_not(backend, op, tensors)
+    reason = backends.why_not(backend, describe(op, tensors))
     if reason is None and backend == "triton" and tensors[0].device.type == "cpu" and tensors[0].numel() > INTERPRETED:
         reason = "Triton's interpreter shows that results are right, not how fast they come"
     if reason is not None:
@@ -197,7 +198,7 @@ def layer_case(options: Options) -> Case:
         return published.decoder_loss(decoder, slots, images, sigma, alpha, attend)
 
     def folded(slots: Tensor, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        pixels, slot_map = reference.decode(decoder.queries(), decoder.layers(slots), decoder.head())
+        pixels, slot_map = reference.decode(FoldedDecoder(decoder.queries(), decoder.layers(slots), decoder.head()))
         recon = reference.reconstruction_error(pixels, images.flatten(2).transpose(1, 2))
         interaction = reference.interaction_penalty(slot_map)
         return sigma * recon + alpha * interaction, recon, interaction

@@ -16,6 +16,7 @@ from fastslots.metrics import slot_jacobian
 from fastslots.models import SlotVAE
 from fastslots.models.decoder import Decoder
 from fastslots.ops import explain, reference
+from fastslots.records import FoldedDecoder
 
 RATE = 5e-4
 
@@ -44,7 +45,7 @@ def step_case(options: Options) -> Case:
     def folded(own: SlotVAE) -> tuple[Tensor, ...]:
         z, _, _, kl = own.encode(images, noise)
         decoder = cast(Decoder, own.decoder)
-        pixels, slot_map = reference.decode(decoder.queries(), decoder.layers(z), decoder.head())
+        pixels, slot_map = reference.decode(FoldedDecoder(decoder.queries(), decoder.layers(z), decoder.head()))
         recon = reference.reconstruction_error(pixels, images.flatten(2).transpose(1, 2))
         interaction = reference.interaction_penalty(slot_map)
         return config.sigma * recon + config.beta * kl + config.alpha * interaction, recon, kl, interaction

@@ -9,7 +9,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from fastslots.ops import FoldedProjections, fold_projections, folded_cross_attention, slot_attention
+from fastslots.ops import fold_projections, folded_cross_attention, slot_attention
+from fastslots.records import FoldedProjections
 
 
 class AttentionProjections(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastslots.ops.reference import FeedForward, FoldedProjections
+from fastslots.records import FeedForward, FoldedProjections
 
 
 class Shape(NamedTuple):

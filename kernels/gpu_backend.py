@@ -5,10 +5,9 @@ With ``TRITON_INTERPRET=1`` set before the first import of triton, the same kern
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
+
+from fastslots.records import Call
 
 from .gpu import launch
 from .gpu._pack import MAX_COLUMNS, MAX_SLOTS, padded_slots, round_up
@@ -16,7 +15,7 @@ from .gpu._tiles import INTERPRETED
 from .gpu.cross_attention import cross_attention_bwd, cross_attention_fwd
 from .gpu.decoder_layer import decoder_layer_bwd, decoder_layer_fwd
 from .gpu.decoder_loss import decoder_loss
-from .gpu.folded_cross_attention import folded_attention_bwd, folded_attention_fwd
+from .gpu.folded_cross_attention import folded_cross_attention_bwd, folded_cross_attention_fwd
 from .gpu.token_attention import MAX_CELLS, MAX_ROWS, padded_rows, token_attention_bwd, token_attention_fwd
 
 MAX_IMAGES = 65535
@@ -26,7 +25,8 @@ SCRATCH_BYTES = 40960
 _LAYER = ("decoder_layer_", "folded_attention_", "feed_forward_")
 KERNELS = {"cross_attention": ("cross_attention_",), "folded_cross_attention": _LAYER[1:2], "decoder_layer": _LAYER,
            "decoder_loss": _LAYER, "token_attention": ("token_attention_",)}  # fmt: skip
-"""What the names of an op's kernels start with."""
+"""What the names of an op's kernels start with, in ``launches.json`` and wherever kernels are listed. The backward of a
+layer runs the kernels of its two halves, which bear their names: ``folded_attention_*`` and ``feed_forward_*``."""
 
 __all__ = [
     "cross_attention_bwd", "cross_attention_fwd", "decoder_layer_bwd", "decoder_layer_fwd", "decoder_loss",
@@ -34,10 +34,9 @@ __all__ = [
 ]  # fmt: skip
 
 
-def why_not(op: str, tensors: Sequence[Tensor]) -> str | None:
-    """None when these kernels serve ``op`` on these tensors (in the order of the public call), else the reason."""
-    x = tensors[0]
-    return _unserved(x.device, x.dtype) or _too_large(op, tensors)
+def why_not(call: Call) -> str | None:
+    """None when these kernels serve this call, else the reason in words."""
+    return _unserved(call.device, call.dtypes[0]) or _too_large(call)
 
 
 def _unserved(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -67,48 +66,29 @@ for _answer in (_unserved, _fits_memory, _shared_memory):
     _answer._dynamo_marked_constant = True  # type: ignore[attr-defined, union-attr]
 
 
-def _too_large(op: str, tensors: Sequence[Tensor]) -> str | None:
+def _too_large(call: Call) -> str | None:
     """Limits of the shapes: a tile holds whole rows and all slots of a head, and images are an axis of the grid."""
-    width = tensors[0].shape[-1]
-    images = max(t.shape[0] for t in tensors[:2])  # x may be shared by all images
-    if images > MAX_IMAGES:
-        return f"{images} images are more than {MAX_IMAGES}, the most of one launch"
+    dtype, width, slots = call.dtypes[0], call.width, call.slots
+    if call.images > MAX_IMAGES:
+        return f"{call.images} images are more than {MAX_IMAGES}, the most of one launch"
     if width > launch.WIDTH_CLASSES[-1]:
         return f"rows of {width} elements are wider than {launch.WIDTH_CLASSES[-1]}"
-    if op == "token_attention":
-        rows = tensors[0].shape[1]
-        fits = padded_rows(rows) <= MAX_ROWS and padded_rows(rows) * round_up(width, 64) <= MAX_CELLS
-        return None if fits else f"{rows} rows of {width} elements are more than one tile holds"
-    if op == "cross_attention":
-        if tensors[0].ndim == 4 and tensors[0].shape[1] > MAX_IMAGES:
-            return f"{tensors[0].shape[1]} heads are more than {MAX_IMAGES}, the most of one launch"
-        heads, slots = 1, tensors[1].shape[2] if len(tensors) > 1 else 1
-    else:
-        heads, slots = tensors[1].shape[2:] if len(tensors) > 1 else (1, 1)
+    if call.op == "token_attention":
+        rows = padded_rows(call.rows)
+        fits = rows <= MAX_ROWS and rows * round_up(width, 64) <= MAX_CELLS
+        return None if fits else f"{call.rows} rows of {width} elements are more than one tile holds"
+    if call.op == "cross_attention" and call.heads > MAX_IMAGES:
+        return f"{call.heads} heads are more than {MAX_IMAGES}, the most of one launch"
     width_class = min(limit for limit in launch.WIDTH_CLASSES if width <= limit)
-    if not _fits_memory(op, tensors[0].device, tensors[0].dtype, width_class):
+    if not _fits_memory(call.op, call.device, dtype, width_class):
         return f"rows of {width} elements in TF32 do not fit the shared memory of this GPU (bf16 or IEEE fp32 do)"
     if slots > MAX_SLOTS:
         return f"{slots} slots are more than {MAX_SLOTS}, the most that one tile holds"
-    if heads * slots > MAX_COLUMNS:
-        return f"{heads} heads x {slots} slots are more than {MAX_COLUMNS} columns"
+    if call.columns > MAX_COLUMNS:
+        return f"{call.heads} heads x {slots} slots are more than {MAX_COLUMNS} columns"
     # The weights of one head, in and out, lie in shared memory whole; block sizes of the table hold up to 16 slots.
-    needs = 2 * padded_slots(slots) * round_up(width, 64) * tensors[0].element_size() + SCRATCH_BYTES
-    has = _shared_memory(tensors[0].device)
+    needs = 2 * padded_slots(slots) * round_up(width, 64) * dtype.itemsize + SCRATCH_BYTES
+    has = _shared_memory(call.device)
     if slots > 16 and has is not None and needs > has:
         return f"{slots} slots of rows {width} wide need {needs >> 10} KiB of shared memory, this GPU has {has >> 10}"
     return None
-
-
-def folded_cross_attention_fwd(
-    x: Tensor, G: Tensor, g: Tensor, U: Tensor, b: Tensor, slot_mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """x [B or 1,L,D], already normed -> y = A·U + b (no residual), slot_map."""
-    return folded_attention_fwd(x, G, g, U, b, slot_mask, norm=False)
-
-
-def folded_cross_attention_bwd(
-    dy: Tensor, dslot_map: Tensor, x: Tensor, G: Tensor, g: Tensor, U: Tensor, slot_mask: Tensor | None = None
-) -> tuple[Tensor, ...]:
-    """-> dx, dG, dg, dU, db."""
-    return folded_attention_bwd(dy, dslot_map, x, G, g, U, slot_mask, norm=False)

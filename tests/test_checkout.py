@@ -72,9 +72,9 @@ def test_an_old_triton_is_named(tmp_path):
     code = """
 import triton
 triton.__version__ = "3.2.0"
-from fastslots.ops.backends import why_not
+from fastslots.ops import explain
 import torch
-print(why_not("triton", "cross_attention", [torch.empty(1, 1, 1, 1)] * 3))
+print(explain(*[torch.empty(1, 1, 1, 1)] * 3).reasons["triton"])
 """
     said = bare(code, tmp_path).stdout
     assert "Triton 3.2.0 is older than 3.6" in said and "torch 2.10" in said

@@ -133,7 +133,7 @@ def _self_check(found: Findings) -> bool:
     import torch
 
     from fastslots.ops import cross_attention, decoder_layer
-    from fastslots.ops.reference import FeedForward, FoldedProjections
+    from fastslots.records import FeedForward, FoldedProjections
     from fastslots.testing import SHAPES, errors, random_layer, random_qkv
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

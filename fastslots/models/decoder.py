@@ -18,16 +18,9 @@ from fastslots.models.slot_decoder import JacobianRequest, SlotDecoder, check_lo
 from fastslots.nn import AttentionProjections
 from fastslots.ops import checks, decoder_layer
 from fastslots.ops.backends import is_traced
-from fastslots.ops.decoder_loss import DecoderLossTerms, LossInputs, decoder_loss
-from fastslots.ops.reference import (
-    FeedForward,
-    FoldedProjections,
-    OutputHead,
-    QueryMlp,
-    fold_norm,
-    output_head,
-    without_autocast,
-)
+from fastslots.ops.decoder_loss import DecoderLossTerms, decoder_loss
+from fastslots.ops.reference import fold_norm, output_head, without_autocast
+from fastslots.records import FoldedDecoder, FoldedLayer, FoldedProjections, LossInputs, OutputHead, QueryMlp
 
 CACHED_ROWS = 1024
 
@@ -80,14 +73,14 @@ class Decoder(SlotDecoder):
         code = cast(Tensor, self.position_code)
         return self.query_mlp(code[pixels]) if pixels.numel() < len(code) else rows_at(self.queries()[0], pixels)
 
-    def layers(self, slots: Tensor) -> list[tuple[FoldedProjections, FeedForward]]:
+    def layers(self, slots: Tensor) -> list[FoldedLayer]:
         """What each layer needs to know of the slots and of its weights; K rows an image, in fp32."""
         if slots.ndim != 3 or slots.shape[2] != self.slot_dim:
             raise ValueError(f"slots has shape {list(slots.shape)}, expected [B, K, {self.slot_dim}]")
         with without_autocast(slots.device):
             hidden = self.slot_mlp(slots.to(self.norm.weight.dtype))
             layers = cast(Iterable[DecoderLayer], self.transformer)
-            return [(layer.fold(hidden), layer.ff.weights()) for layer in layers]
+            return [FoldedLayer(layer.fold(hidden), layer.ff.weights()) for layer in layers]
 
     def head(self) -> OutputHead:
         return OutputHead(self.norm.weight, self.norm.bias, *_linear_maps(self.output_mlp))
@@ -134,9 +127,7 @@ class Decoder(SlotDecoder):
             queries = self._queries_at(pixels)
             target = target.gather(1, pixels[..., None].expand(-1, -1, self.channels))
         inputs = LossInputs(
-            queries=queries,
-            layers=self.layers(slots),
-            head=self.head(),
+            decoder=FoldedDecoder(queries, self.layers(slots), self.head()),
             target=target,
             pixel_weight=pixel_weight,
             slot_mask=slot_mask,

@@ -29,15 +29,9 @@ from fastslots.models.layers import rows_at
 from fastslots.models.slot_decoder import JacobianRequest
 from fastslots.ops import backends
 from fastslots.ops.backends import is_traced
-from fastslots.ops.decoder_loss import decoder_tensors
-from fastslots.ops.reference import (
-    FeedForward,
-    FoldedProjections,
-    feed_forward,
-    output_head,
-    slot_softmax,
-)
+from fastslots.ops.reference import feed_forward, output_head, slot_softmax
 from fastslots.ops.second_order import second_order
+from fastslots.records import FeedForward, FoldedDecoder, FoldedProjections, Tangents, describe
 
 if TYPE_CHECKING:
     from fastslots.models.decoder import Decoder, DecoderLayer
@@ -103,7 +97,8 @@ def _backend(decoder: Decoder, slots: Tensor, queries: Tensor, request: Jacobian
         return "reference"
     K, heads = slots.shape[1], _modules(decoder)[0].projections.heads
     G = slots.new_empty(0, queries.shape[2], heads, K)  # what the folded slots will be: only its shape is asked for
-    return backends.select("slot_jacobian", (queries, G), request.backend)
+    chain = max(len(decoder.transformer), len(decoder.head().weights))
+    return backends.select(describe("slot_jacobian", (queries, G), chain), request.backend)
 
 
 def _groups(
@@ -117,7 +112,7 @@ def _groups(
 
 
 def _by_kernel(decoder: Decoder, slots: Tensor, queries: Tensor, slot_mask: Tensor | None, name: str) -> Tensor:
-    kernel = backends.load(name).slot_jacobian
+    kernel = cast(backends.JacobianBackend, backends.load(name)).slot_jacobian
     parts = [slots.new_empty(0, slots.shape[1], queries.shape[1])]
     with torch.no_grad():
         for own, z, mask in _groups(KERNEL_IMAGES, slots, queries, slot_mask):
@@ -125,11 +120,10 @@ def _by_kernel(decoder: Decoder, slots: Tensor, queries: Tensor, slot_mask: Tens
             for module, jacobians in zip(_modules(decoder), _key_value_jacobians(decoder, z), strict=True):
                 p, norm = module.projections, module.norm_q
                 keys, values = (j.permute(1, 3, 0, 2, 4).flatten(3) for j in jacobians)  # [B, K, D, H·d]
-                tangents.append(
-                    (p.to_q.weight, p.to_q.bias, norm.weight, norm.bias, p.to_out.weight, keys * p.scale, values)
-                )
-            tensors = decoder_tensors(own, decoder.layers(z), decoder.head())
-            parts.append(kernel(tensors, tangents, mask, decoder.norm.eps))
+                query = p.to_q.weight, p.to_q.bias, norm.weight, norm.bias
+                tangents.append(Tangents(*query, p.to_out.weight, keys * p.scale, values))
+            folded = FoldedDecoder(own, decoder.layers(z), decoder.head())
+            parts.append(kernel(folded, tangents, mask, decoder.norm.eps))
     return torch.cat(parts)
 
 

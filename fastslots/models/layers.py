@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from fastslots.ops.reference import FeedForward
+from fastslots.records import FeedForward
 
 
 class FeedForwardLayer(nn.Module):

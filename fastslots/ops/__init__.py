@@ -14,14 +14,30 @@ from fastslots.ops.api import (
     token_attention,
 )
 from fastslots.ops.backends import explain
-from fastslots.ops.reference import FeedForward, FoldedProjections, OutputHead, fold_norm
+from fastslots.ops.decoder_loss import DecoderLossTerms, decoder_loss
+from fastslots.ops.reference import fold_norm
+from fastslots.records import (
+    FeedForward,
+    FoldedDecoder,
+    FoldedLayer,
+    FoldedProjections,
+    LossInputs,
+    OutputHead,
+    QueryMlp,
+)
 
 __all__ = [
+    "DecoderLossTerms",
     "FeedForward",
+    "FoldedDecoder",
+    "FoldedLayer",
     "FoldedProjections",
+    "LossInputs",
     "OutputHead",
+    "QueryMlp",
     "cross_attention",
     "decoder_layer",
+    "decoder_loss",
     "explain",
     "fold_norm",
     "fold_projections",

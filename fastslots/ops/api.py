@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastslots.ops import autograd, autograd_slots, backends, checks, reference
-from fastslots.ops.reference import FeedForward, FoldedProjections
+from fastslots.records import FeedForward, FoldedProjections, describe
 
 
 def _under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -49,7 +49,7 @@ def cross_attention(
     if isinstance(scale, Tensor) and scale.requires_grad:
         raise ValueError("scale cannot have a gradient: multiply q by it, and pass scale=1.0")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    name = backends.select("cross_attention", (q, k, v), backend)
+    name = backends.select(describe("cross_attention", (q, k, v)), backend)
     if name == "reference":
         return reference.cross_attention(q, k, v, scale, slot_mask)
     q, k, v = _under_autocast(q, k, v)
@@ -112,10 +112,10 @@ def folded_cross_attention(
     """
     checks.folded(x, folded)
     checks.slot_mask(slot_mask, x, folded.g.shape[0], folded.g.shape[2])
-    name = backends.select("folded_cross_attention", (x, *folded), backend)
+    name = backends.select(describe("folded_cross_attention", (x, *folded)), backend)
     if name == "reference":
         return reference.folded_cross_attention(x, folded, slot_mask)
-    y, slot_map = autograd.folded_cross_attention(*_under_autocast(x), *folded, slot_mask, name)
+    y, slot_map = autograd.folded_cross_attention(*_under_autocast(x), list(folded), slot_mask, name)
     return y.to(x.dtype), slot_map
 
 
@@ -137,7 +137,7 @@ def token_attention(rows: Tensor, tokens: Tensor, backend: str = "auto") -> Tens
         TypeError, ValueError: as in ``cross_attention``.
     """
     checks.rows_and_tokens(rows, tokens)
-    name = backends.select("token_attention", (rows, tokens), backend)
+    name = backends.select(describe("token_attention", (rows, tokens)), backend)
     if name == "reference":
         return reference.token_attention(rows, tokens)
     return autograd.token_attention(*_under_autocast(rows, tokens), name)[0]
@@ -184,7 +184,7 @@ def slot_attention(
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    name = backends.select("slot_attention", (q, k, v), backend)
+    name = backends.select(describe("slot_attention", (q, k, v)), backend)
     if name == "reference":
         updates, slot_map = reference.slot_attention(q, k, v, scale, eps, slot_mask)
     else:
@@ -222,7 +222,7 @@ def decoder_layer(
     checks.feed_forward(ff, x.shape[2], x.device)
     if not eps > 0:
         raise ValueError(f"eps must be above 0, got {eps}")
-    name = backends.select("decoder_layer", (x, *folded, *ff), backend)
+    name = backends.select(describe("decoder_layer", (x, *folded, *ff)), backend)
     if name == "reference":
         return reference.decoder_layer(x, folded, ff, slot_mask, eps)
     y, slot_map = autograd.decoder_layer(*_under_autocast(x), list(folded), list(ff), slot_mask, eps, name)

@@ -1,4 +1,4 @@
-"""Kernels as differentiable torch operators: those of pixels and of the encoder.
+"""Kernels as differentiable torch operators: those of the decoder; other files register theirs by the same function.
 
 They work in eager mode, under ``torch.compile(fullgraph=True)`` and ``export``. Inside forward-mode AD and functorch
 transforms they would answer with silent zeros: ``backends.select`` takes the reference there. Outputs that no one used
@@ -8,14 +8,18 @@ come to a backward as zeros (autograd makes them), so kernels always see both co
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from fastslots.ops import backends
+from fastslots.records import FeedForward, FoldedProjections
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def _operator(function: Callable) -> Callable:
+def operator(function: Function) -> Function:
     """Register ``function`` as an operator of its name -> what calls it.
 
     ``torch.library.custom_op`` does the same and imports Dynamo at the first call, which takes seconds. A
@@ -27,21 +31,30 @@ def _operator(function: Callable) -> Callable:
     torch.library.impl(name, "default", function)
     if name.endswith("_backward"):
         torch.library.register_autograd(name, _refuse)
-    return getattr(torch.ops.fastslots, function.__name__).default
+    return cast(Function, getattr(torch.ops.fastslots, function.__name__).default)
 
 
-def _refuse(ctx, *grads):
+def _refuse(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError("kernels have no autograd formula of their backward: take second derivatives by the reference")
 
 
-def _map_like(x: Tensor, batch: int, pixels: int, slots: int) -> Tensor:
+def map_like(x: Tensor, batch: int, pixels: int, slots: int) -> Tensor:
     return x.new_empty(batch, pixels, slots, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def contiguous_like(t: Tensor) -> Tensor:
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+def _layer_like(x: Tensor, folded: FoldedProjections) -> tuple[Tensor, Tensor]:
+    B, _, K = folded.g.shape
+    return x.new_empty(B, x.shape[1], x.shape[2]), map_like(x, B, x.shape[1], K)
 
 
 # ---- cross_attention -------------------------------------------------------------------------------------------------
 
 
-@_operator
+@operator
 def cross_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, slot_mask: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -49,11 +62,11 @@ def cross_attention(
 
 
 @torch.library.register_fake("fastslots::cross_attention")
-def _(q, k, v, scale, slot_mask, backend):
-    return torch.empty_like(q, memory_format=torch.contiguous_format), _map_like(q, q.shape[0], q.shape[2], k.shape[2])
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float, slot_mask: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    return contiguous_like(q), map_like(q, q.shape[0], q.shape[2], k.shape[2])
 
 
-@_operator
+@operator
 def cross_attention_backward(
     dout: Tensor,
     dslot_map: Tensor,
@@ -68,16 +81,25 @@ def cross_attention_backward(
 
 
 @torch.library.register_fake("fastslots::cross_attention_backward")
-def _(dout, dslot_map, q, k, v, scale, slot_mask, backend):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+def _(
+    dout: Tensor,
+    dslot_map: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    slot_mask: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return contiguous_like(q), contiguous_like(k), contiguous_like(v)
 
 
-def _cross_attention_setup(ctx, inputs, output):
+def _cross_attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, k, v, ctx.scale, slot_mask, ctx.backend = inputs
     ctx.save_for_backward(q, k, v, slot_mask)
 
 
-def _cross_attention_vjp(ctx, dout, dslot_map):
+def _cross_attention_vjp(ctx: Any, dout: Tensor, dslot_map: Tensor) -> tuple[Any, ...]:
     q, k, v, slot_mask = ctx.saved_tensors
     dq, dk, dv = cross_attention_backward(dout, dslot_map, q, k, v, ctx.scale, slot_mask, ctx.backend)
     return dq, dk, dv, None, None, None
@@ -91,40 +113,44 @@ torch.library.register_autograd(
 # ---- folded_cross_attention ------------------------------------------------------------------------------------------
 
 
-@_operator
+@operator
 def folded_cross_attention(
-    x: Tensor, G: Tensor, g: Tensor, U: Tensor, b: Tensor, slot_mask: Tensor | None, backend: str
+    x: Tensor, folded: list[Tensor], slot_mask: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return backends.load(backend).folded_cross_attention_fwd(x, G, g, U, b, slot_mask)
+    return backends.load(backend).folded_cross_attention_fwd(x, FoldedProjections(*folded), slot_mask)
 
 
 @torch.library.register_fake("fastslots::folded_cross_attention")
-def _(x, G, g, U, b, slot_mask, backend):
-    B, K = g.shape[0], g.shape[2]
-    return x.new_empty(B, x.shape[1], x.shape[2]), _map_like(x, B, x.shape[1], K)
+def _(x: Tensor, folded: list[Tensor], slot_mask: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    return _layer_like(x, FoldedProjections(*folded))
 
 
-@_operator
+@operator
 def folded_cross_attention_backward(
-    dy: Tensor, dslot_map: Tensor, x: Tensor, G: Tensor, g: Tensor, U: Tensor, slot_mask: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return backends.load(backend).folded_cross_attention_bwd(dy, dslot_map, x, G, g, U, slot_mask)
+    dy: Tensor, dslot_map: Tensor, x: Tensor, folded: list[Tensor], slot_mask: Tensor | None, backend: str
+) -> list[Tensor]:
+    """-> dx, then the gradients of folded in order."""
+    run = backends.load(backend).folded_cross_attention_bwd
+    dx, dfolded = run(dy, dslot_map, x, FoldedProjections(*folded), slot_mask)
+    return [dx, *dfolded]
 
 
 @torch.library.register_fake("fastslots::folded_cross_attention_backward")
-def _(dy, dslot_map, x, G, g, U, slot_mask, backend):
-    like = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, G, g, U))
-    return (*like, U.new_empty(U.shape[3]))
+def _(
+    dy: Tensor, dslot_map: Tensor, x: Tensor, folded: list[Tensor], slot_mask: Tensor | None, backend: str
+) -> list[Tensor]:
+    return [contiguous_like(t) for t in (x, *folded)]
 
 
-def _folded_setup(ctx, inputs, output):
-    x, G, g, U, _, slot_mask, ctx.backend = inputs
-    ctx.save_for_backward(x, G, g, U, slot_mask)
+def _folded_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, folded, slot_mask, ctx.backend = inputs
+    ctx.save_for_backward(x, slot_mask, *folded)
 
 
-def _folded_vjp(ctx, dy, dslot_map):
-    x, G, g, U, slot_mask = ctx.saved_tensors
-    return (*folded_cross_attention_backward(dy, dslot_map, x, G, g, U, slot_mask, ctx.backend), None, None)
+def _folded_vjp(ctx: Any, dy: Tensor, dslot_map: Tensor) -> tuple[Any, ...]:
+    x, slot_mask, *folded = ctx.saved_tensors
+    dx, *dfolded = folded_cross_attention_backward(dy, dslot_map, x, folded, slot_mask, ctx.backend)
+    return dx, dfolded, None, None
 
 
 torch.library.register_autograd("fastslots::folded_cross_attention", _folded_vjp, setup_context=_folded_setup)
@@ -133,20 +159,22 @@ torch.library.register_autograd("fastslots::folded_cross_attention", _folded_vjp
 # ---- decoder_layer ---------------------------------------------------------------------------------------------------
 
 
-@_operator
+@operator
 def decoder_layer(
     x: Tensor, folded: list[Tensor], ff: list[Tensor], slot_mask: Tensor | None, eps: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return backends.load(backend).decoder_layer_fwd(x, *folded, *ff, slot_mask, eps)
+    run = backends.load(backend).decoder_layer_fwd
+    return run(x, FoldedProjections(*folded), FeedForward(*ff), slot_mask, eps)
 
 
 @torch.library.register_fake("fastslots::decoder_layer")
-def _(x, folded, ff, slot_mask, eps, backend):
-    B, K = folded[1].shape[0], folded[1].shape[2]
-    return x.new_empty(B, x.shape[1], x.shape[2]), _map_like(x, B, x.shape[1], K)
+def _(
+    x: Tensor, folded: list[Tensor], ff: list[Tensor], slot_mask: Tensor | None, eps: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    return _layer_like(x, FoldedProjections(*folded))
 
 
-@_operator
+@operator
 def decoder_layer_backward(
     dy: Tensor,
     dslot_map: Tensor,
@@ -158,21 +186,33 @@ def decoder_layer_backward(
     backend: str,
 ) -> list[Tensor]:
     """-> dx, then the gradients of folded and ff in order. x is all that the forward saves; the rest is recomputed."""
-    return list(backends.load(backend).decoder_layer_bwd(dy, dslot_map, x, *folded, *ff, slot_mask, eps))
+    run = backends.load(backend).decoder_layer_bwd
+    grads = run(dy, dslot_map, x, FoldedProjections(*folded), FeedForward(*ff), slot_mask, eps)
+    assert grads.folded is not None and grads.ff is not None  # they are left out on request alone
+    return [grads.x, *grads.folded, *grads.ff]
 
 
 @torch.library.register_fake("fastslots::decoder_layer_backward")
-def _(dy, dslot_map, x, folded, ff, slot_mask, eps, backend):
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, *folded, *ff)]
+def _(
+    dy: Tensor,
+    dslot_map: Tensor,
+    x: Tensor,
+    folded: list[Tensor],
+    ff: list[Tensor],
+    slot_mask: Tensor | None,
+    eps: float,
+    backend: str,
+) -> list[Tensor]:
+    return [contiguous_like(t) for t in (x, *folded, *ff)]
 
 
-def _layer_setup(ctx, inputs, output):
+def _layer_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, folded, ff, slot_mask, ctx.eps, ctx.backend = inputs
     ctx.save_for_backward(x, slot_mask, *folded, *ff)
     ctx.num_folded = len(folded)
 
 
-def _layer_vjp(ctx, dy, dslot_map):
+def _layer_vjp(ctx: Any, dy: Tensor, dslot_map: Tensor) -> tuple[Any, ...]:
     x, slot_mask, *weights = ctx.saved_tensors
     folded, ff = weights[: ctx.num_folded], weights[ctx.num_folded :]
     dx, *grads = decoder_layer_backward(dy, dslot_map, x, folded, ff, slot_mask, ctx.eps, ctx.backend)
@@ -185,19 +225,18 @@ torch.library.register_autograd("fastslots::decoder_layer", _layer_vjp, setup_co
 # ---- token_attention -------------------------------------------------------------------------------------------------
 
 
-@_operator
+@operator
 def token_attention(rows: Tensor, tokens: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """-> gathered and the log-sum-exp of each row's scores, which the backward needs and no public op returns."""
     return backends.load(backend).token_attention_fwd(rows, tokens)
 
 
 @torch.library.register_fake("fastslots::token_attention")
-def _(rows, tokens, backend):
-    gathered = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    return gathered, rows.new_empty(rows.shape[:2], dtype=torch.promote_types(rows.dtype, torch.float32))
+def _(rows: Tensor, tokens: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return contiguous_like(rows), rows.new_empty(rows.shape[:2], dtype=torch.promote_types(rows.dtype, torch.float32))
 
 
-@_operator
+@operator
 def token_attention_backward(
     dgathered: Tensor, rows: Tensor, tokens: Tensor, gathered: Tensor, lse: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -205,18 +244,20 @@ def token_attention_backward(
 
 
 @torch.library.register_fake("fastslots::token_attention_backward")
-def _(dgathered, rows, tokens, gathered, lse, backend):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (rows, tokens))
+def _(
+    dgathered: Tensor, rows: Tensor, tokens: Tensor, gathered: Tensor, lse: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    return contiguous_like(rows), contiguous_like(tokens)
 
 
-def _token_attention_setup(ctx, inputs, output):
+def _token_attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     rows, tokens, ctx.backend = inputs
     gathered, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(rows, tokens, gathered, lse)
 
 
-def _token_attention_vjp(ctx, dgathered, _dlse):
+def _token_attention_vjp(ctx: Any, dgathered: Tensor, _dlse: Tensor) -> tuple[Any, ...]:
     rows, tokens, gathered, lse = ctx.saved_tensors
     grads = token_attention_backward(dgathered, rows, tokens, gathered, lse, ctx.backend)
     return *grads, None
@@ -225,75 +266,3 @@ def _token_attention_vjp(ctx, dgathered, _dlse):
 torch.library.register_autograd(
     "fastslots::token_attention", _token_attention_vjp, setup_context=_token_attention_setup
 )
-
-
-# ---- encoder ---------------------------------------------------------------------------------------------------------
-
-
-@_operator
-def encoder(
-    images: Tensor,
-    queries: Tensor,
-    grid: Tensor | None,
-    picks: Tensor | None,
-    weights: list[Tensor],
-    strides: list[int],
-    heads: int,
-    eps: float,
-    keep: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """-> the encoder's output and, with ``keep``, what its backward reads ([B, n]; without, [B, 0])."""
-    return backends.load(backend).encoder_fwd(images, queries, grid, picks, weights, strides, heads, eps, keep)
-
-
-@torch.library.register_fake("fastslots::encoder")
-def _(images, queries, grid, picks, weights, strides, heads, eps, keep, backend):
-    size = 0
-    if keep:
-        size = backends.load(backend).encoder_saved_size(images, queries, grid, picks, weights, strides, heads)
-    dtype = torch.promote_types(images.dtype, torch.float32)
-    out = images.new_empty(images.shape[0], queries.shape[1], weights[-1].shape[0])
-    return out, images.new_empty(images.shape[0], size, dtype=dtype)
-
-
-@_operator
-def encoder_backward(
-    dout: Tensor,
-    saved: Tensor,
-    images: Tensor,
-    queries: Tensor,
-    grid: Tensor | None,
-    picks: Tensor | None,
-    weights: list[Tensor],
-    strides: list[int],
-    heads: int,
-    eps: float,
-    backend: str,
-) -> list[Tensor]:
-    """-> gradients of queries, then of the weights."""
-    arguments = (images, queries, grid, picks, weights, strides, heads, eps)
-    return list(backends.load(backend).encoder_bwd(dout, saved, *arguments))
-
-
-@torch.library.register_fake("fastslots::encoder_backward")
-def _(dout, saved, images, queries, grid, picks, weights, strides, heads, eps, backend):
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (queries, *weights)]
-
-
-def _encoder_setup(ctx, inputs, output):
-    images, queries, grid, picks, weights, ctx.strides, ctx.heads, ctx.eps, _, ctx.backend = inputs
-    _, saved = output
-    ctx.mark_non_differentiable(saved)
-    ctx.save_for_backward(images, queries, grid, picks, saved, *weights)
-
-
-def _encoder_vjp(ctx, dout, _dsaved):
-    images, queries, grid, picks, saved, *weights = ctx.saved_tensors
-    arguments = (images, queries, grid, picks, weights, ctx.strides, ctx.heads, ctx.eps, ctx.backend)
-    dqueries, *dweights = encoder_backward(dout, saved, *arguments)
-    no_strides = None if ctx.strides else []  # torch takes an empty list for one of tensors
-    return None, dqueries, None, None, dweights, no_strides, None, None, None, None
-
-
-torch.library.register_autograd("fastslots::encoder", _encoder_vjp, setup_context=_encoder_setup)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
 from fastslots.ops import backends
-from fastslots.ops.autograd import _map_like, _operator
+from fastslots.ops.autograd import contiguous_like, map_like, operator
 
 
-@_operator
+def _kernels(name: str) -> backends.SlotAttentionBackend:
+    return cast(backends.SlotAttentionBackend, backends.load(name))
+
+
+@operator
 def slot_attention(
     q: Tensor,
     k: Tensor,
@@ -21,19 +27,21 @@ def slot_attention(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> updates, each slot's sum of weights (which the backward needs), and the map (empty where it is not wanted)."""
-    return backends.load(backend).slot_attention_fwd(q, k, v, scale, eps, slot_mask, return_map)
+    return _kernels(backend).slot_attention_fwd(q, k, v, scale, eps, slot_mask, return_map)
 
 
 @torch.library.register_fake("fastslots::slot_attention")
-def _(q, k, v, scale, eps, slot_mask, return_map, backend):
+def _(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float, slot_mask: Tensor | None, return_map: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     B, H, K, _ = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
-    updates = torch.empty_like(q, memory_format=torch.contiguous_format)
-    slot_map = _map_like(q, B, k.shape[2], K) if return_map else q.new_empty(0, dtype=wide)
+    updates = contiguous_like(q)
+    slot_map = map_like(q, B, k.shape[2], K) if return_map else q.new_empty(0, dtype=wide)
     return updates, q.new_empty(B, H, K, dtype=wide), slot_map
 
 
-@_operator
+@operator
 def slot_attention_backward(
     dupdates: Tensor,
     dslot_map: Tensor | None,
@@ -47,16 +55,29 @@ def slot_attention_backward(
     slot_mask: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = backends.load(backend)
-    return kernels.slot_attention_bwd(dupdates, dslot_map, (q, k, v), (updates, totals), scale, eps, slot_mask)
+    return _kernels(backend).slot_attention_bwd(
+        dupdates, dslot_map, (q, k, v), (updates, totals), scale, eps, slot_mask
+    )
 
 
 @torch.library.register_fake("fastslots::slot_attention_backward")
-def _(dupdates, dslot_map, q, k, v, updates, totals, scale, eps, slot_mask, backend):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+def _(
+    dupdates: Tensor,
+    dslot_map: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    updates: Tensor,
+    totals: Tensor,
+    scale: float,
+    eps: float,
+    slot_mask: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return contiguous_like(q), contiguous_like(k), contiguous_like(v)
 
 
-def _slot_attention_setup(ctx, inputs, output):
+def _slot_attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, k, v, ctx.scale, ctx.eps, slot_mask, ctx.return_map, ctx.backend = inputs
     updates, totals, slot_map = output
     ctx.mark_non_differentiable(totals)
@@ -65,7 +86,7 @@ def _slot_attention_setup(ctx, inputs, output):
     ctx.save_for_backward(q, k, v, updates, totals, slot_mask)
 
 
-def _slot_attention_vjp(ctx, dupdates, _dtotals, dslot_map):
+def _slot_attention_vjp(ctx: Any, dupdates: Tensor, _dtotals: Tensor, dslot_map: Tensor) -> tuple[Any, ...]:
     *tensors, slot_mask = ctx.saved_tensors
     dmap = dslot_map if ctx.return_map else None
     grads = slot_attention_backward(dupdates, dmap, *tensors, ctx.scale, ctx.eps, slot_mask, ctx.backend)

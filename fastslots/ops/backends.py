@@ -1,25 +1,7 @@
 """Which engine serves a call, and why not another.
 
-A backend is a module of raw functions (no autograd) in ``fastslots.kernels``, imported when first needed:
-
-    why_not(op, tensors) -> str | None      None when it serves this op on these tensors, else the reason in words
-    cross_attention_fwd(q, k, v, scale, slot_mask) -> out, slot_map
-    cross_attention_bwd(dout, dslot_map, q, k, v, scale, slot_mask) -> dq, dk, dv
-    folded_cross_attention_fwd(x, G, g, U, b, slot_mask) -> y, slot_map
-    folded_cross_attention_bwd(dy, dslot_map, x, G, g, U, slot_mask) -> dx, dG, dg, dU, db
-    decoder_layer_fwd(x, G, g, U, b, *ff, slot_mask, eps) -> y, slot_map
-    decoder_layer_bwd(dy, dslot_map, x, G, g, U, b, *ff, slot_mask, eps) -> dx, dG, dg, dU, db, *dff
-    token_attention_fwd(rows, tokens) -> gathered, lse
-    token_attention_bwd(dgathered, rows, tokens, gathered, lse) -> drows, dtokens
-    slot_attention_fwd(q, k, v, scale, eps, slot_mask, return_map) -> updates, totals, map
-    slot_attention_bwd(dupdates, dslot_map, (q, k, v), (updates, totals), scale, eps, slot_mask) -> dq, dk, dv
-    encoder_saved_size(images, queries, grid, picks, weights, strides, heads) -> elements an image, if it keeps them
-    encoder_fwd(images, queries, grid, picks, weights, strides, heads, eps, keep) -> out, saved (see encoder.py)
-    encoder_bwd(dout, saved, images, queries, grid, picks, weights, strides, heads, eps) -> dqueries, *dweights
-    decoder_loss(inputs, need_grads, grad_scale) -> recon, interaction, gradients (see decoder_loss.py)
-    slot_jacobian(tensors, tangents, slot_mask, eps) -> jacobian (see fastslots/models/decoder_jacobian.py)
-
-A module may leave ops out, and then serves none of them.
+A backend is a module of raw functions (no autograd) in ``fastslots.kernels``, imported when first needed: ``Backend``
+lists them. A module may leave ops out, and then serves none of them.
 
 ``auto`` takes the first that serves: ``triton`` for CUDA tensors, ``cpu`` for CPU tensors, else ``reference``.
 """
@@ -27,20 +9,122 @@ A module may leave ops out, and then serves none of them.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from fastslots.records import (
+    Call,
+    EncoderInputs,
+    FeedForward,
+    FoldedDecoder,
+    FoldedProjections,
+    LayerGrads,
+    LossInputs,
+    LossResult,
+    Tangents,
+    describe,
+)
 
 NAMES = ("reference", "cpu", "triton")
 OPS = (
     "cross_attention", "folded_cross_attention", "decoder_layer", "decoder_loss", "token_attention", "slot_attention",
     "encoder", "slot_jacobian",
 )  # fmt: skip
+
+
+Pair = tuple[Tensor, Tensor]
+
+
+class Backend(Protocol):
+    """The raw functions of a backend's module. Shapes and formulas are those of ``ops.reference``; a ``slot_mask`` is
+    [B, K] bool or None; forwards return what they compute and the slot map, backwards the gradients of the inputs."""
+
+    def why_not(self, call: Call) -> str | None:
+        """None when it serves this call, else the reason in words."""
+
+    def cross_attention_fwd(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, slot_mask: Tensor | None = None
+    ) -> Pair: ...
+
+    def cross_attention_bwd(
+        self, dout: Tensor, dslot_map: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float,
+        slot_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+
+    def folded_cross_attention_fwd(
+        self, x: Tensor, folded: FoldedProjections, slot_mask: Tensor | None = None
+    ) -> Pair: ...
+
+    def folded_cross_attention_bwd(
+        self, dy: Tensor, dslot_map: Tensor, x: Tensor, folded: FoldedProjections, slot_mask: Tensor | None = None
+    ) -> tuple[Tensor, FoldedProjections]: ...
+
+    def decoder_layer_fwd(
+        self, x: Tensor, folded: FoldedProjections, ff: FeedForward, slot_mask: Tensor | None = None, eps: float = 1e-5
+    ) -> Pair: ...
+
+    def decoder_layer_bwd(
+        self, dy: Tensor, dslot_map: Tensor, x: Tensor, folded: FoldedProjections, ff: FeedForward,
+        slot_mask: Tensor | None = None, eps: float = 1e-5,
+    ) -> LayerGrads: ...  # fmt: skip
+
+    def token_attention_fwd(self, rows: Tensor, tokens: Tensor) -> Pair:
+        """-> gathered, and the log-sum-exp of each row's scores."""
+
+    def token_attention_bwd(
+        self, dgathered: Tensor, rows: Tensor, tokens: Tensor, gathered: Tensor, lse: Tensor
+    ) -> Pair: ...
+
+    def decoder_loss(self, inputs: LossInputs, need: Collection[str], grad_scale: float | Tensor = 1.0) -> LossResult:
+        """See ``ops.decoder_loss.reference_decoder_loss``."""
+
+
+class SlotAttentionBackend(Backend, Protocol):
+    """A backend that serves ``slot_attention`` as well."""
+
+    def slot_attention_fwd(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float, slot_mask: Tensor | None, return_map: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """-> updates, totals (each slot's sum of weights) and the map, empty where it is not wanted."""
+
+    def slot_attention_bwd(
+        self,
+        dupdates: Tensor,
+        dslot_map: Tensor | None,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        saved: Pair,
+        scale: float,
+        eps: float,
+        slot_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """inputs: q, k, v; saved: updates and totals -> dq, dk, dv."""  # fmt: skip
+
+
+class EncoderBackend(Backend, Protocol):
+    """A backend that serves ``encoder`` as well."""
+
+    def encoder_saved_size(self, inputs: EncoderInputs) -> int:
+        """Elements of an image that ``encoder_fwd`` keeps, if it keeps them."""
+
+    def encoder_fwd(self, inputs: EncoderInputs, keep: bool) -> Pair:
+        """-> out and, for the backward, saved."""
+
+    def encoder_bwd(self, dout: Tensor, saved: Tensor, inputs: EncoderInputs) -> tuple[Tensor, list[Tensor]]:
+        """-> the gradient of queries and those of the weights."""
+
+
+class JacobianBackend(Backend, Protocol):
+    """A backend that serves ``slot_jacobian`` as well."""
+
+    def slot_jacobian(
+        self, decoder: FoldedDecoder, tangents: Sequence[Tangents], slot_mask: Tensor | None, eps: float
+    ) -> Tensor:
+        """See ``models.decoder_jacobian``."""
 
 
 def under_transform() -> bool:
@@ -60,7 +144,7 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or under_transform()
 
 
-def load(name: str) -> ModuleType:
+def load(name: str) -> Backend:
     """The kernel module of a backend; ImportError where this installation has none."""
     # Plain imports: Dynamo, which traces the choice of a backend, follows them, and importlib.import_module not.
     if name == "cpu":
@@ -86,14 +170,14 @@ def _absent(name: str, op: str) -> str | None:
 _absent._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see under_transform
 
 
-def why_not(name: str, op: str, tensors: Sequence[Tensor]) -> str | None:
-    """None when backend ``name`` serves ``op`` on these tensors, else the reason in words."""
+def why_not(name: str, call: Call) -> str | None:
+    """None when backend ``name`` serves this call, else the reason in words."""
     if name == "reference":
         return None
     if under_transform():
         return "kernels have no rule for forward-mode AD and functorch transforms (backend='auto' takes the reference)"
-    reason = _absent(name, op)
-    return load(name).why_not(op, tensors) if reason is None else reason
+    reason = _absent(name, call.op)
+    return load(name).why_not(call) if reason is None else reason
 
 
 @dataclass(frozen=True)
@@ -122,33 +206,38 @@ def explain(*tensors: Tensor | Sequence[Tensor], op: str = "cross_attention", ba
         flat += argument if isinstance(argument, tuple | list) else [argument]
     if not flat or not all(isinstance(t, Tensor) for t in flat):
         raise TypeError("explain takes a call's tensors, and the op by name: explain(q, k, v, op='cross_attention')")
-    name, reasons = _choose(op, flat, backend)
+    return explain_call(describe(op, flat), backend)
+
+
+def explain_call(call: Call, backend: str = "auto") -> Explanation:
+    """Which backend serves a call, and why not each of the others; ValueError as from ``explain``."""
+    name, reasons = _choose(call, backend)
     for other in NAMES:
         if other != name and other not in reasons:
             first = f"{name} comes first" if backend == "auto" else f"{name} was asked for"
-            reasons[other] = why_not(other, op, flat) or first
-    return Explanation(op, name, reasons)
+            reasons[other] = why_not(other, call) or first
+    return Explanation(call.op, name, reasons)
 
 
-def select(op: str, tensors: Sequence[Tensor], backend: str) -> str:
+def select(call: Call, backend: str) -> str:
     """Name of the backend that serves; ValueError with the reason where one named outright cannot."""
     if backend == "reference":  # the common request in tests and under transforms: no import, no questions
         return backend
-    return _choose(op, tensors, backend)[0]
+    return _choose(call, backend)[0]
 
 
-def _choose(op: str, tensors: Sequence[Tensor], backend: str) -> tuple[str, dict[str, str]]:
+def _choose(call: Call, backend: str) -> tuple[str, dict[str, str]]:
     """The first backend that serves, and why those before it do not; no other is imported."""
     if backend not in ("auto", *NAMES):
         raise ValueError(f"backend must be one of auto, {', '.join(NAMES)}, got {backend!r}")
     if backend == "auto":
-        candidates: tuple[str, ...] = ("triton", "reference") if tensors[0].is_cuda else ("cpu", "reference")
+        candidates: tuple[str, ...] = ("triton" if call.device.type == "cuda" else "cpu", "reference")
     else:
         candidates = (backend,)
     reasons: dict[str, str] = {}
     for name in candidates:
-        reason = why_not(name, op, tensors)
+        reason = why_not(name, call)
         if reason is None:
             return name, reasons
         reasons[name] = reason
-    raise ValueError(f"backend={backend!r} cannot serve {op}: {reasons[backend]}")
+    raise ValueError(f"backend={backend!r} cannot serve {call.op}: {reasons[backend]}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastslots.ops.reference import FeedForward, FoldedProjections
+from fastslots.records import FeedForward, FoldedProjections, LossInputs, QueryMlp
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -96,6 +96,45 @@ def feed_forward(ff: FeedForward, width: int, device: torch.device) -> None:
         shape(f"ff.{name}", value, expected, f"for rows of {width} and {units} units")
         if value.device != device:
             raise ValueError(f"ff.{name} is on {value.device}, but x is on {device}: move one of them")
+
+
+def linear_maps(name: str, weights: list[Tensor], biases: list[Tensor], columns: int) -> int:
+    """Linear layers one after the other, of rows of ``columns`` numbers -> the width of what comes out."""
+    if len(weights) != len(biases) or not weights:
+        raise ValueError(f"{name} has {len(weights)} weights and {len(biases)} biases: give one of each a layer")
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        rows = tensor(f"{name}.weights[{i}]", weight, 2, "[out, in]").shape[0]
+        shape(f"{name}.weights[{i}]", weight, (rows, columns), f"(out, in: rows of {columns} numbers come in)")
+        shape(f"{name}.biases[{i}]", tensor(f"{name}.biases[{i}]", bias, 1, "[out]"), (rows,), "(out)")
+        columns = rows
+    return columns
+
+
+def loss_inputs(inputs: LossInputs) -> None:
+    if not isinstance(inputs, LossInputs):
+        raise TypeError(f"inputs must be a fastslots.ops.LossInputs, got {type(inputs).__name__}")
+    queries, layers, head = inputs.decoder
+    if not layers:
+        raise ValueError("decoder.layers is empty: there must be at least one layer")
+    target = tensor("target", inputs.target, 3, "[B, L, C]")
+    if isinstance(queries, QueryMlp):
+        L, width = tensor("queries.code", queries.code, 2, "[L, E]").shape
+        row = queries.weights[-1].new_empty(1, 0, linear_maps("queries", queries.weights, queries.biases, width))
+    else:
+        row = tensor("queries", queries, 3, "[B or 1, L, D]")
+        L = row.shape[1]
+    B, D, _, K = layers[0].folded.G.shape
+    for layer_folded, ff in layers:
+        folded(row, layer_folded)
+        shape("folded.G", layer_folded.G, tuple(layers[0].folded.G.shape), "(that of the first layer)")
+        feed_forward(ff, D, row.device)
+    shape("head.norm_weight", tensor("head.norm_weight", head.norm_weight, 1, "[D]"), (D,), "(D of folded.G)")
+    shape("head.norm_bias", tensor("head.norm_bias", head.norm_bias, 1, "[D]"), (D,), "(D of folded.G)")
+    channels = linear_maps("head", head.weights, head.biases, D)
+    shape("target", target, (B, L, channels), "(B, L of the queries, C of the head)")
+    slot_mask(inputs.slot_mask, row, B, K)
+    if inputs.pixel_weight is not None:
+        shape("pixel_weight", tensor("pixel_weight", inputs.pixel_weight, 2, "[B, L]"), (B, L), "(B, L of target)")
 
 
 def rows_and_tokens(rows: Tensor, tokens: Tensor) -> None:

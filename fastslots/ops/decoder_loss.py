@@ -14,15 +14,16 @@ mixed precision, so that small ones survive 16 bits), and handed out by autograd
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastslots.ops import backends, reference
+from fastslots.ops import backends, checks, reference
 from fastslots.ops.backends import is_traced
-from fastslots.ops.reference import FeedForward, FoldedProjections, OutputHead, QueryMlp
+from fastslots.records import LossInputs, LossResult, describe_decoder
 
 TILE_ROWS = 4096
 """Rows (images x pixels) of a tile in plain PyTorch: enough to feed its matrix products, few enough for cache."""
@@ -36,77 +37,17 @@ class DecoderLossTerms(NamedTuple):
     interaction: Tensor
 
 
-def decoder_tensors(
-    queries: Tensor | QueryMlp, layers: list[tuple[FoldedProjections, FeedForward]], head: OutputHead
-) -> list[Tensor]:
-    """A decoder as one list, the order in which kernels take it and give gradients."""
-    flat = [queries] if isinstance(queries, Tensor) else [*queries.weights, *queries.biases]
-    for folded, ff in layers:
-        flat += [*folded, *ff]
-    return [*flat, head.norm_weight, head.norm_bias, *head.weights, *head.biases]
-
-
-@dataclass(frozen=True)
-class LossInputs:
-    """What a tile needs. Targets, pixel weights and masks carry no gradient."""
-
-    queries: Tensor | QueryMlp  # [B or 1, L, D], or what makes them
-    layers: list[tuple[FoldedProjections, FeedForward]]
-    head: OutputHead
-    target: Tensor  # [B, L, C]
-    pixel_weight: Tensor | None  # [B, L]
-    slot_mask: Tensor | None  # [B, K] bool
-    recon_weight: float | Tensor
-    interaction_weight: float | Tensor
-    eps: float = 1e-5
-
-    def made_queries(self) -> Tensor:
-        """[B or 1, L, D]"""
-        return self.queries if isinstance(self.queries, Tensor) else self.queries.queries()
-
-    def differentiable(self) -> list[Tensor]:
-        return decoder_tensors(self.queries, self.layers, self.head)
-
-    def with_tensors(self, flat: list[Tensor]) -> LossInputs:
-        """The same inputs with ``flat`` in the places of ``differentiable()``."""
-        it = iter(flat)
-        queries: Tensor | QueryMlp
-        if isinstance(self.queries, Tensor):
-            queries = next(it)
-        else:
-            weights = [next(it) for _ in self.queries.weights]
-            queries = QueryMlp(self.queries.code, weights, [next(it) for _ in self.queries.biases])
-        layers = []
-        for folded, ff in self.layers:
-            layers.append((FoldedProjections(*(next(it) for _ in folded)), FeedForward(*(next(it) for _ in ff))))
-        head = OutputHead(
-            next(it), next(it), [next(it) for _ in self.head.weights], [next(it) for _ in self.head.biases]
-        )
-        return replace(self, queries=queries, layers=layers, head=head)
-
-    def pixels(self, start: int, stop: int) -> LossInputs:
-        """The same inputs for pixels start..stop alone."""
-        weight = None if self.pixel_weight is None else self.pixel_weight[:, start:stop]
-        target, queries = self.target[:, start:stop], self.queries
-        if isinstance(queries, Tensor):
-            queries = queries[:, start:stop]
-        else:
-            queries = queries._replace(code=queries.code[start:stop])
-        return replace(self, queries=queries, target=target, pixel_weight=weight)
-
-
 def _loss(inputs: LossInputs) -> tuple[Tensor, Tensor]:
     """(recon, interaction) of these pixels, untiled."""
-    queries = inputs.made_queries()
-    pixels, slot_map = reference.decode(queries, inputs.layers, inputs.head, inputs.slot_mask, inputs.eps)
+    pixels, slot_map = reference.decode(inputs.decoder, inputs.slot_mask, inputs.eps)
     recon = reference.reconstruction_error(pixels, inputs.target, inputs.pixel_weight)
     return recon, reference.interaction_penalty(slot_map, inputs.pixel_weight)
 
 
 def reference_decoder_loss(
-    inputs: LossInputs, need_grads: list[bool], grad_scale: float | Tensor = 1.0, rows: int = TILE_ROWS
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """The tiled loss in plain PyTorch -> recon, interaction, and the gradients of ``grad_scale · total`` asked for.
+    inputs: LossInputs, need: Collection[str], grad_scale: float | Tensor = 1.0, rows: int = TILE_ROWS
+) -> LossResult:
+    """The tiled loss in plain PyTorch, with the gradients of ``grad_scale · total`` whose names ``need`` holds.
 
     The signature of every backend's ``decoder_loss``.
     """
@@ -114,49 +55,53 @@ def reference_decoder_loss(
     step = max(1, rows // max(B, 1))
     recon = inputs.target.new_zeros((), dtype=torch.promote_types(inputs.target.dtype, torch.float32))
     interaction = torch.zeros_like(recon)
-    leaves = [t.detach().requires_grad_(need) for t, need in zip(inputs.differentiable(), need_grads, strict=True)]
-    # Queries that are given differ from tile to tile: each tile's gradient has its own place.
-    given, weights = (leaves[:1], leaves[1:]) if isinstance(inputs.queries, Tensor) else ([], leaves)
-    given_grads = [torch.zeros_like(t) if t.requires_grad else None for t in given]
-    any_grad = any(need_grads)
+    leaves = {name: t.detach().requires_grad_(name in need) for name, t in inputs.tensors().items()}
+    queries = leaves.get("queries")
+    grads = {} if queries is None or not queries.requires_grad else {"queries": torch.zeros_like(queries)}
     for start in range(0, L, step):
-        tile = inputs.pixels(start, min(start + step, L))
-        own = [t[:, start : start + step].detach().requires_grad_(t.requires_grad) for t in given]
-        with torch.set_grad_enabled(any_grad):
-            tile_recon, tile_pairs = _loss(tile.with_tensors([*own, *weights]))
+        pixels = slice(start, min(start + step, L))
+        tile, tensors = inputs.part(pixels), leaves
+        if queries is not None:  # they differ from tile to tile: each tile's gradient has its place
+            tensors = leaves | {"queries": queries[:, pixels].detach().requires_grad_(queries.requires_grad)}
+        with torch.set_grad_enabled(bool(need)):
+            tile_recon, tile_pairs = _loss(tile.with_tensors(tensors))
             share = tile.target.shape[1] / L  # a mean over the tile's pixels is this share of the mean over all
             total = grad_scale * (inputs.recon_weight * tile_recon + inputs.interaction_weight * share * tile_pairs)
         recon += tile_recon.detach()
         interaction += share * tile_pairs.detach()
-        if any_grad:
-            total.backward()
-        for t, grad in zip(own, given_grads, strict=True):
-            if grad is not None:
-                assert t.grad is not None
-                grad[:, start : start + step] = t.grad
-    return recon, interaction, [*given_grads, *(_grad_or_zeros(leaf) for leaf in weights)]
+        if need:
+            total.backward()  # type: ignore[no-untyped-call]
+        if "queries" in grads:
+            grads["queries"][:, pixels] = _gradient(tensors["queries"])
+    grads |= {name: _gradient(leaf) for name, leaf in leaves.items() if leaf.requires_grad and leaf is not queries}
+    return LossResult(recon, interaction, grads)
 
 
-def _grad_or_zeros(leaf: Tensor) -> Tensor | None:
-    """Gradient of a leaf; zeros where no tile reached it (no pixels), None where none was asked for."""
-    return torch.zeros_like(leaf) if leaf.requires_grad and leaf.grad is None else leaf.grad
+def _gradient(leaf: Tensor) -> Tensor:
+    """Gradient of a leaf; zeros where no tile reached it (no pixels)."""
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
 class _TiledLoss(torch.autograd.Function):
     """Runs a backend's ``decoder_loss`` in forward and hands out its gradients in backward."""
 
     @staticmethod
-    def forward(ctx, inputs: LossInputs, grad_scale, backend: str, *tensors: Tensor):
-        need = list(ctx.needs_input_grad[3:])
+    def forward(
+        ctx: Any, inputs: LossInputs, grad_scale: float | Tensor, backend: str, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """tensors: those of ``inputs.tensors()``, once more and in that order: autograd sees arguments alone."""
+        names = list(inputs.tensors())
+        need = [name for name, needed in zip(names, ctx.needs_input_grad[3:], strict=True) if needed]
         run = reference_decoder_loss if backend == "reference" else backends.load(backend).decoder_loss
-        recon, interaction, grads = run(inputs.with_tensors(list(tensors)), need, grad_scale)
+        inputs = inputs.with_tensors(dict(zip(names, tensors, strict=True)))
+        recon, interaction, grads = run(inputs, need, grad_scale)
         total = inputs.recon_weight * recon + inputs.interaction_weight * interaction
-        ctx.grads, ctx.grad_scale = grads, grad_scale
+        ctx.grads, ctx.names, ctx.grad_scale = grads, names, grad_scale
         ctx.mark_non_differentiable(recon, interaction)
         return total, recon, interaction
 
     @staticmethod
-    def backward(ctx, dtotal: Tensor, *_):
+    def backward(ctx: Any, dtotal: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         # Not once_differentiable: that objects only where dtotal itself needs a gradient, and would let a second
         # derivative through the folding pass, silently incomplete.
         if torch.is_grad_enabled():
@@ -166,38 +111,41 @@ class _TiledLoss(torch.autograd.Function):
                 "decoder.loss was already differentiated: its gradients are handed out once. Call it again."
             )
         factor = dtotal / ctx.grad_scale
-        grads = [None if g is None else g.mul_(factor.to(g.dtype)) for g in ctx.grads]  # nobody else holds them
+        grads: dict[str, Tensor] = {n: g.mul_(factor.to(g.dtype)) for n, g in ctx.grads.items()}  # nobody else's
         ctx.grads = None
-        return None, None, None, *grads
+        return None, None, None, *(grads.get(name) for name in ctx.names)
 
 
 def decoder_loss(inputs: LossInputs, grad_scale: float | Tensor = 1.0, backend: str = "auto") -> DecoderLossTerms:
     """The decoder's loss with its gradients made on the way forward, tile by tile.
 
-    Inputs that need no gradient cost none; under ``no_grad`` only the forward runs. Differentiating twice raises.
-    ValueError: a weight of a term that needs a gradient, or a backend that cannot serve.
-    Inside forward AD, a functorch transform or ``torch.compile`` the untiled reference is traced instead, which is
-    right in every mode.
+    Args:
+        inputs: a folded decoder, the target [B, L, C], pixel weights and a slot mask (or None), and both weights, which
+            are floats or 0-d tensors without gradient. ``fastslots.records`` says every shape.
+        grad_scale: the loss scale of mixed precision, a float or a 0-d tensor; it cancels in ``total``'s gradient.
+        backend: "auto", "reference", "cpu" or "triton"; one named outright either serves or raises.
+
+    Returns:
+        total (carries the gradient), recon = Σ(x − x̂)²/B, interaction = mean over pixels of Σ_{j<k} w_j w_k.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or shape, a weight of a term that needs a gradient, or a
+            backend that cannot serve. Differentiating twice raises RuntimeError.
+
+    Inputs that need no gradient cost none; under ``no_grad`` only the forward runs. Inside forward AD, a functorch
+    transform or ``torch.compile`` the untiled reference is traced instead, which is right in every mode.
     """
+    checks.loss_inputs(inputs)
     if is_traced():
         recon, interaction = _loss(inputs)
         total = inputs.recon_weight * recon + inputs.interaction_weight * interaction
         return DecoderLossTerms(total, recon.detach(), interaction.detach())
-    for what in ("recon_weight", "interaction_weight"):
-        weight = getattr(inputs, what)
+    for name in ("recon_weight", "interaction_weight"):
+        weight = getattr(inputs, name)
         if isinstance(weight, Tensor) and weight.requires_grad:
-            raise ValueError(f"{what} cannot have a gradient, which is made on the way forward: pass {what}.detach()")
-    name = _serve(inputs, backend)
-    if name != "reference" and not getattr(backends.load(name), "MAKES_QUERIES", False):
-        inputs = replace(inputs, queries=inputs.made_queries())
-    flat = inputs.differentiable()
-    return DecoderLossTerms(*_TiledLoss.apply(inputs, grad_scale, name, *flat))
-
-
-def _serve(inputs: LossInputs, backend: str) -> str:
-    """Name of the backend; queries that are not made yet are asked for by their shape."""
-    queries, tensors = inputs.queries, inputs.differentiable()
-    if isinstance(queries, QueryMlp):
-        last = queries.weights[-1]
-        tensors = [last.new_empty(1, 0, len(last)), *tensors[2 * len(queries.weights) :]]
-    return backends.select("decoder_loss", tensors, backend)
+            raise ValueError(f"{name} cannot have a gradient, which is made on the way forward: pass {name}.detach()")
+    serving = backends.select(describe_decoder("decoder_loss", inputs.decoder), backend)
+    if serving != "reference" and not getattr(backends.load(serving), "MAKES_QUERIES", False):
+        queries = reference.made_queries(inputs.decoder.queries)
+        inputs = replace(inputs, decoder=inputs.decoder._replace(queries=queries))
+    return DecoderLossTerms(*_TiledLoss.apply(inputs, grad_scale, serving, *inputs.tensors().values()))

@@ -7,40 +7,119 @@ hundreds; images meet in the sums of the weights' gradients alone, which have on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from fastslots.ops import autograd, backends
+from fastslots.ops import backends
+from fastslots.ops.autograd import contiguous_like, operator
 from fastslots.ops.backends import is_traced
+from fastslots.records import EncoderInputs
 
 KEPT_BYTES = 1 << 25
 """Most memory that a forward leaves for its backward. Where a batch needs more, its backward runs the forward again,
 image by image, so that memory does not grow with the batch."""
 
 
-@dataclass(frozen=True)
-class EncoderInputs:
-    """What the operator is handed. Axes: B images, K slots, S width, T tokens.
+# ---- the operator ----------------------------------------------------------------------------------------------------
 
-    ``weights``, in this order, each followed by its bias unless it says otherwise: the convolutions, the position's map
-    (both only with ``strides``), both maps of the token MLP, with ``picks`` the seed weight [S, S] (no bias), then of
-    each layer
 
-        cross: norm_q, norm_tokens, to_q, to_kv, to_out     self: norm, to_qkv, to_out     ff: norm, w1, w2
+def _encoder_backend(name: str) -> backends.EncoderBackend:
+    return cast(backends.EncoderBackend, backends.load(name))
 
-    then the last norm and, where there is one, the output layer.
-    """
 
-    images: Tensor  # [B, C, R, R], without gradient
-    queries: Tensor  # [B or 1, K, S]
-    grid: Tensor | None  # [T, 4] of the tokens' places; None where the images are features, whose pixels are the tokens
-    picks: Tensor | None  # [B, K] int64: first query k is queries[k] + W · token[pick], W the seed weight
-    weights: list[Tensor]
-    strides: list[int]  # of the convolutions; none for features
-    heads: int
-    eps: float = 1e-5
+@operator
+def encoder(
+    images: Tensor,
+    queries: Tensor,
+    grid: Tensor | None,
+    picks: Tensor | None,
+    weights: list[Tensor],
+    strides: list[int],
+    heads: int,
+    eps: float,
+    keep: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """-> the encoder's output and, with ``keep``, what its backward reads ([B, n]; without, [B, 0])."""
+    inputs = EncoderInputs(images, queries, grid, picks, weights, strides, heads, eps)
+    return _encoder_backend(backend).encoder_fwd(inputs, keep)
+
+
+@torch.library.register_fake("fastslots::encoder")
+def _(
+    images: Tensor,
+    queries: Tensor,
+    grid: Tensor | None,
+    picks: Tensor | None,
+    weights: list[Tensor],
+    strides: list[int],
+    heads: int,
+    eps: float,
+    keep: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    inputs = EncoderInputs(images, queries, grid, picks, weights, strides, heads, eps)
+    size = _encoder_backend(backend).encoder_saved_size(inputs) if keep else 0
+    dtype = torch.promote_types(images.dtype, torch.float32)
+    out = images.new_empty(images.shape[0], queries.shape[1], weights[-1].shape[0])
+    return out, images.new_empty(images.shape[0], size, dtype=dtype)
+
+
+@operator
+def encoder_backward(
+    dout: Tensor,
+    saved: Tensor,
+    images: Tensor,
+    queries: Tensor,
+    grid: Tensor | None,
+    picks: Tensor | None,
+    weights: list[Tensor],
+    strides: list[int],
+    heads: int,
+    eps: float,
+    backend: str,
+) -> list[Tensor]:
+    """-> gradients of queries, then of the weights."""
+    inputs = EncoderInputs(images, queries, grid, picks, weights, strides, heads, eps)
+    dqueries, dweights = _encoder_backend(backend).encoder_bwd(dout, saved, inputs)
+    return [dqueries, *dweights]
+
+
+@torch.library.register_fake("fastslots::encoder_backward")
+def _(
+    dout: Tensor,
+    saved: Tensor,
+    images: Tensor,
+    queries: Tensor,
+    grid: Tensor | None,
+    picks: Tensor | None,
+    weights: list[Tensor],
+    strides: list[int],
+    heads: int,
+    eps: float,
+    backend: str,
+) -> list[Tensor]:
+    return [contiguous_like(t) for t in (queries, *weights)]
+
+
+def _encoder_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    images, queries, grid, picks, weights, ctx.strides, ctx.heads, ctx.eps, _, ctx.backend = inputs
+    _, saved = output
+    ctx.mark_non_differentiable(saved)
+    ctx.save_for_backward(images, queries, grid, picks, saved, *weights)
+
+
+def _encoder_vjp(ctx: Any, dout: Tensor, _dsaved: Tensor) -> tuple[Any, ...]:
+    images, queries, grid, picks, saved, *weights = ctx.saved_tensors
+    arguments = (images, queries, grid, picks, weights, ctx.strides, ctx.heads, ctx.eps, ctx.backend)
+    dqueries, *dweights = encoder_backward(dout, saved, *arguments)
+    no_strides = None if ctx.strides else []  # torch takes an empty list for one of tensors
+    return None, dqueries, None, None, dweights, no_strides, None, None, None, None
+
+
+torch.library.register_autograd("fastslots::encoder", _encoder_vjp, setup_context=_encoder_setup)
 
 
 def encode(inputs: EncoderInputs, name: str) -> Tensor:
@@ -48,9 +127,7 @@ def encode(inputs: EncoderInputs, name: str) -> Tensor:
     i = inputs
     keep = not is_traced() and torch.is_grad_enabled() and any(t.requires_grad for t in (i.queries, *i.weights))
     if keep:
-        size = backends.load(name).encoder_saved_size(
-            i.images, i.queries, i.grid, i.picks, i.weights, i.strides, i.heads
-        )
+        size = _encoder_backend(name).encoder_saved_size(inputs)
         keep = len(i.images) * size * torch.promote_types(i.images.dtype, torch.float32).itemsize <= KEPT_BYTES
-    out, _ = autograd.encoder(i.images, i.queries, i.grid, i.picks, i.weights, i.strides, i.heads, i.eps, keep, name)
+    out, _ = encoder(i.images, i.queries, i.grid, i.picks, i.weights, i.strides, i.heads, i.eps, keep, name)
     return out

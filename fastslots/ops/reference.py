@@ -28,52 +28,12 @@ from __future__ import annotations
 
 import contextlib
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class FoldedProjections(NamedTuple):
-    """Both projections of the pixel side, folded into the slots: K small rows an image instead of L wide ones."""
-
-    G: Tensor  # [B, D, H, K] score weights
-    g: Tensor  # [B, H, K] score offsets
-    U: Tensor  # [B, H, K, D] value rows, already projected out
-    b: Tensor  # [D] output bias
-
-
-class FeedForward(NamedTuple):
-    """Pre-norm feed-forward: ``x + w2 · gelu(w1 · norm(x) + b1) + b2``."""
-
-    norm_weight: Tensor  # [D]
-    norm_bias: Tensor  # [D]
-    w1: Tensor  # [F, D]
-    b1: Tensor  # [F]
-    w2: Tensor  # [D, F]
-    b2: Tensor  # [D]
-
-
-class OutputHead(NamedTuple):
-    """Final norm, then linear layers with GELU between them."""
-
-    norm_weight: Tensor  # [D]
-    norm_bias: Tensor  # [D]
-    weights: list[Tensor]  # each [out, in]; the last has C rows
-    biases: list[Tensor]
-
-
-class QueryMlp(NamedTuple):
-    """The pixels' queries, to be made where they are used: linear layers with GELU between them, of position codes."""
-
-    code: Tensor  # [L, E], without gradient
-    weights: list[Tensor]  # each [out, in]; the last has D rows
-    biases: list[Tensor]
-
-    def queries(self) -> Tensor:
-        """[1, L, D], the same for every image."""
-        return linear_maps(self.code, self.weights, self.biases)[None]
+from fastslots.records import FeedForward, FoldedDecoder, FoldedProjections, OutputHead, QueryMlp
 
 
 def linear_maps(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
@@ -81,6 +41,13 @@ def linear_maps(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tenso
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         x = F.linear(F.gelu(x) if i else x, weight, bias)
     return x
+
+
+def made_queries(queries: Tensor | QueryMlp) -> Tensor:
+    """[B or 1, L, D]; of an MLP [1, L, D], the same for every image."""
+    if isinstance(queries, Tensor):
+        return queries
+    return linear_maps(queries.code, queries.weights, queries.biases)[None]
 
 
 def slot_softmax(scores: Tensor, slot_mask: Tensor | None) -> Tensor:
@@ -218,19 +185,13 @@ def output_head(x: Tensor, head: OutputHead, eps: float = 1e-5) -> Tensor:
     return linear_maps(x, head.weights, head.biases)
 
 
-def decode(
-    queries: Tensor,
-    layers: list[tuple[FoldedProjections, FeedForward]],
-    head: OutputHead,
-    slot_mask: Tensor | None = None,
-    eps: float = 1e-5,
-) -> tuple[Tensor, Tensor]:
+def decode(decoder: FoldedDecoder, slot_mask: Tensor | None = None, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
     """The whole decoder after folding: queries [B or 1, L, D] -> pixels [B,L,C], slot_map [B,L,K] (layer mean)."""
-    x, maps = queries, []
-    for folded, ff in layers:
+    x, maps = made_queries(decoder.queries), []
+    for folded, ff in decoder.layers:
         x, slot_map = decoder_layer(x, folded, ff, slot_mask, eps)
         maps.append(slot_map)
-    return output_head(x, head, eps), torch.stack(maps).mean(0)
+    return output_head(x, decoder.head, eps), torch.stack(maps).mean(0)
 
 
 def reconstruction_error(pixels: Tensor, target: Tensor, pixel_weight: Tensor | None = None) -> Tensor:

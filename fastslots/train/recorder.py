@@ -19,6 +19,7 @@ from fastslots.errors import UserError
 from fastslots.evaluation.grids import SlotPictures
 from fastslots.files import write_atomic
 from fastslots.ops import backends
+from fastslots.records import describe
 from fastslots.report.pictures import encoded
 from fastslots.report.write import write_explorer, write_report
 from fastslots.runs.folder import RunFolder
@@ -105,7 +106,9 @@ class Recorder:
         warnings = [*source.warnings, *late_ramps(config)]
         if config.device == "auto" and self._device.type == "cpu" and nvidia_driver() is not None:
             warnings.append("an NVIDIA GPU is here, but torch cannot use it: `fastslots doctor` says why")
-        name = backends.select("decoder_loss", [torch.empty(1, device=self._device)], "auto")
+        chain = max(config.decoder_layers, len(config.output_hidden) + 1)
+        call = describe("decoder_loss", [torch.empty(1, device=self._device)], chain)
+        name = backends.select(call, "auto")  # an explanation would import every backend
         made_with = {"versions": versions(PACKAGES), "digest": source.digest, "warnings": warnings}
         made_with |= {"processes": processes, "kernels": f"{name} {os.environ.get('FASTSLOTS_ISA', '')}".strip()}
         if step:
@@ -113,7 +116,6 @@ class Recorder:
             self._repetition = Repetition(self._log.cut, changed, say)
         self._store(folder.machine, json.dumps(facts | made_with).encode())
         count = sum(p.numel() for p in model.parameters())
-        probe = torch.empty(1, device=self._device)
         say(f"run       {folder.path}" + (f" (resumed at step {step})" if step else ""))
         say(f"data      {source.description}")
         for warning in warnings:
@@ -122,7 +124,7 @@ class Recorder:
         where = f"{self._device}" if processes == 1 else f"{processes} processes on {self._device.type}"
         how = f"{config.optimizer}, {config.precision}, {where}"
         say(f"training  {config.steps:,} steps of {config.batch_size} images, {how}")
-        say(f"kernels   {name if name != 'reference' else backends.explain(probe, op='decoder_loss')}")
+        say(f"kernels   {name if name != 'reference' else backends.explain_call(call)}")
         say(f"energy    {facts['energy']}")
 
     def trained(self, step: int, values: dict[str, float]) -> None:

@@ -11,10 +11,11 @@
 namespace fastslots {
 
 constexpr int64_t kMostStride = 4;  // of a convolution
-constexpr int64_t kMostMaps = 16;   // layers of a decoder, linear maps of its head and of its query MLP
+// Largest number of layers of a decoder or an encoder, of linear maps of a head or a query MLP, and of convolutions.
+constexpr int64_t kMostMaps = 16;
 
 // Arrays of one decoder layer: P is `const T*` for the inputs and `T*` for their gradients.
-// The order of the members is that of `decoder_tensors` in fastslots/ops/decoder_loss.py.
+// The members have the names of the records in fastslots/records.py.
 template <typename P>
 struct LayerArrays {
   P G;            // [B, D, H, K] score weights, the query norm's affine part folded in

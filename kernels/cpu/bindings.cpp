@@ -26,14 +26,15 @@ const Kernels<T>& kernels_for(const std::string& isa) {
   }
 }
 
-// Pointers to a layer's arrays, from `objects` in the order of LayerArrays; P is `const T*` or `T*`.
+// Pointers to a layer's arrays, each by its name; P is `const T*` or `T*`. Without a feed-forward F is 0.
 template <typename P, typename Get>
 LayerArrays<P> layer_arrays(Get get, int64_t B, int64_t D, int64_t H, int64_t K, int64_t F) {
-  LayerArrays<P> w;
+  LayerArrays<P> w = {};
   w.G = get("G", {B, D, H, K});
   w.g = get("g", {B, H, K});
   w.U = get("U", {B, H, K, D});
   w.b = get("b", {D});
+  if (F == 0) return w;
   w.norm_weight = get("norm_weight", {D});
   w.norm_bias = get("norm_bias", {D});
   w.w1 = get("w1", {F, D});
@@ -43,119 +44,125 @@ LayerArrays<P> layer_arrays(Get get, int64_t B, int64_t D, int64_t H, int64_t K,
   return w;
 }
 
-constexpr int64_t kLayerArrays = 10;
+std::string numbered(const std::string& name, int64_t i) { return name + "." + std::to_string(i); }
 
-// Weights, then biases, of linear maps from `columns` on: arrays first .. first + 2·count of `inputs`. Moves `first` on.
+// How many of name.0, name.1, ... there are.
+int64_t count_of(const nb::dict& arrays, const std::string& before, const std::string& after = "") {
+  int64_t count = 0;
+  while (arrays.contains((numbered(before, count) + after).c_str())) ++count;
+  if (count > kMostMaps) throw nb::value_error((before + ": more than " + std::to_string(kMostMaps)).c_str());
+  return count;
+}
+
+// Linear maps one after the other: `name`.weights.0, `name`.biases.0 and so on.
 template <typename T>
 struct MapArrays {
+  std::string name;
   std::vector<LinearArrays<const T*>> maps;
+  std::vector<LinearArrays<T*>> grads;
   std::vector<int64_t> rows;
 
-  void take(Arrays<T>& arrays, nb::list inputs, int64_t& first, int64_t count, int64_t columns, const std::string& name) {
-    const std::string weights = name + ".weights", biases = name + ".biases";
+  void take(Arrays<T>& arrays, const nb::dict& from, int64_t columns) {
+    const int64_t count = count_of(from, name + ".weights");
+    if (count < 1) throw nb::value_error((name + ": no linear map").c_str());
     for (int64_t i = 0; i < count; ++i, columns = rows.back()) {
-      rows.push_back(arrays.shape_of(inputs[first + i], weights.c_str(), 2)[0]);
-      maps.push_back({arrays.input(inputs[first + i], weights.c_str(), {rows.back(), columns}),
-                      arrays.input(inputs[first + count + i], biases.c_str(), {rows.back()})});
+      const std::string weight = numbered(name + ".weights", i);
+      rows.push_back(arrays.shape_of(member(from, weight), weight, 2)[0]);
+      maps.push_back({arrays.input(from, weight, {rows.back(), columns}),
+                      arrays.input(from, numbered(name + ".biases", i), {rows.back()})});
     }
-    first += 2 * count;
+  }
+
+  void take_grads(Arrays<T>& arrays, const nb::dict& from, int64_t columns) {
+    for (size_t i = 0; i < rows.size(); columns = rows[i++]) {
+      grads.push_back({arrays.output_or_null(from, numbered(name + ".weights", i), {rows[i], columns}),
+                       arrays.output_or_null(from, numbered(name + ".biases", i), {rows[i]})});
+    }
+  }
+
+  bool any_grad() const {
+    for (const auto& map : grads) {
+      if (map.weight || map.bias) return true;
+    }
+    return false;
   }
 };
 
-// A decoder out of a list: the queries (or, where `code` is given, weights and biases of the MLP that makes them of it),
-// ten arrays a layer, head norm weight and bias, head weights, head biases.
+// A decoder out of a dictionary, by the names of `flatten` in fastslots/records.py; query.code stands for the position
+// codes of which an MLP makes the queries.
 template <typename T>
 struct DecoderArrays {
-  MapArrays<T> query, head;
+  MapArrays<T> query = {"query"}, head = {"head"};
   std::vector<LayerArrays<const T*>> layers;
   std::vector<int64_t> ff_widths;
 
-  void take(Arrays<T>& arrays, nb::list inputs, int64_t layer_count, nb::handle code, int64_t query_maps,
-            nb::handle slot_mask, DecoderArgs<T>& args) {
-    const bool given = code.is_none();
-    const int64_t total = int64_t(inputs.size()), before = given ? 1 : 2 * query_maps;
-    args.layer_count = layer_count;
-    args.head_count = (total - before - layer_count * kLayerArrays - 2) / 2;
-    if (layer_count < 1 || args.head_count < 1 || query_maps < (given ? 0 : 1) ||
-        total != before + layer_count * kLayerArrays + 2 + 2 * args.head_count) {
-      throw nb::value_error("inputs: expected queries, ten arrays a layer, and a norm and linear maps of the head");
-    }
-    if (layer_count > kMostMaps || args.head_count > kMostMaps || query_maps > kMostMaps) {
-      throw nb::value_error("more than 16 layers");
-    }
-    const Shape G = arrays.shape_of(inputs[before], "G", 4);
+  void take(Arrays<T>& arrays, const nb::dict& from, nb::handle slot_mask, DecoderArgs<T>& args) {
+    args.layer_count = count_of(from, "layers", ".G");
+    if (args.layer_count < 1) throw nb::value_error("decoder: no layer");
+    const Shape G = arrays.shape_of(member(from, "layers.0.G"), "layers.0.G", 4);
     args.batch = G[0], args.width = G[1], args.heads = G[2], args.slots = G[3];
-    int64_t at = 0;
-    if (given) {
-      const Shape queries = arrays.shape_of(inputs[0], "queries", 3);
+    if (from.contains("queries")) {
+      const Shape queries = arrays.shape_of(member(from, "queries"), "queries", 3);
       args.query_batch = queries[0], args.pixels = queries[1];
       if (args.query_batch != args.batch && args.query_batch != 1) {
         throw nb::value_error("queries: batch must be 1 or that of G");
       }
-      args.queries = arrays.input(inputs[at++], "queries", {kAny, kAny, args.width});
+      args.queries = arrays.input(from, "queries", {kAny, kAny, args.width});
     } else {
-      const Shape codes = arrays.shape_of(code, "code", 2);
+      const Shape codes = arrays.shape_of(member(from, "query.code"), "query.code", 2);
       args.query_batch = 1, args.pixels = codes[0], args.code_width = codes[1];
-      args.code = arrays.input(code, "code", codes);
-      query.take(arrays, inputs, at, query_maps, args.code_width, "query");
+      args.code = arrays.input(from, "query.code", codes);
+      query.take(arrays, from, args.code_width);
       if (query.rows.back() != args.width) throw nb::value_error("query.weights: the last must have the rows of G");
-      args.query_map_count = query_maps;
+      args.query_map_count = int64_t(query.maps.size());
       args.query_maps = query.maps.data(), args.query_map_rows = query.rows.data();
     }
-    const auto next = [&](const char* name, const Shape& shape) { return arrays.input(inputs[at++], name, shape); };
-    for (int64_t i = 0; i < layer_count; ++i) {
-      ff_widths.push_back(arrays.shape_of(inputs[at + 6], "w1", 2)[0]);
-      layers.push_back(layer_arrays<const T*>(next, args.batch, args.width, args.heads, args.slots, ff_widths.back()));
+    for (int64_t i = 0; i < args.layer_count; ++i) {
+      const std::string layer = numbered("layers", i) + ".", w1 = layer + "w1";
+      ff_widths.push_back(arrays.shape_of(member(from, w1), w1, 2)[0]);
+      const auto get = [&](const char* name, const Shape& shape) { return arrays.input(from, layer + name, shape); };
+      layers.push_back(layer_arrays<const T*>(get, args.batch, args.width, args.heads, args.slots, ff_widths.back()));
     }
-    args.head_norm_weight = next("head.norm_weight", {args.width});
-    args.head_norm_bias = next("head.norm_bias", {args.width});
-    head.take(arrays, inputs, at, args.head_count, args.width, "head");
+    args.head_norm_weight = arrays.input(from, "head.norm_weight", {args.width});
+    args.head_norm_bias = arrays.input(from, "head.norm_bias", {args.width});
+    head.take(arrays, from, args.width);
+    args.head_count = int64_t(head.maps.size());
     args.slot_mask = arrays.mask(slot_mask, {args.batch, args.slots});
     args.ff_widths = ff_widths.data(), args.head_rows = head.rows.data();
     args.layers = layers.data(), args.head = head.maps.data();
   }
 };
 
-// inputs, code, query_maps: see DecoderArrays. grads is None for the forward alone, or holds an array or None for each
-// input. Returns recon and interaction, unweighted.
+// grads holds an array for each name whose gradient is needed; without any, only the forward runs. Returns recon and
+// interaction, unweighted.
 template <typename T>
-std::tuple<double, double> decoder_loss(const std::string& isa, nb::list inputs, nb::object grads, int64_t layer_count,
-                                        nb::handle code, int64_t query_maps, nb::handle target, nb::handle pixel_weight,
-                                        nb::handle slot_mask, double recon_weight, double interaction_weight,
-                                        double eps, int threads) {
+std::tuple<double, double> decoder_loss(const nb::dict& from, const nb::dict& grads, nb::handle target,
+                                        nb::handle pixel_weight, nb::handle slot_mask, double recon_weight,
+                                        double interaction_weight, double eps, const std::string& isa, int threads) {
   const Kernels<T>& kernels = kernels_for<T>(isa);
   Arrays<T> arrays;
   DecoderLossArgs<T> args = {};
   DecoderArrays<T> decoder;
-  decoder.take(arrays, inputs, layer_count, code, query_maps, slot_mask, args);
+  decoder.take(arrays, from, slot_mask, args);
   const int64_t B = args.batch, L = args.pixels, D = args.width;
   std::vector<LayerArrays<T*>> layer_grads;
-  std::vector<LinearArrays<T*>> query_grads, head_grads;
-  if (!grads.is_none()) {
-    nb::list outputs = nb::cast<nb::list>(grads);
-    if (outputs.size() != inputs.size()) throw nb::value_error("grads: one entry for each input");
-    int64_t at = 0;
-    const auto next = [&](const char* name, const Shape& shape) { return arrays.output(outputs[at++], name, shape); };
-    const auto of_maps = [&](const MapArrays<T>& of, int64_t columns, std::vector<LinearArrays<T*>>& to) {
-      for (int64_t rows : of.rows) {
-        to.push_back({next("weights", {rows, columns}), nullptr});
-        columns = rows;
-      }
-      for (auto& map : to) map.bias = next("biases", {of.rows[&map - to.data()]});
-    };
+  if (grads.size() > 0) {
     if (args.code) {
-      of_maps(decoder.query, args.code_width, query_grads);
-      bool any = false;
-      for (const auto& map : query_grads) any |= map.weight || map.bias;
-      args.query_map_grads = any ? query_grads.data() : nullptr;
+      decoder.query.take_grads(arrays, grads, args.code_width);
+      args.query_map_grads = decoder.query.any_grad() ? decoder.query.grads.data() : nullptr;
     } else {
-      args.queries_grad = next("queries", {args.query_batch, L, D});
+      args.queries_grad = arrays.output_or_null(grads, "queries", {args.query_batch, L, D});
     }
-    for (int64_t F : decoder.ff_widths) layer_grads.push_back(layer_arrays<T*>(next, B, D, args.heads, args.slots, F));
-    args.head_norm_weight_grad = next("head.norm_weight", {D});
-    args.head_norm_bias_grad = next("head.norm_bias", {D});
-    of_maps(decoder.head, D, head_grads);
-    args.layer_grads = layer_grads.data(), args.head_grads = head_grads.data();
+    for (int64_t i = 0; i < args.layer_count; ++i) {
+      const auto get = [&](const char* name, const Shape& shape) {
+        return arrays.output_or_null(grads, numbered("layers", i) + "." + name, shape);
+      };
+      layer_grads.push_back(layer_arrays<T*>(get, B, D, args.heads, args.slots, decoder.ff_widths[i]));
+    }
+    args.head_norm_weight_grad = arrays.output_or_null(grads, "head.norm_weight", {D});
+    args.head_norm_bias_grad = arrays.output_or_null(grads, "head.norm_bias", {D});
+    decoder.head.take_grads(arrays, grads, D);
+    args.layer_grads = layer_grads.data(), args.head_grads = decoder.head.grads.data();
   }
   args.target = arrays.input(target, "target", {B, L, decoder.head.rows.back()});
   args.pixel_weight = pixel_weight.is_none() ? nullptr : arrays.input(pixel_weight, "pixel_weight", {B, L});
@@ -170,101 +177,100 @@ std::tuple<double, double> decoder_loss(const std::string& isa, nb::list inputs,
   return {args.recon, args.interaction};
 }
 
-// inputs: see DecoderArrays. tangents: the seven arrays of TangentArrays a layer. jacobian [B, K, L] is written.
+// tangents: a dictionary of each layer's, by the names of `Tangents`. jacobian [B, K, L] is written.
 template <typename T>
-void slot_jacobian(const std::string& isa, nb::list inputs, nb::list tangents, nb::handle jacobian, nb::handle slot_mask,
-                   double eps, int threads) {
-  constexpr int64_t kTangentArrays = 7;
+void slot_jacobian(const nb::dict& from, nb::list tangents, nb::handle slot_mask, double eps, nb::handle jacobian,
+                   const std::string& isa, int threads) {
   const Kernels<T>& kernels = kernels_for<T>(isa);
   Arrays<T> arrays;
   SlotJacobianArgs<T> args = {};
   DecoderArrays<T> decoder;
-  const int64_t layer_count = int64_t(tangents.size()) / kTangentArrays;
-  if (int64_t(tangents.size()) != layer_count * kTangentArrays) throw nb::value_error("tangents: seven arrays a layer");
-  decoder.take(arrays, inputs, layer_count, nb::none(), 0, slot_mask, args);
+  decoder.take(arrays, from, slot_mask, args);
+  if (args.code) throw nb::value_error("decoder: its queries must be made already");
+  if (int64_t(tangents.size()) != args.layer_count) throw nb::value_error("tangents: expected one of each layer");
   const int64_t B = args.batch, K = args.slots, D = args.width;
-  const Shape keys = arrays.shape_of(tangents[5], "keys", 4);
-  const int64_t Z = args.slot_width = keys[2], I = args.inner_width = keys[3];
-  if (I % args.heads) throw nb::value_error("keys: the last axis must be a multiple of the heads");
   std::vector<TangentArrays<T>> layers;
-  int64_t at = 0;
-  const auto next = [&](const char* name, const Shape& shape) { return arrays.input(tangents[at++], name, shape); };
-  for (int64_t i = 0; i < layer_count; ++i) {
+  for (nb::handle item : tangents) {
+    const nb::dict of_layer = nb::cast<nb::dict>(item);
+    const Shape keys = arrays.shape_of(member(of_layer, "keys"), "keys", 4);
+    if (layers.empty()) args.slot_width = keys[2], args.inner_width = keys[3];
+    const int64_t Z = args.slot_width, I = args.inner_width;
+    if (I % args.heads) throw nb::value_error("keys: the last axis must be a multiple of the heads");
     TangentArrays<T> layer;
-    layer.query_weight = next("query_weight", {I, D});
-    layer.query_bias = next("query_bias", {I});
-    layer.query_norm_weight = next("query_norm_weight", {D});
-    layer.query_norm_bias = next("query_norm_bias", {D});
-    layer.out_weight = next("out_weight", {D, I});
-    layer.keys = next("keys", {B, K, Z, I});
-    layer.values = next("values", {B, K, Z, I});
+    layer.query_weight = arrays.input(of_layer, "query_weight", {I, D});
+    layer.query_bias = arrays.input(of_layer, "query_bias", {I});
+    layer.query_norm_weight = arrays.input(of_layer, "query_norm_weight", {D});
+    layer.query_norm_bias = arrays.input(of_layer, "query_norm_bias", {D});
+    layer.out_weight = arrays.input(of_layer, "out_weight", {D, I});
+    layer.keys = arrays.input(of_layer, "keys", {B, K, Z, I});
+    layer.values = arrays.input(of_layer, "values", {B, K, Z, I});
     layers.push_back(layer);
   }
   args.tangents = layers.data();
   args.jacobian = arrays.output(jacobian, "jacobian", {B, K, args.pixels});
-  if (!args.jacobian) throw nb::value_error("jacobian: it is written");
   args.eps = eps;
   args.threads = threads;
   nb::gil_scoped_release release;
   kernels.slot_jacobian(args);
 }
 
-// weights: G, g, U, b and, for a whole layer, the six arrays of its feed-forward. Forward: outputs are y and slot_map.
-// Backward (y_grad given): outputs are the gradients of x and of each weight, or None.
+// What both directions of a layer take. weights: G, g, U, b and, for a whole layer, the six arrays of its feed-forward.
 template <typename T>
-void layer(const std::string& isa, nb::handle x, nb::list weights, nb::list outputs, nb::handle y_grad,
-           nb::handle slot_map_grad, nb::handle slot_mask, double eps, int threads) {
-  const Kernels<T>& kernels = kernels_for<T>(isa);
-  Arrays<T> arrays;
+LayerArgs<T> layer_args(Arrays<T>& arrays, nb::handle x, const nb::dict& weights, nb::handle slot_mask, double eps,
+                        int threads) {
   LayerArgs<T> args = {};
-  const bool whole = weights.size() == size_t(kLayerArrays), backward = !y_grad.is_none();
-  if (!whole && weights.size() != 4) throw nb::value_error("weights: expected G, g, U, b or a layer's ten arrays");
-  if (outputs.size() != (backward ? weights.size() + 1 : 2)) throw nb::value_error("outputs: wrong number of arrays");
-  const Shape G = arrays.shape_of(weights[0], "G", 4), pixels = arrays.shape_of(x, "x", 3);
-  const int64_t B = args.batch = G[0], D = args.width = G[1], H = args.heads = G[2], K = args.slots = G[3];
-  const int64_t L = args.pixels = pixels[1];
-  args.x_batch = pixels[0];
-  if (args.x_batch != B && args.x_batch != 1) throw nb::value_error("x: batch must be 1 or that of G");
-  args.x = arrays.input(x, "x", {kAny, kAny, D});
-  args.ff_width = whole ? arrays.shape_of(weights[6], "w1", 2)[0] : 0;
-  size_t at = 0;
-  const size_t given = weights.size();
+  const Shape G = arrays.shape_of(member(weights, "G"), "G", 4), pixels = arrays.shape_of(x, "x", 3);
+  args.batch = G[0], args.width = G[1], args.heads = G[2], args.slots = G[3];
+  args.x_batch = pixels[0], args.pixels = pixels[1];
+  if (args.x_batch != args.batch && args.x_batch != 1) throw nb::value_error("x: batch must be 1 or that of G");
+  args.x = arrays.input(x, "x", {kAny, kAny, args.width});
+  args.ff_width = weights.contains("w1") ? arrays.shape_of(weights["w1"], "w1", 2)[0] : 0;
   args.weights = layer_arrays<const T*>(
-      [&](const char* name, const Shape& shape) {
-        return at < given ? arrays.input(weights[at++], name, shape) : nullptr;
-      },
-      B, D, H, K, args.ff_width);
-  args.slot_mask = arrays.mask(slot_mask, {B, K});
-  if (backward) {
-    args.y_grad = arrays.input(y_grad, "y_grad", {B, L, D});
-    args.slot_map_grad = arrays.input(slot_map_grad, "slot_map_grad", {B, L, K});
-    args.x_grad = arrays.output(outputs[0], "x_grad", pixels);
-    at = 0;
-    args.grads = layer_arrays<T*>(
-        [&](const char* name, const Shape& shape) {
-          return at < given ? arrays.output(outputs[++at], name, shape) : nullptr;
-        },
-        B, D, H, K, args.ff_width);
-  } else {
-    args.y = arrays.output(outputs[0], "y", {B, L, D});
-    args.slot_map = arrays.output(outputs[1], "slot_map", {B, L, K});
-    if (!args.y || !args.slot_map) throw nb::value_error("outputs: y and slot_map are both written");
-  }
+      [&](const char* name, const Shape& shape) { return arrays.input(weights, name, shape); }, args.batch, args.width,
+      args.heads, args.slots, args.ff_width);
+  args.slot_mask = arrays.mask(slot_mask, {args.batch, args.slots});
   args.eps = eps;
   args.threads = threads;
+  return args;
+}
+
+template <typename T>
+void layer_fwd(nb::handle x, const nb::dict& weights, nb::handle slot_mask, double eps, nb::handle y,
+               nb::handle slot_map, const std::string& isa, int threads) {
+  const Kernels<T>& kernels = kernels_for<T>(isa);
+  Arrays<T> arrays;
+  LayerArgs<T> args = layer_args<T>(arrays, x, weights, slot_mask, eps, threads);
+  args.y = arrays.output(y, "y", {args.batch, args.pixels, args.width});
+  args.slot_map = arrays.output(slot_map, "slot_map", {args.batch, args.pixels, args.slots});
   nb::gil_scoped_release release;
   kernels.layer(args);
 }
 
-// Forward: outputs are out [B,H,L,d] and slot_map. Backward (out_grad given): the gradients of q, k and v.
+// grads holds an array for the name of each weight; x_grad may be None.
 template <typename T>
-void cross_attention(const std::string& isa, nb::handle q, nb::handle k, nb::handle v, nb::list outputs,
-                     nb::handle out_grad, nb::handle slot_map_grad, nb::handle slot_mask, double scale, int threads) {
+void layer_bwd(nb::handle x, const nb::dict& weights, nb::handle slot_mask, double eps, nb::handle y_grad,
+               nb::handle slot_map_grad, nb::handle x_grad, const nb::dict& grads, const std::string& isa,
+               int threads) {
   const Kernels<T>& kernels = kernels_for<T>(isa);
   Arrays<T> arrays;
+  LayerArgs<T> args = layer_args<T>(arrays, x, weights, slot_mask, eps, threads);
+  args.y_grad = arrays.input(y_grad, "y_grad", {args.batch, args.pixels, args.width});
+  args.slot_map_grad = arrays.input(slot_map_grad, "slot_map_grad", {args.batch, args.pixels, args.slots});
+  const Shape pixels = {args.x_batch, args.pixels, args.width};
+  args.x_grad = x_grad.is_none() ? nullptr : arrays.output(x_grad, "x_grad", pixels);
+  args.grads = layer_arrays<T*>(
+      [&](const char* name, const Shape& shape) { return arrays.output_or_null(grads, name, shape); }, args.batch,
+      args.width, args.heads, args.slots, args.ff_width);
+  nb::gil_scoped_release release;
+  kernels.layer(args);
+}
+
+// What both directions of cross_attention take.
+template <typename T>
+CrossAttentionArgs<T> cross_attention_args(Arrays<T>& arrays, nb::handle q, nb::handle k, nb::handle v,
+                                           nb::handle slot_mask, double scale, int threads) {
   CrossAttentionArgs<T> args = {};
-  const Shape any(4, kAny);
-  args.q = arrays.strided(q, "q", any, args.q_stride);
+  args.q = arrays.strided(q, "q", Shape(4, kAny), args.q_stride);
   const Shape pixels = arrays.last_shape();
   args.k = arrays.strided(k, "k", {pixels[0], pixels[1], kAny, pixels[3]}, args.k_stride);
   const Shape slots = arrays.last_shape();
@@ -272,35 +278,45 @@ void cross_attention(const std::string& isa, nb::handle q, nb::handle k, nb::han
   args.batch = pixels[0], args.heads = pixels[1], args.pixels = pixels[2], args.head_width = pixels[3];
   args.slots = slots[2];
   args.slot_mask = arrays.mask(slot_mask, {args.batch, args.slots});
-  const Shape map = {args.batch, args.pixels, args.slots};
-  const bool backward = !out_grad.is_none();
-  if (outputs.size() != (backward ? 3u : 2u)) throw nb::value_error("outputs: wrong number of arrays");
-  if (backward) {
-    args.out_grad = arrays.strided(out_grad, "out_grad", pixels, args.out_grad_stride);
-    args.slot_map_grad = arrays.input(slot_map_grad, "slot_map_grad", map);
-    args.q_grad = arrays.output(outputs[0], "q_grad", pixels);
-    args.k_grad = arrays.output(outputs[1], "k_grad", slots);
-    args.v_grad = arrays.output(outputs[2], "v_grad", slots);
-    if (!args.q_grad || !args.k_grad || !args.v_grad) throw nb::value_error("outputs: all three are written");
-  } else {
-    args.out = arrays.output(outputs[0], "out", pixels);
-    args.slot_map = arrays.output(outputs[1], "slot_map", map);
-    if (!args.out || !args.slot_map) throw nb::value_error("outputs: out and slot_map are both written");
-  }
   args.scale = scale;
   args.threads = threads;
+  return args;
+}
+
+template <typename T>
+void cross_attention_fwd(nb::handle q, nb::handle k, nb::handle v, nb::handle slot_mask, double scale, nb::handle out,
+                         nb::handle slot_map, const std::string& isa, int threads) {
+  const Kernels<T>& kernels = kernels_for<T>(isa);
+  Arrays<T> arrays;
+  CrossAttentionArgs<T> args = cross_attention_args<T>(arrays, q, k, v, slot_mask, scale, threads);
+  args.out = arrays.output(out, "out", {args.batch, args.heads, args.pixels, args.head_width});
+  args.slot_map = arrays.output(slot_map, "slot_map", {args.batch, args.pixels, args.slots});
   nb::gil_scoped_release release;
   kernels.cross_attention(args);
 }
 
-// Forward (updates_grad is None): outputs are updates [B,H,K,d], totals [B,H,K], map [B,L,K] or None. Backward: saved
-// are updates and totals, outputs the gradients of q, k and v.
 template <typename T>
-void slot_attention(const std::string& isa, nb::handle q, nb::handle k, nb::handle v, nb::list outputs,
-                    nb::handle updates_grad, nb::handle map_grad, nb::list saved, nb::handle slot_mask, double scale,
-                    double eps, int threads) {
+void cross_attention_bwd(nb::handle q, nb::handle k, nb::handle v, nb::handle slot_mask, double scale,
+                         nb::handle out_grad, nb::handle slot_map_grad, nb::handle q_grad, nb::handle k_grad,
+                         nb::handle v_grad, const std::string& isa, int threads) {
   const Kernels<T>& kernels = kernels_for<T>(isa);
   Arrays<T> arrays;
+  CrossAttentionArgs<T> args = cross_attention_args<T>(arrays, q, k, v, slot_mask, scale, threads);
+  const Shape pixels = {args.batch, args.heads, args.pixels, args.head_width};
+  const Shape slots = {args.batch, args.heads, args.slots, args.head_width};
+  args.out_grad = arrays.strided(out_grad, "out_grad", pixels, args.out_grad_stride);
+  args.slot_map_grad = arrays.input(slot_map_grad, "slot_map_grad", {args.batch, args.pixels, args.slots});
+  args.q_grad = arrays.output(q_grad, "q_grad", pixels);
+  args.k_grad = arrays.output(k_grad, "k_grad", slots);
+  args.v_grad = arrays.output(v_grad, "v_grad", slots);
+  nb::gil_scoped_release release;
+  kernels.cross_attention(args);
+}
+
+// What both directions of slot_attention take.
+template <typename T>
+SlotAttentionArgs<T> slot_attention_args(Arrays<T>& arrays, nb::handle q, nb::handle k, nb::handle v,
+                                         nb::handle slot_mask, double scale, double eps, int threads) {
   SlotAttentionArgs<T> args = {};
   args.q = arrays.strided(q, "q", Shape(4, kAny), args.q_stride);
   const Shape slots = arrays.last_shape();
@@ -310,57 +326,87 @@ void slot_attention(const std::string& isa, nb::handle q, nb::handle k, nb::hand
   args.batch = slots[0], args.heads = slots[1], args.slots = slots[2], args.head_width = slots[3];
   args.tokens = tokens[2];
   args.slot_mask = arrays.mask(slot_mask, {args.batch, args.slots});
-  const Shape map = {args.batch, args.tokens, args.slots}, totals = {slots[0], slots[1], slots[2]};
-  const bool backward = !updates_grad.is_none();
-  if (outputs.size() != 3 || saved.size() != (backward ? 2u : 0u)) throw nb::value_error("outputs or saved: wrong number");
-  if (backward) {
-    args.updates_grad = arrays.input(updates_grad, "updates_grad", slots);
-    if (!map_grad.is_none()) args.map_grad = arrays.input(map_grad, "map_grad", map);
-    args.saved_updates = arrays.input(saved[0], "updates", slots);
-    args.saved_totals = arrays.input(saved[1], "totals", totals);
-    args.q_grad = arrays.output(outputs[0], "q_grad", slots);
-    args.k_grad = arrays.output(outputs[1], "k_grad", tokens);
-    args.v_grad = arrays.output(outputs[2], "v_grad", tokens);
-    if (!args.q_grad || !args.k_grad || !args.v_grad) throw nb::value_error("outputs: all three are written");
-  } else {
-    args.updates = arrays.output(outputs[0], "updates", slots);
-    args.totals = arrays.output(outputs[1], "totals", totals);
-    args.map = arrays.output(outputs[2], "map", map);
-    if (!args.updates || !args.totals) throw nb::value_error("outputs: updates and totals are both written");
-  }
   args.scale = scale, args.eps = eps, args.threads = threads;
+  return args;
+}
+
+// slot_map may be None.
+template <typename T>
+void slot_attention_fwd(nb::handle q, nb::handle k, nb::handle v, nb::handle slot_mask, double scale, double eps,
+                        nb::handle updates, nb::handle totals, nb::handle slot_map, const std::string& isa,
+                        int threads) {
+  const Kernels<T>& kernels = kernels_for<T>(isa);
+  Arrays<T> arrays;
+  SlotAttentionArgs<T> args = slot_attention_args<T>(arrays, q, k, v, slot_mask, scale, eps, threads);
+  args.updates = arrays.output(updates, "updates", {args.batch, args.heads, args.slots, args.head_width});
+  args.totals = arrays.output(totals, "totals", {args.batch, args.heads, args.slots});
+  const Shape map = {args.batch, args.tokens, args.slots};
+  if (!slot_map.is_none()) args.map = arrays.output(slot_map, "slot_map", map);
   nb::gil_scoped_release release;
   kernels.slot_attention(args);
 }
 
-// Forward (saved is None): outputs are gathered [B,M,S] and lse [B,M]. Backward: saved are dgathered, gathered and lse,
-// outputs the gradients of rows and tokens, or None.
+// slot_map_grad may be None.
 template <typename T>
-void token_attention(const std::string& isa, nb::handle rows, nb::handle tokens, nb::list outputs, nb::object saved,
-                     int threads) {
+void slot_attention_bwd(nb::handle q, nb::handle k, nb::handle v, nb::handle slot_mask, double scale, double eps,
+                        nb::handle updates, nb::handle totals, nb::handle updates_grad, nb::handle slot_map_grad,
+                        nb::handle q_grad, nb::handle k_grad, nb::handle v_grad, const std::string& isa, int threads) {
   const Kernels<T>& kernels = kernels_for<T>(isa);
   Arrays<T> arrays;
+  SlotAttentionArgs<T> args = slot_attention_args<T>(arrays, q, k, v, slot_mask, scale, eps, threads);
+  const Shape slots = {args.batch, args.heads, args.slots, args.head_width};
+  const Shape tokens = {args.batch, args.heads, args.tokens, args.head_width};
+  const Shape map = {args.batch, args.tokens, args.slots};
+  args.saved_updates = arrays.input(updates, "updates", slots);
+  args.saved_totals = arrays.input(totals, "totals", {args.batch, args.heads, args.slots});
+  args.updates_grad = arrays.input(updates_grad, "updates_grad", slots);
+  if (!slot_map_grad.is_none()) args.map_grad = arrays.input(slot_map_grad, "slot_map_grad", map);
+  args.q_grad = arrays.output(q_grad, "q_grad", slots);
+  args.k_grad = arrays.output(k_grad, "k_grad", tokens);
+  args.v_grad = arrays.output(v_grad, "v_grad", tokens);
+  nb::gil_scoped_release release;
+  kernels.slot_attention(args);
+}
+
+// What both directions of token_attention take.
+template <typename T>
+TokenAttentionArgs<T> token_attention_args(Arrays<T>& arrays, nb::handle rows, nb::handle tokens, int threads) {
   TokenAttentionArgs<T> args = {};
   const Shape few = arrays.shape_of(rows, "rows", 3);
-  const Shape many = {few[0], arrays.shape_of(tokens, "tokens", 3)[1], few[2]};
-  args.batch = few[0], args.rows = few[1], args.tokens = many[1], args.width = few[2];
+  args.batch = few[0], args.rows = few[1], args.width = few[2];
+  args.tokens = arrays.shape_of(tokens, "tokens", 3)[1];
   args.query_rows = arrays.input(rows, "rows", few);
-  args.token_rows = arrays.input(tokens, "tokens", many);
-  if (outputs.size() != 2) throw nb::value_error("outputs: expected two arrays");
-  if (saved.is_none()) {
-    args.gathered = arrays.output(outputs[0], "gathered", few);
-    args.lse = arrays.output(outputs[1], "lse", {few[0], few[1]});
-    if (!args.gathered || !args.lse) throw nb::value_error("outputs: gathered and lse are both written");
-  } else {
-    const nb::list given = nb::cast<nb::list>(saved);
-    if (given.size() != 3) throw nb::value_error("saved: expected dgathered, gathered and lse");
-    args.gathered_grad = arrays.input(given[0], "dgathered", few);
-    args.saved_gathered = arrays.input(given[1], "gathered", few);
-    args.saved_lse = arrays.input(given[2], "lse", {few[0], few[1]});
-    args.rows_grad = arrays.output(outputs[0], "drows", few);
-    args.tokens_grad = arrays.output(outputs[1], "dtokens", many);
-  }
+  args.token_rows = arrays.input(tokens, "tokens", {args.batch, args.tokens, args.width});
   args.threads = threads;
+  return args;
+}
+
+template <typename T>
+void token_attention_fwd(nb::handle rows, nb::handle tokens, nb::handle gathered, nb::handle lse,
+                         const std::string& isa, int threads) {
+  const Kernels<T>& kernels = kernels_for<T>(isa);
+  Arrays<T> arrays;
+  TokenAttentionArgs<T> args = token_attention_args<T>(arrays, rows, tokens, threads);
+  args.gathered = arrays.output(gathered, "gathered", {args.batch, args.rows, args.width});
+  args.lse = arrays.output(lse, "lse", {args.batch, args.rows});
+  nb::gil_scoped_release release;
+  kernels.token_attention(args);
+}
+
+// rows_grad and tokens_grad may be None.
+template <typename T>
+void token_attention_bwd(nb::handle rows, nb::handle tokens, nb::handle gathered, nb::handle lse,
+                         nb::handle gathered_grad, nb::handle rows_grad, nb::handle tokens_grad,
+                         const std::string& isa, int threads) {
+  const Kernels<T>& kernels = kernels_for<T>(isa);
+  Arrays<T> arrays;
+  TokenAttentionArgs<T> args = token_attention_args<T>(arrays, rows, tokens, threads);
+  const Shape few = {args.batch, args.rows, args.width}, many = {args.batch, args.tokens, args.width};
+  args.gathered_grad = arrays.input(gathered_grad, "gathered_grad", few);
+  args.saved_gathered = arrays.input(gathered, "gathered", few);
+  args.saved_lse = arrays.input(lse, "lse", {args.batch, args.rows});
+  args.rows_grad = rows_grad.is_none() ? nullptr : arrays.output(rows_grad, "rows_grad", few);
+  args.tokens_grad = tokens_grad.is_none() ? nullptr : arrays.output(tokens_grad, "tokens_grad", many);
   nb::gil_scoped_release release;
   kernels.token_attention(args);
 }
@@ -395,7 +441,7 @@ struct EncoderArrays {
     args.queries = arrays.input(queries, "queries", query);
     int64_t channels = args.channels, side = args.side, at = 0;
     const auto next = [&](const char* name, const Shape& shape) {
-      weights.push_back(arrays.input(inputs[at++], name, shape));
+      weights.push_back(arrays.input(nb::handle(inputs[at++]), name, shape));
       shapes.push_back(arrays.last_shape());
       return shapes.back();
     };
@@ -439,40 +485,53 @@ struct EncoderArrays {
   }
 };
 
-// Forward: results are out [B, K, outputs] and, unless None, what the backward reads, [B, encoder_saved_size]. Backward:
-// out_grad is given, results are the gradients of queries and weights, each an array or None.
+// saved may be None; otherwise what the backward reads is written there, [B, encoder_saved_size].
 template <typename T>
-void encoder(const std::string& isa, nb::handle images, nb::handle queries, nb::handle grid, nb::handle picks,
-             nb::list weights, const std::vector<int64_t>& strides, int64_t heads, nb::object saved, nb::object out_grad, nb::list results,
-             double eps, int threads) {
+void encoder_fwd(nb::handle images, nb::handle queries, nb::handle grid, nb::handle picks, nb::list weights,
+                 const std::vector<int64_t>& strides, int64_t heads, double eps, nb::handle saved, nb::handle out,
+                 const std::string& isa, int threads) {
   const Kernels<T>& kernels = kernels_for<T>(isa);
   Arrays<T> arrays;
   EncoderArgs<T> args = {};
   EncoderArrays<T> encoder;
   encoder.take(arrays, images, queries, grid, picks, weights, strides, heads, args);
-  const Shape out = {args.batch, args.slots, args.outputs ? args.outputs : args.width};
   args.eps = eps, args.threads = threads;
   if (!saved.is_none()) args.saved = arrays.output(saved, "saved", {args.batch, kernels.encoder_saved_size(args)});
-  std::vector<T*> grads;
-  if (out_grad.is_none()) {
-    if (results.size() != 1 || results[0].is_none()) throw nb::value_error("results: expected out alone");
-    args.out = arrays.output(results[0], "out", out);
-  } else {
-    args.out_grad = arrays.input(out_grad, "out_grad", out);
-    if (results.size() != weights.size() + 1) throw nb::value_error("results: queries' gradient and one for each weight");
-    args.queries_grad = arrays.output(results[0], "dqueries", {args.query_batch, args.slots, args.width});
-    for (size_t i = 0; i < weights.size(); ++i) {
-      grads.push_back(arrays.output(results[i + 1], "gradient of a weight", encoder.shapes[i]));
-    }
-    args.grads = grads.data();
+  args.out = arrays.output(out, "out", {args.batch, args.slots, args.outputs ? args.outputs : args.width});
+  nb::gil_scoped_release release;
+  kernels.encoder(args);
+}
+
+// saved may be None: the forward runs again. grads: an array or None for each weight, in their order.
+template <typename T>
+void encoder_bwd(nb::handle images, nb::handle queries, nb::handle grid, nb::handle picks, nb::list weights,
+                 const std::vector<int64_t>& strides, int64_t heads, double eps, nb::handle saved, nb::handle out_grad,
+                 nb::handle queries_grad, nb::list grads, const std::string& isa, int threads) {
+  const Kernels<T>& kernels = kernels_for<T>(isa);
+  Arrays<T> arrays;
+  EncoderArgs<T> args = {};
+  EncoderArrays<T> encoder;
+  encoder.take(arrays, images, queries, grid, picks, weights, strides, heads, args);
+  args.eps = eps, args.threads = threads;
+  if (!saved.is_none()) args.saved = arrays.output(saved, "saved", {args.batch, kernels.encoder_saved_size(args)});
+  args.out_grad =
+      arrays.input(out_grad, "out_grad", {args.batch, args.slots, args.outputs ? args.outputs : args.width});
+  const Shape of_queries = {args.query_batch, args.slots, args.width};
+  if (!queries_grad.is_none()) args.queries_grad = arrays.output(queries_grad, "queries_grad", of_queries);
+  if (grads.size() != weights.size()) throw nb::value_error("grads: one entry for each weight");
+  std::vector<T*> pointers;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const nb::object grad = grads[i];
+    pointers.push_back(grad.is_none() ? nullptr : arrays.output(grad, "gradient of a weight", encoder.shapes[i]));
   }
+  args.grads = pointers.data();
   nb::gil_scoped_release release;
   kernels.encoder(args);
 }
 
 template <typename T>
-int64_t encoder_saved_size(const std::string& isa, nb::handle images, nb::handle queries, nb::handle grid,
-                           nb::handle picks, nb::list weights, const std::vector<int64_t>& strides, int64_t heads) {
+int64_t encoder_saved_size(nb::handle images, nb::handle queries, nb::handle grid, nb::handle picks, nb::list weights,
+                           const std::vector<int64_t>& strides, int64_t heads, const std::string& isa) {
   Arrays<T> arrays;
   EncoderArgs<T> args = {};
   EncoderArrays<T> encoder;
@@ -488,37 +547,49 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
+// Every argument has a name, and is passed by it: arrays by theirs (None where one may be left out), then the scalars.
 template <typename T>
 void bind(nb::module_& m, const std::string& suffix) {
-  m.def(("decoder_loss_" + suffix).c_str(), &decoder_loss<T>, nb::arg("isa"), nb::arg("inputs"),
-        nb::arg("grads").none(), nb::arg("layers"), nb::arg("code").none(), nb::arg("query_maps"), nb::arg("target"),
-        nb::arg("pixel_weight").none(), nb::arg("slot_mask").none(), nb::arg("recon_weight"),
-        nb::arg("interaction_weight"), nb::arg("eps"), nb::arg("threads"));
-  m.def(("slot_jacobian_" + suffix).c_str(), &slot_jacobian<T>, nb::arg("isa"), nb::arg("inputs"), nb::arg("tangents"),
-        nb::arg("jacobian"), nb::arg("slot_mask").none(), nb::arg("eps"), nb::arg("threads"));
-  m.def(("layer_" + suffix).c_str(), &layer<T>, nb::arg("isa"), nb::arg("x"), nb::arg("weights"), nb::arg("outputs"),
-        nb::arg("y_grad").none(), nb::arg("slot_map_grad").none(), nb::arg("slot_mask").none(), nb::arg("eps"),
-        nb::arg("threads"));
-  m.def(("cross_attention_" + suffix).c_str(), &cross_attention<T>, nb::arg("isa"), nb::arg("q"), nb::arg("k"),
-        nb::arg("v"), nb::arg("outputs"), nb::arg("out_grad").none(), nb::arg("slot_map_grad").none(),
-        nb::arg("slot_mask").none(), nb::arg("scale"), nb::arg("threads"));
-  m.def(("token_attention_" + suffix).c_str(), &token_attention<T>, nb::arg("isa"), nb::arg("rows"), nb::arg("tokens"),
-        nb::arg("outputs"), nb::arg("saved").none(), nb::arg("threads"));
-  m.def(("slot_attention_" + suffix).c_str(), &slot_attention<T>, nb::arg("isa"), nb::arg("q"), nb::arg("k"),
-        nb::arg("v"), nb::arg("outputs"), nb::arg("updates_grad").none(), nb::arg("map_grad").none(), nb::arg("saved"),
-        nb::arg("slot_mask").none(), nb::arg("scale"), nb::arg("eps"), nb::arg("threads"));
-  m.def(("encoder_" + suffix).c_str(), &encoder<T>, nb::arg("isa"), nb::arg("images"), nb::arg("queries"),
-        nb::arg("grid").none(), nb::arg("picks").none(), nb::arg("weights"), nb::arg("strides"), nb::arg("heads"), nb::arg("saved").none(),
-        nb::arg("out_grad").none(), nb::arg("results"), nb::arg("eps"), nb::arg("threads"));
-  m.def(("encoder_saved_size_" + suffix).c_str(), &encoder_saved_size<T>, nb::arg("isa"), nb::arg("images"),
-        nb::arg("queries"), nb::arg("grid").none(), nb::arg("picks").none(), nb::arg("weights"), nb::arg("strides"),
-        nb::arg("heads"));
+  using nb::literals::operator""_a;
+  const auto name = [&](const char* op) { return std::string(op) + "_" + suffix; };
+  m.def(name("decoder_loss").c_str(), &decoder_loss<T>, nb::kw_only(), "decoder"_a, "grads"_a, "target"_a,
+        "pixel_weight"_a.none(), "slot_mask"_a.none(), "recon_weight"_a, "interaction_weight"_a, "eps"_a, "isa"_a,
+        "threads"_a);
+  m.def(name("slot_jacobian").c_str(), &slot_jacobian<T>, nb::kw_only(), "decoder"_a, "tangents"_a,
+        "slot_mask"_a.none(), "eps"_a, "jacobian"_a, "isa"_a, "threads"_a);
+  m.def(name("layer_fwd").c_str(), &layer_fwd<T>, nb::kw_only(), "x"_a, "weights"_a, "slot_mask"_a.none(), "eps"_a,
+        "y"_a, "slot_map"_a, "isa"_a, "threads"_a);
+  m.def(name("layer_bwd").c_str(), &layer_bwd<T>, nb::kw_only(), "x"_a, "weights"_a, "slot_mask"_a.none(), "eps"_a,
+        "y_grad"_a, "slot_map_grad"_a, "x_grad"_a.none(), "grads"_a, "isa"_a, "threads"_a);
+  m.def(name("cross_attention_fwd").c_str(), &cross_attention_fwd<T>, nb::kw_only(), "q"_a, "k"_a, "v"_a,
+        "slot_mask"_a.none(), "scale"_a, "out"_a, "slot_map"_a, "isa"_a, "threads"_a);
+  m.def(name("cross_attention_bwd").c_str(), &cross_attention_bwd<T>, nb::kw_only(), "q"_a, "k"_a, "v"_a,
+        "slot_mask"_a.none(), "scale"_a, "out_grad"_a, "slot_map_grad"_a, "q_grad"_a, "k_grad"_a, "v_grad"_a, "isa"_a,
+        "threads"_a);
+  m.def(name("token_attention_fwd").c_str(), &token_attention_fwd<T>, nb::kw_only(), "rows"_a, "tokens"_a,
+        "gathered"_a, "lse"_a, "isa"_a, "threads"_a);
+  m.def(name("token_attention_bwd").c_str(), &token_attention_bwd<T>, nb::kw_only(), "rows"_a, "tokens"_a,
+        "gathered"_a, "lse"_a, "gathered_grad"_a, "rows_grad"_a.none(), "tokens_grad"_a.none(), "isa"_a, "threads"_a);
+  m.def(name("slot_attention_fwd").c_str(), &slot_attention_fwd<T>, nb::kw_only(), "q"_a, "k"_a, "v"_a,
+        "slot_mask"_a.none(), "scale"_a, "eps"_a, "updates"_a, "totals"_a, "slot_map"_a.none(), "isa"_a, "threads"_a);
+  m.def(name("slot_attention_bwd").c_str(), &slot_attention_bwd<T>, nb::kw_only(), "q"_a, "k"_a, "v"_a,
+        "slot_mask"_a.none(), "scale"_a, "eps"_a, "updates"_a, "totals"_a, "updates_grad"_a, "slot_map_grad"_a.none(),
+        "q_grad"_a, "k_grad"_a, "v_grad"_a, "isa"_a, "threads"_a);
+  m.def(name("encoder_fwd").c_str(), &encoder_fwd<T>, nb::kw_only(), "images"_a, "queries"_a, "grid"_a.none(),
+        "picks"_a.none(), "weights"_a, "strides"_a, "heads"_a, "eps"_a, "saved"_a.none(), "out"_a, "isa"_a,
+        "threads"_a);
+  m.def(name("encoder_bwd").c_str(), &encoder_bwd<T>, nb::kw_only(), "images"_a, "queries"_a, "grid"_a.none(),
+        "picks"_a.none(), "weights"_a, "strides"_a, "heads"_a, "eps"_a, "saved"_a.none(), "out_grad"_a,
+        "queries_grad"_a.none(), "grads"_a, "isa"_a, "threads"_a);
+  m.def(name("encoder_saved_size").c_str(), &encoder_saved_size<T>, nb::kw_only(), "images"_a, "queries"_a,
+        "grid"_a.none(), "picks"_a.none(), "weights"_a, "strides"_a, "heads"_a, "isa"_a);
 }
 
 }  // namespace
 
 NB_MODULE(_cpu, m) {
   m.doc() = "fastslots' C++ kernels. Import torch first: they share its OpenMP threads.";
+  m.attr("most_maps") = kMostMaps;
   m.def("instruction_sets", &instruction_sets, "Those that this processor serves, the best first.");
   bind<float>(m, "float32");
   bind<double>(m, "float64");

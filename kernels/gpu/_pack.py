@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastslots.records import FeedForward, FoldedProjections
+
 from .launch import LaunchConfig
 
 MAX_SLOTS, MAX_COLUMNS = 64, 512
@@ -65,9 +67,10 @@ def fit_slots(config: LaunchConfig, K: int) -> LaunchConfig:
 
 
 def pack_attention(
-    G: Tensor, g: Tensor, U: Tensor, slot_mask: Tensor | None, dtype: torch.dtype, config: LaunchConfig
+    folded: FoldedProjections, slot_mask: Tensor | None, dtype: torch.dtype, config: LaunchConfig
 ) -> Packed:
-    """G [B,D,H,K], g [B,H,K], U [B,H,K,D] -> heads padded to whole groups, slots to a power of two."""
+    """G, g and U -> heads padded to whole groups, slots to a power of two."""
+    G, g, U, _ = folded
     B, D, H, K = G.shape
     slots = padded_slots(K)
     block = max(16, slots, min(config.block_c, next_power(H * slots)))
@@ -81,17 +84,20 @@ def pack_attention(
     return Packed(w_in.flatten(2), b_in.flatten(1), w_out.flatten(1, 2), block, slots)
 
 
-def unpack_attention(dw_in: Tensor, db_in: Tensor, dw_out: Tensor, G: Tensor, slots: int) -> tuple[Tensor, ...]:
+def unpack_attention(
+    dw_in: Tensor, db_in: Tensor, dw_out: Tensor, G: Tensor, slots: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Reduced gradients (both weights as [B, DP, C]) -> dG [B,D,H,K], dg [B,H,K], dU [B,H,K,D]."""
     _, D, H, K = G.shape
     dG = dw_in.unflatten(2, (-1, slots))[:, :D, :H, :K]
     dg = db_in.unflatten(1, (-1, slots))[:, :H, :K]
     dU = dw_out.unflatten(2, (-1, slots))[:, :D, :H, :K].permute(0, 2, 3, 1)
-    return tuple(t.to(G.dtype).contiguous() for t in (dG, dg, dU))
+    dG, dg, dU = (t.to(G.dtype).contiguous() for t in (dG, dg, dU))
+    return dG, dg, dU
 
 
-class FoldedNorm(NamedTuple):
-    """First linear layer with the norm's affine part folded in: ``w1 (nw ∘ n + nb) + b1 = w n + b``."""
+class MergedLinear(NamedTuple):
+    """A feed-forward's first linear layer with its norm's affine part in it: ``w1 (nw ∘ n + nb) + b1 = w n + b``."""
 
     w: Tensor  # [F, D] fp32
     b: Tensor  # [F] fp32
@@ -100,29 +106,27 @@ class FoldedNorm(NamedTuple):
 # Products with a vector are written as sums below: autocast and TF32 would run ``mv`` and ``addr`` with fewer bits.
 
 
-def fold_norm(norm_weight: Tensor, norm_bias: Tensor, w1: Tensor, b1: Tensor) -> FoldedNorm:
-    w1 = w1.float()
-    return FoldedNorm(w1 * norm_weight.float(), b1.float() + (w1 * norm_bias.float()).sum(1))
+def merge_norm(ff: FeedForward) -> MergedLinear:
+    w1 = ff.w1.float()
+    return MergedLinear(w1 * ff.norm_weight.float(), ff.b1.float() + (w1 * ff.norm_bias.float()).sum(1))
 
 
-def unfold_norm_grads(
-    dw: Tensor, db: Tensor, norm_weight: Tensor, norm_bias: Tensor, w1: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dw [F,D], db [F] of ``fold_norm`` -> gradients of norm_weight, norm_bias and w1 (that of b1 is db)."""
-    w1 = w1.float()
+def split_norm_grads(dw: Tensor, db: Tensor, ff: FeedForward) -> tuple[Tensor, Tensor, Tensor]:
+    """dw [F,D], db [F] of ``merge_norm`` -> gradients of norm_weight, norm_bias and w1 (that of b1 is db)."""
+    w1 = ff.w1.float()
     db = db[:, None]
-    return (dw * w1).sum(0), (w1 * db).sum(0), dw * norm_weight.float() + db * norm_bias.float()
+    return (dw * w1).sum(0), (w1 * db).sum(0), dw * ff.norm_weight.float() + db * ff.norm_bias.float()
 
 
-def pack_feed_forward(folded: FoldedNorm, w2: Tensor, dtype: torch.dtype, config: LaunchConfig) -> Packed:
+def pack_feed_forward(first: MergedLinear, w2: Tensor, dtype: torch.dtype, config: LaunchConfig) -> Packed:
     """w [F,D], b [F], w2 [D,F] -> one image's worth of padded weights, units in groups of block_f or else block_c."""
-    F, D = folded.w.shape
+    F, D = first.w.shape
     block = config.block_f or config.block_c
     columns, width = round_up(F, block), round_up(D, config.block_d)
     w_in = w2.new_zeros(1, width, columns, dtype=dtype)
-    w_in[0, :D, :F] = folded.w.t()
+    w_in[0, :D, :F] = first.w.t()
     w_out = w2.new_zeros(1, columns, width, dtype=dtype)
     w_out[0, :F, :D] = w2.t()
     b_in = w2.new_zeros(1, columns, dtype=torch.float32)
-    b_in[0, :F] = folded.b
+    b_in[0, :F] = first.b
     return Packed(w_in, b_in, w_out, block, 1)

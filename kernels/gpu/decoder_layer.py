@@ -4,7 +4,7 @@
     z = x + A·U + b,  A = softmax_k(norm(x)·G + g)        y = z + W2 gelu(W1 n + b1) + b2,  n = norm(z)
 
 x is read once and y written once; z, n and the hidden units live in registers, and the weights (0.3 MB in bf16 at
-widths 180 and 360) stream through L2 in groups of ``BLOCK_C`` columns. The affine part of the second norm is folded
+widths 180 and 360) stream through L2 in groups of ``BLOCK_C`` columns. The affine part of the second norm is merged
 into W1 and b1, in fp32, by the launcher.
 
 Backward saves x alone. The attention kernel writes z again; then, with u = W1 n + b1 and h = gelu(u)::
@@ -17,13 +17,17 @@ kernels, since their accumulators do not fit together; weights are fp32 partials
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastslots.records import FeedForward, FoldedProjections, LayerGrads
+
 from . import launch
-from ._pack import FoldedNorm, Packed, fit_slots, fold_norm, pack_attention, pack_feed_forward, unfold_norm_grads
+from ._pack import MergedLinear, Packed, fit_slots, merge_norm, pack_attention, pack_feed_forward, split_norm_grads
 from ._tiles import (
     bias_rows,
     dot,
@@ -38,7 +42,7 @@ from ._tiles import (
     store_rows,
     zero_rows,
 )
-from .folded_cross_attention import attend, constexprs, folded_attention_bwd, folded_attention_fwd
+from .folded_cross_attention import attend, constexprs, folded_cross_attention_bwd, folded_cross_attention_fwd
 
 
 @triton.jit
@@ -167,32 +171,21 @@ def _feed_forward_dw_kernel(
 
 
 def decoder_layer_fwd(
-    x: Tensor,
-    G: Tensor,
-    g: Tensor,
-    U: Tensor,
-    b: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    slot_mask: Tensor | None = None,
-    eps: float = 1e-5,
+    x: Tensor, folded: FoldedProjections, ff: FeedForward, slot_mask: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
     """x [B or 1,L,D], folded projections, feed-forward weights -> y [B,L,D] like x, slot_map [B,L,K] fp32."""
     x = x.contiguous()
-    B, D, _, K = G.shape
+    B, D, _, K = folded.G.shape
     L = x.shape[1]
     config = fit_slots(launch.select(_decoder_layer_fwd_kernel, x, D), K)
-    attention = pack_attention(G, g, U, slot_mask, x.dtype, config)
-    units = pack_feed_forward(fold_norm(norm_weight, norm_bias, w1, b1), w2, x.dtype, config)
+    attention = pack_attention(folded, slot_mask, x.dtype, config)
+    units = pack_feed_forward(merge_norm(ff), ff.w2, x.dtype, config)
     y, slot_map = x.new_empty(B, L, D), x.new_empty(B, L, K, dtype=torch.float32)
     args = {
         "x_ptr": x, "w_in_ptr": attention.w_in, "b_in_ptr": attention.b_in, "w_out_ptr": attention.w_out,
-        "bias_ptr": b.float().contiguous(), "w1_ptr": units.w_in, "b1_ptr": units.b_in, "w2_ptr": units.w_out,
-        "b2_ptr": b2.float().contiguous(), "y_ptr": y, "map_ptr": slot_map, "L": L, "eps": eps,
+        "bias_ptr": folded.b.float().contiguous(), "w1_ptr": units.w_in, "b1_ptr": units.b_in,
+        "w2_ptr": units.w_out, "b2_ptr": ff.b2.float().contiguous(), "y_ptr": y, "map_ptr": slot_map, "L": L,
+        "eps": eps,
     }  # fmt: skip
     values = constexprs(attention, K, config, x.dtype, D)
     values |= {"UNITS": units.columns, "BLOCK_F": units.block, "SHARED_X": x.shape[0] != B}
@@ -200,41 +193,40 @@ def decoder_layer_fwd(
     return y, slot_map
 
 
+class Needs(NamedTuple):
+    """Which records of a layer need gradients, besides its input."""
+
+    folded: bool = True
+    ff: bool = True
+
+
+EVERYTHING = Needs()
+
+
 def decoder_layer_bwd(
     dy: Tensor,
     dslot_map: Tensor,
     x: Tensor,
-    G: Tensor,
-    g: Tensor,
-    U: Tensor,
-    b: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
+    folded: FoldedProjections,
+    ff: FeedForward,
     slot_mask: Tensor | None = None,
     eps: float = 1e-5,
-    need_folded: bool = True,
-    need_feed_forward: bool = True,
-) -> tuple[Tensor | None, ...]:
-    """-> dx, dG, dg, dU, db and the six feed-forward gradients, each like its input (None: not needed)."""
+    needs: Needs = EVERYTHING,
+) -> LayerGrads:
+    """-> gradients of x and of the weights, each like its tensor; the forward's attention runs again."""
     dy = dy.to(x.dtype).contiguous()
-    z, _ = folded_attention_fwd(x, G, g, U, b, slot_mask, True, eps)
-    folded = fold_norm(norm_weight, norm_bias, w1, b1)
-    dz, db2 = _input_grad(dy, z, folded, w2, eps)
-    dx, *dfolded = folded_attention_bwd(dz, dslot_map, x, G, g, U, slot_mask, True, eps, need_folded)
-    of_folded = [*dfolded[:3], dfolded[3].to(b.dtype)] if need_folded else [None] * 4
-    if not need_feed_forward:
-        return dx, *of_folded, *[None] * 6
-    dw, db1, dw2 = _weight_grads(dy, z, folded, w2, eps)
-    dnorm_weight, dnorm_bias, dw1 = unfold_norm_grads(dw, db1, norm_weight, norm_bias, w1)
-    grads = (dnorm_weight, dnorm_bias, dw1, db1, dw2, db2)
-    likes = (norm_weight, norm_bias, w1, b1, w2, b2)
+    z, _ = folded_cross_attention_fwd(x, folded, slot_mask, True, eps)
+    first = merge_norm(ff)
+    dz, db2 = _input_grad(dy, z, first, ff.w2, eps)
+    dx, dfolded = folded_cross_attention_bwd(dz, dslot_map, x, folded, slot_mask, True, eps, needs.folded)
+    if not needs.ff:
+        return LayerGrads(dx, dfolded, None)
+    dw, db1, dw2 = _weight_grads(dy, z, first, ff.w2, eps)
+    dnorm_weight, dnorm_bias, dw1 = split_norm_grads(dw, db1, ff)
+    grads = FeedForward(dnorm_weight, dnorm_bias, dw1, db1, dw2, db2)
     # Contiguous: they are cut out of padded sums, and compiled code reads them by the strides of the fake.
-    rest = (t.to(like.dtype).contiguous() for t, like in zip(grads, likes, strict=True))
-    return dx, *of_folded, *rest
+    like = (t.to(weight.dtype).contiguous() for t, weight in zip(grads, ff, strict=True))
+    return LayerGrads(dx, dfolded, FeedForward(*like))
 
 
 def _values(units: Packed, config: launch.LaunchConfig, dtype: torch.dtype, D: int) -> dict[str, object]:
@@ -244,11 +236,11 @@ def _values(units: Packed, config: launch.LaunchConfig, dtype: torch.dtype, D: i
     }  # fmt: skip
 
 
-def _input_grad(dy: Tensor, z: Tensor, folded: FoldedNorm, w2: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _input_grad(dy: Tensor, z: Tensor, first: MergedLinear, w2: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """-> dz, and db2 [D] in fp32, whose sum over rows passes by here anyway."""
     D, rows = z.shape[2], z.shape[0] * z.shape[1]
     config = launch.select(_feed_forward_dx_kernel, z, D)
-    units = pack_feed_forward(folded, w2, z.dtype, config)
+    units = pack_feed_forward(first, w2, z.dtype, config)
     dz, tiles = torch.empty_like(z), triton.cdiv(rows, config.block_l)
     db2 = z.new_empty(tiles, units.w_in.shape[1], dtype=torch.float32)
     args = {
@@ -259,11 +251,11 @@ def _input_grad(dy: Tensor, z: Tensor, folded: FoldedNorm, w2: Tensor, eps: floa
     return dz, db2.sum(0)[:D]
 
 
-def _weight_grads(dy: Tensor, z: Tensor, folded: FoldedNorm, w2: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dW of the folded first layer [F,D], db1 [F], dw2 [D,F], fp32."""
+def _weight_grads(dy: Tensor, z: Tensor, first: MergedLinear, w2: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """-> dW of the merged first layer [F,D], db1 [F], dw2 [D,F], fp32."""
     D, rows, F = z.shape[2], z.shape[0] * z.shape[1], w2.shape[1]
     config = launch.select(_feed_forward_dw_kernel, z, D)
-    units = pack_feed_forward(folded, w2, z.dtype, config)
+    units = pack_feed_forward(first, w2, z.dtype, config)
     parts, blocks = launch.split(rows, config.block_l, units.groups)
     dw1, dw2 = (z.new_empty(parts, units.w_in.shape[1], units.columns, dtype=torch.float32) for _ in range(2))
     db1 = z.new_empty(parts, units.columns, dtype=torch.float32)

@@ -11,18 +11,22 @@ it on tensors without values), so on CUDA all tiles together are captured in a C
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import accumulate
-from typing import Any, NamedTuple
+from types import EllipsisType
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from .decoder_layer import decoder_layer_bwd, decoder_layer_fwd
+from fastslots.records import LayerGrads, LossInputs, LossResult, OutputHead
+
+from .decoder_layer import Needs, decoder_layer_bwd, decoder_layer_fwd
 from .graphs import GRAPHS, Graphs, wanted
 from .launch import allows_tf32
+from .output_head import SavedHead, output_head_bwd, output_head_fwd
 
 TILE_ROWS = 65536
 """Rows (images x pixels) of a tile where the size of L2 is not known."""
@@ -56,44 +60,6 @@ def _tiles(batch: int, pixels: int, rows: int) -> Iterator[tuple[slice, slice]]:
             yield slice(image, min(image + images, batch)), slice(start, min(start + step, pixels))
 
 
-Norm = tuple[Tensor, Tensor]
-"""Weight and bias of the last norm."""
-
-
-def _head_forward(x: Tensor, norm: Norm, weights: Sequence[Tensor], biases: Sequence[Tensor], eps: float):
-    """x [N, D] -> pixels [N, C] and what the backward needs."""
-    normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], norm[0], norm[1], eps)
-    inputs: list[Tensor] = [normed]
-    sums: list[Tensor] = []
-    for weight, bias in zip(weights, biases, strict=True):
-        if sums:
-            inputs.append(torch.nn.functional.gelu(sums[-1]))
-        sums.append(torch.addmm(bias, inputs[-1], weight.t()))
-    return sums[-1], (mean, rstd, inputs, sums)
-
-
-def _head_backward(
-    dpixels: Tensor, x: Tensor, norm: Norm, weights: Sequence[Tensor], saved: tuple[Any, ...], need: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """-> dx and, where there is need, the gradients of norm weight, norm bias, weights, biases, in fp32."""
-    mean, rstd, inputs, sums = saved
-    dweights: list[Tensor] = []
-    dbiases: list[Tensor] = []
-    d = dpixels
-    for i in reversed(range(len(weights))):
-        if need:
-            dweights.insert(0, (d.t() @ inputs[i]).float())
-            dbiases.insert(0, d.sum(0, dtype=torch.float32))
-        d = d @ weights[i]
-        if i:
-            d = torch.ops.aten.gelu_backward(d, sums[i - 1])
-    mask = [True, need, need]
-    dx, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward(
-        d, x, x.shape[-1:], mean, rstd, *norm, mask
-    )
-    return dx, [dnorm_weight.float(), dnorm_bias.float(), *dweights, *dbiases] if need else []
-
-
 def _pair_sum(slot_map: Tensor) -> Tensor:
     """Σ_{j<k} w_j w_k of each pixel, as each weight times the running sum of those before it (it does not cancel)."""
     # Not ``cumsum``, which torch refuses on a GPU where a program asks for deterministic algorithms.
@@ -102,62 +68,69 @@ def _pair_sum(slot_map: Tensor) -> Tensor:
 
 
 def decoder_loss(
-    inputs: Any,
-    need_grads: Sequence[bool],
+    inputs: LossInputs,
+    need: Collection[str],
     grad_scale: float | Tensor = 1.0,
     rows: int | None = None,
     graphs: Graphs | None = None,
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+) -> LossResult:
     """Loss terms and the gradients of ``grad_scale · total``.
 
     Args:
-        inputs: the record of ``ops.decoder_loss``: queries [B or 1,L,D], layers of (folded, feed-forward), head,
-            target [B,L,C], pixel_weight [B,L] or None, slot_mask [B,K] or None, both weights, eps.
-        need_grads: in the order of ``inputs.differentiable()``; where none is asked for, only the forward runs.
+        inputs: with queries [B or 1,L,D] that are made already.
+        need: names of ``inputs.tensors()`` whose gradients are needed; without any, only the forward runs.
         grad_scale: the loss scale of mixed precision, a float or a 0-d tensor.
         rows: images x pixels of a tile; None: as many as fit L2.
         graphs: where to capture and replay; None: this process's for CUDA tensors (``graphs.wanted``), else nowhere.
-
-    Returns:
-        recon and interaction (fp32 scalars, unweighted), gradients in the same order (None where not asked for).
     """
-    flat = inputs.differentiable()
-    device_type = inputs.queries.device.type
-    cast = torch.is_autocast_enabled(device_type)
-    dtype = torch.get_autocast_dtype(device_type) if cast else inputs.queries.dtype
-    rows = tile_rows(inputs.queries, dtype) if rows is None else rows
-    if graphs is None and wanted(inputs.queries.device):
+    tensors = inputs.tensors()
+    needed = [name for name in tensors if name in need]
+    queries = tensors["queries"]
+    device_type = queries.device.type
+    autocast = torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type) if autocast else queries.dtype
+    tiling = Tiling(tile_rows(queries, dtype) if rows is None else rows, dtype)
+    if graphs is None and wanted(queries.device):
         graphs = GRAPHS
     with torch.no_grad(), torch.autocast(device_type, enabled=False):
         if graphs is None:
-            recon, interaction, *grads = _run(inputs, need_grads, grad_scale, rows, dtype)
+            recon, interaction, *grads = _run(inputs, needed, grad_scale, tiling)
         else:
-            recon, interaction, *grads = _replay(graphs, inputs, need_grads, grad_scale, rows, dtype)
-    made = iter(grads)
-    return recon, interaction, [next(made).to(t.dtype) if need else None
-                                for t, need in zip(flat, need_grads, strict=True)]  # fmt: skip
+            recon, interaction, *grads = _replay(graphs, inputs, needed, grad_scale, tiling)
+    like = {name: grad.to(tensors[name].dtype) for name, grad in zip(needed, grads, strict=True)}
+    return LossResult(recon, interaction, like)
+
+
+class Tiling(NamedTuple):
+    rows: int  # images x pixels of a tile
+    dtype: torch.dtype  # of activations and products
 
 
 def _replay(
-    graphs: Graphs, inputs: Any, need: Sequence[bool], grad_scale: float | Tensor, rows: int, dtype: torch.dtype
+    graphs: Graphs, inputs: LossInputs, need: Sequence[str], grad_scale: float | Tensor, tiling: Tiling
 ) -> list[Tensor]:
     """``_run`` as a function of tensors alone: weights that change from step to step are tensors too."""
-    flat, device = inputs.differentiable(), inputs.queries.device
-    optional = {name: getattr(inputs, name) for name in ("pixel_weight", "slot_mask")}
-    given = {name: t for name, t in optional.items() if t is not None}
-    scalars = [_scalar(value, device) for value in (inputs.recon_weight, inputs.interaction_weight, grad_scale)]
+    tensors, device = inputs.tensors(), inputs.target.device
+    others = {"target": inputs.target, "pixel_weight": inputs.pixel_weight, "slot_mask": inputs.slot_mask}
+    present = {name: t for name, t in others.items() if t is not None}
+    scalars = {
+        "recon_weight": _scalar(inputs.recon_weight, device),
+        "interaction_weight": _scalar(inputs.interaction_weight, device),
+        "grad_scale": _scalar(grad_scale, device),
+    }
+    every = tensors | present | scalars
 
-    def function(tensors: Sequence[Tensor]) -> list[Tensor]:
-        *rest, recon_weight, interaction_weight, scale = tensors
+    def function(values: Sequence[Tensor]) -> list[Tensor]:
+        at = dict(zip(every, values, strict=True))
         same = replace(
-            inputs.with_tensors(rest[: len(flat)]), target=rest[len(flat)],
-            recon_weight=recon_weight, interaction_weight=interaction_weight,
-            **dict(zip(given, rest[len(flat) + 1 :], strict=True)),
+            inputs.with_tensors(at), target=at["target"],
+            pixel_weight=at.get("pixel_weight"), slot_mask=at.get("slot_mask"),
+            recon_weight=at["recon_weight"], interaction_weight=at["interaction_weight"],
         )  # fmt: skip
-        return _run(same, need, scale, rows, dtype)
+        return _run(same, need, at["grad_scale"], tiling)
 
-    key = (tuple(need), rows, dtype, len(inputs.layers), tuple(given), inputs.eps, allows_tf32())
-    return graphs(key, function, [*flat, inputs.target, *given.values(), *scalars])
+    key = (tuple(need), tiling, tuple(every), inputs.eps, allows_tf32())
+    return graphs(key, function, list(every.values()))
 
 
 def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
@@ -167,51 +140,77 @@ def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
     return torch.full((), value, device=device, dtype=torch.float32)
 
 
-class _Needs(NamedTuple):
-    """Which gradients are needed, of each layer and of the head; the first layer that the backward has to reach."""
+class _Sums:
+    """The gradients that are needed, summed over tiles in fp32, by the names of ``LossInputs.tensors``."""
 
-    starts: range  # of the layers in the flat order
-    folded: list[bool]
-    feed_forward: list[bool]
-    head: bool
-    first: int
+    def __init__(self, inputs: LossInputs, need: Sequence[str]):
+        tensors = inputs.tensors()
+        self.sums = {name: torch.zeros_like(tensors[name], dtype=torch.float32) for name in need}
+        self.layers = [
+            Needs(*(any(f"layers.{i}.{name}" in self.sums for name in record._fields) for record in layer))
+            for i, layer in enumerate(inputs.decoder.layers)
+        ]
+        self.head = any(name.startswith("head.") for name in need)
+        reached = [any(layer) or "queries" in self.sums for layer in self.layers]
+        self.first = reached.index(True) if any(reached) else len(reached)
+        """The first layer that the backward has to reach."""
+
+    def add(self, name: str, grad: Tensor, part: slice | tuple[slice, slice] | EllipsisType = ...) -> None:
+        if name in self.sums:
+            self.sums[name][part] += grad
+
+    def add_layer(self, i: int, grads: LayerGrads, images: slice) -> None:
+        for name, grad in {} if grads.folded is None else grads.folded._asdict().items():
+            self.add(f"layers.{i}.{name}", grad, ... if name == "b" else images)  # b belongs to no image
+        for name, grad in {} if grads.ff is None else grads.ff._asdict().items():
+            self.add(f"layers.{i}.{name}", grad)
+
+    def add_head(self, grads: OutputHead) -> None:
+        self.add("head.norm_weight", grads.norm_weight)
+        self.add("head.norm_bias", grads.norm_bias)
+        for i, (dweight, dbias) in enumerate(zip(grads.weights, grads.biases, strict=True)):
+            self.add(f"head.weights.{i}", dweight)
+            self.add(f"head.biases.{i}", dbias)
 
 
-def _needs(inputs: Any, need: Sequence[bool]) -> _Needs:
-    size = sum(map(len, inputs.layers[0]))
-    stop = 1 + size * len(inputs.layers)
-    starts = range(1, stop, size)
-    folded = [any(need[at : at + len(f)]) for at, (f, _) in zip(starts, inputs.layers, strict=True)]
-    feed_forward = [any(need[at + len(f) : at + size]) for at, (f, _) in zip(starts, inputs.layers, strict=True)]
-    some = [need[0] or any(need[1 : at + size]) for at in starts]  # of this layer or one before
-    return _Needs(starts, folded, feed_forward, any(need[stop:]), some.index(True) if any(some) else len(some))
+class _Decoded(NamedTuple):
+    """A tile on its way forward, and what its backward needs."""
+
+    xs: list[Tensor]  # the input of each layer
+    slot_map: Tensor  # mean over layers
+    pixels: Tensor  # [N, C]
+    head: SavedHead
 
 
-def _run(inputs: Any, need: Sequence[bool], grad_scale: float | Tensor, rows: int, dtype: torch.dtype) -> list[Tensor]:
-    """-> recon, interaction and the gradients that are needed, in fp32. The backward ends at the first of them."""
-    flat = inputs.differentiable()
-    needs = _needs(inputs, need)
+def _decode(tile: LossInputs) -> _Decoded:
+    layers = tile.decoder.layers
+    xs, slot_map = [cast(Tensor, tile.decoder.queries)], torch.zeros((), device=tile.target.device)
+    for folded, ff in layers:
+        y, layer_map = decoder_layer_fwd(xs[-1], folded, ff, tile.slot_mask, tile.eps)
+        slot_map = slot_map + layer_map / len(layers)
+        xs.append(y)
+    return _Decoded(xs, slot_map, *output_head_fwd(xs.pop().flatten(0, 1), tile.decoder.head, tile.eps))
+
+
+def _run(inputs: LossInputs, need: Sequence[str], grad_scale: float | Tensor, tiling: Tiling) -> list[Tensor]:
+    """-> recon, interaction and the gradients that are needed, in fp32."""
+    sums = _Sums(inputs, need)
     B, L, _ = inputs.target.shape
-    queries, layers, head = inputs.queries.to(dtype), inputs.layers, inputs.head
-    D, shared = queries.shape[2], queries.shape[0] != B
-    norm = (head.norm_weight.to(dtype), head.norm_bias.to(dtype))
-    weights, biases = [w.to(dtype) for w in head.weights], [b.to(dtype) for b in head.biases]
+    queries, layers, head = inputs.decoder
+    head = OutputHead(
+        head.norm_weight.to(tiling.dtype), head.norm_bias.to(tiling.dtype),
+        [w.to(tiling.dtype) for w in head.weights], [b.to(tiling.dtype) for b in head.biases],
+    )  # fmt: skip
+    queries = cast(Tensor, queries).to(tiling.dtype)
+    inputs = replace(inputs, decoder=inputs.decoder._replace(queries=queries, head=head))
     recon = torch.zeros((), device=queries.device, dtype=torch.float32)
     interaction = torch.zeros_like(recon)
-    grads = [torch.zeros_like(t, dtype=torch.float32) if n else None for t, n in zip(flat, need, strict=True)]
-    for images, pixels in _tiles(B, L, rows):
-        x = queries[slice(None) if shared else images, pixels]
-        mask = None if inputs.slot_mask is None else inputs.slot_mask[images]
-        weight = None if inputs.pixel_weight is None else inputs.pixel_weight[images, pixels].float()
-        folded = [(f.G[images], f.g[images], f.U[images], f.b) for f, _ in layers]
-        xs, slot_map = [x], torch.zeros((), device=queries.device)
-        for projections, (_, ff) in zip(folded, layers, strict=True):
-            y, layer_map = decoder_layer_fwd(xs[-1], *projections, **ff._asdict(), slot_mask=mask, eps=inputs.eps)
-            slot_map = slot_map + layer_map / len(layers)
-            xs.append(y)
-        last = xs.pop().flatten(0, 1)
-        out, saved = _head_forward(last, norm, weights, biases, inputs.eps)
-        error = out.float() - inputs.target[images, pixels].flatten(0, 1).float()
+    for images, pixels in _tiles(B, L, tiling.rows):
+        tile = inputs.part(pixels, images)
+        weight = None if tile.pixel_weight is None else tile.pixel_weight.float()
+        decoded = _decode(tile)
+        slot_map = decoded.slot_map
+        error = decoded.pixels.float() - tile.target.flatten(0, 1).float()
         pairs = _pair_sum(slot_map)
         if weight is None:
             recon += error.square().sum() / B
@@ -219,32 +218,27 @@ def _run(inputs: Any, need: Sequence[bool], grad_scale: float | Tensor, rows: in
         else:
             recon += (error.square().sum(-1) * weight.flatten()).sum() / B
             interaction += (pairs * weight).sum() / (B * L)
-        if not any(need):
+        if not need:
             continue
-        dout = error * (2 / B) * (grad_scale * inputs.recon_weight)
+        dpixels = error * (2 / B) * (grad_scale * inputs.recon_weight)
         dmap = (slot_map.sum(-1, keepdim=True) - slot_map) / (B * L * len(layers))
         dmap = dmap * (grad_scale * inputs.interaction_weight)
         if weight is not None:
-            dout, dmap = dout * weight.flatten()[:, None], dmap * weight[..., None]
-        dx, head_grads = _head_backward(dout.to(dtype), last, norm, weights, saved, needs.head)
-        dx = dx.view(-1, pixels.stop - pixels.start, D)
-        _add(grads[len(flat) - len(head_grads) :], head_grads)
-        for i in reversed(range(needs.first, len(layers))):
-            dinput, dG, dg, dU, *shared_grads = decoder_layer_bwd(
-                dx, dmap, xs[i], *folded[i], **layers[i][1]._asdict(), slot_mask=mask, eps=inputs.eps,
-                need_folded=needs.folded[i], need_feed_forward=needs.feed_forward[i],
-            )  # fmt: skip
-            assert dinput is not None  # never left out
-            dx, at = dinput, needs.starts[i]
-            _add([None if g is None else g[images] for g in grads[at : at + 3]], (dG, dg, dU))
-            _add(grads[at + 3 : at + 3 + len(shared_grads)], shared_grads)
-        if grads[0] is not None:
-            grads[0][slice(None) if shared else images, pixels] += dx
-    return [recon, interaction, *(grad for grad in grads if grad is not None)]
+            dpixels, dmap = dpixels * weight.flatten()[:, None], dmap * weight[..., None]
+        dx = _backward(tile, decoded, dpixels.to(tiling.dtype), dmap, images, sums)
+        sums.add("queries", dx, (slice(None) if len(queries) != B else images, pixels))
+    return [recon, interaction, *sums.sums.values()]
 
 
-def _add(sums: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> None:
-    """``sums += grads``, where there is a sum."""
-    for total, grad in zip(sums, grads, strict=True):
-        if total is not None and grad is not None:
-            total += grad
+def _backward(tile: LossInputs, decoded: _Decoded, dpixels: Tensor, dmap: Tensor, images: slice, sums: _Sums) -> Tensor:
+    """Adds the gradients of a tile's head and layers -> that of the first layer reached: of the queries, if needed."""
+    dx, dhead = output_head_bwd(dpixels, tile.decoder.head, decoded.head, sums.head)
+    dx = dx.view(-1, tile.target.shape[1], dx.shape[-1])
+    if dhead is not None:
+        sums.add_head(dhead)
+    for i in reversed(range(sums.first, len(tile.decoder.layers))):
+        folded, ff = tile.decoder.layers[i]
+        grads = decoder_layer_bwd(dx, dmap, decoded.xs[i], folded, ff, tile.slot_mask, tile.eps, sums.layers[i])
+        sums.add_layer(i, grads, images)
+        dx = grads.x
+    return dx

@@ -21,10 +21,14 @@ sets of accumulators (2 x 192 x 128 fp32) are three quarters of a multiprocessor
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fastslots.records import FoldedProjections
 
 from . import launch
 from ._pack import Packed, fit_slots, pack_attention, unpack_attention
@@ -231,80 +235,85 @@ def constexprs(packed: Packed, K: int, config: launch.LaunchConfig, dtype: torch
     }  # fmt: skip
 
 
-def folded_attention_fwd(
-    x: Tensor, G: Tensor, g: Tensor, U: Tensor, b: Tensor, slot_mask: Tensor | None, norm: bool, eps: float = 1e-5
+def folded_cross_attention_fwd(
+    x: Tensor, folded: FoldedProjections, slot_mask: Tensor | None = None, norm: bool = False, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """x [B or 1,L,D], G [B,D,H,K], g [B,H,K], U [B,H,K,D], b [D] -> y [B,L,D] like x, slot_map [B,L,K] fp32."""
+    """x [B or 1,L,D] (already normed; with ``norm`` not) -> y [B,L,D] like x, slot_map [B,L,K] fp32."""
     x = x.contiguous()
-    B, D, _, K = G.shape
-    L = x.shape[1]
+    (B, D, _, K), L = folded.G.shape, x.shape[1]
     config = fit_slots(launch.select(_folded_attention_fwd_kernel, x, D), K)
-    packed = pack_attention(G, g, U, slot_mask, x.dtype, config)
+    packed = pack_attention(folded, slot_mask, x.dtype, config)
     y, slot_map = x.new_empty(B, L, D), x.new_empty(B, L, K, dtype=torch.float32)
     args = {
         "x_ptr": x, "w_in_ptr": packed.w_in, "b_in_ptr": packed.b_in, "w_out_ptr": packed.w_out,
-        "bias_ptr": b.float().contiguous(), "y_ptr": y, "map_ptr": slot_map, "L": L, "eps": eps,
+        "bias_ptr": folded.b.float().contiguous(), "y_ptr": y, "map_ptr": slot_map, "L": L, "eps": eps,
     }  # fmt: skip
-    flags = {"NORM": norm, "SHARED_X": x.shape[0] != B}
-    grid = (triton.cdiv(L, config.block_l), B)
-    launch.run(_folded_attention_fwd_kernel, grid, args, constexprs(packed, K, config, x.dtype, D) | flags, config)
+    values = constexprs(packed, K, config, x.dtype, D) | {"NORM": norm, "SHARED_X": x.shape[0] != B}
+    launch.run(_folded_attention_fwd_kernel, (triton.cdiv(L, config.block_l), B), args, values, config)
     return y, slot_map
 
 
-def folded_attention_bwd(
+def folded_cross_attention_bwd(
     dy: Tensor,
     dslot_map: Tensor,
     x: Tensor,
-    G: Tensor,
-    g: Tensor,
-    U: Tensor,
-    slot_mask: Tensor | None,
-    norm: bool,
+    folded: FoldedProjections,
+    slot_mask: Tensor | None = None,
+    norm: bool = False,
     eps: float = 1e-5,
-    need_weights: bool = True,
-) -> tuple[Tensor, ...]:
-    """-> dx like x, dG, dg, dU like G, g, U, db [D] in the dtype of G; dx alone where no weights need one."""
+    need_folded: bool = True,
+) -> tuple[Tensor, FoldedProjections | None]:
+    """-> dx like x and the gradients of ``folded``, each like its tensor; None where none of those is needed."""
     x, dy, dslot_map = x.contiguous(), dy.to(x.dtype).contiguous(), dslot_map.float().contiguous()
-    dx, db = _input_grad(dy, dslot_map, x, G, g, U, slot_mask, norm, eps)
-    if not need_weights:
-        return (dx,)
-    dG, dg, dU = _weight_grads(dy, dslot_map, x, G, g, U, slot_mask, norm, eps)
-    return dx, dG, dg, dU, db.to(G.dtype)
+    call = _Backward(dy, dslot_map, x, folded, slot_mask, norm, eps)
+    dx, db = _input_grad(call)
+    if not need_folded:
+        return dx, None
+    return dx, FoldedProjections(*_weight_grads(call), db.to(folded.b.dtype))
 
 
-def _input_grad(dy, dslot_map, x, G, g, U, slot_mask, norm, eps) -> tuple[Tensor, Tensor]:
+class _Backward(NamedTuple):
+    """What both backward kernels are launched on, contiguous where it has pixels."""
+
+    dy: Tensor
+    dslot_map: Tensor
+    x: Tensor
+    folded: FoldedProjections
+    slot_mask: Tensor | None
+    norm: bool
+    eps: float
+
+    def operands(self, packed: Packed) -> dict[str, Any]:
+        pixels = {"x_ptr": self.x, "dy_ptr": self.dy, "dmap_ptr": self.dslot_map, "L": self.x.shape[1], "eps": self.eps}
+        return pixels | {"w_in_ptr": packed.w_in, "b_in_ptr": packed.b_in, "w_out_ptr": packed.w_out}
+
+
+def _input_grad(call: _Backward) -> tuple[Tensor, Tensor]:
     """-> dx, and db [D] in fp32, whose sum over rows passes by here anyway."""
-    B, D, _, K = G.shape
-    L = x.shape[1]
+    x, dy, (B, D, _, K) = call.x, call.dy, call.folded.G.shape
     config = fit_slots(launch.select(_folded_attention_dx_kernel, x, D), K)
-    packed = pack_attention(G, g, U, slot_mask, x.dtype, config)
-    dx, tiles, shared = torch.empty_like(x), triton.cdiv(L, config.block_l), x.shape[0] != B
+    packed = pack_attention(call.folded, call.slot_mask, x.dtype, config)
+    dx, tiles, shared = torch.empty_like(x), triton.cdiv(x.shape[1], config.block_l), x.shape[0] != B
     db = x.new_empty(B, tiles, packed.w_in.shape[1], dtype=torch.float32)
-    residual = dy.sum(0, keepdim=True, dtype=torch.float32) if shared and norm else dy
-    args = {
-        "x_ptr": x, "dy_ptr": dy, "dmap_ptr": dslot_map, "residual_ptr": residual, "w_in_ptr": packed.w_in,
-        "b_in_ptr": packed.b_in, "w_out_ptr": packed.w_out, "dx_ptr": dx, "db_ptr": db, "L": L,
-        "images": B if shared else 1, "eps": eps,
-    }  # fmt: skip
-    values = constexprs(packed, K, config, x.dtype, D) | {"NORM": norm}
+    residual = dy.sum(0, keepdim=True, dtype=torch.float32) if shared and call.norm else dy
+    args = call.operands(packed)
+    args |= {"residual_ptr": residual, "dx_ptr": dx, "db_ptr": db, "images": B if shared else 1}
+    values = constexprs(packed, K, config, x.dtype, D) | {"NORM": call.norm}
     launch.run(_folded_attention_dx_kernel, (tiles, x.shape[0]), args, values, config)
     return dx, db.sum((0, 1))[:D]
 
 
-def _weight_grads(dy, dslot_map, x, G, g, U, slot_mask, norm, eps) -> tuple[Tensor, ...]:
-    B, D, _, K = G.shape
-    L = x.shape[1]
+def _weight_grads(call: _Backward) -> tuple[Tensor, Tensor, Tensor]:
+    """-> dG, dg, dU."""
+    x, (B, D, _, K) = call.x, call.folded.G.shape
     config = fit_slots(launch.select(_folded_attention_dw_kernel, x, D), K)
-    packed = pack_attention(G, g, U, slot_mask, x.dtype, config)
-    parts, blocks = launch.split(L, config.block_l, B * packed.groups)
-    width = packed.w_in.shape[1]
-    dw_in, dw_out = (x.new_empty(B, parts, width, packed.columns, dtype=torch.float32) for _ in range(2))
+    packed = pack_attention(call.folded, call.slot_mask, x.dtype, config)
+    parts, blocks = launch.split(x.shape[1], config.block_l, B * packed.groups)
+    size = (B, parts, packed.w_in.shape[1], packed.columns)
+    dw_in, dw_out = (x.new_empty(size, dtype=torch.float32) for _ in range(2))
     db_in = x.new_empty(B, parts, packed.columns, dtype=torch.float32)
-    args = {
-        "x_ptr": x, "dy_ptr": dy, "dmap_ptr": dslot_map, "w_in_ptr": packed.w_in, "b_in_ptr": packed.b_in,
-        "w_out_ptr": packed.w_out, "dw_in_ptr": dw_in, "db_in_ptr": db_in, "dw_out_ptr": dw_out,
-        "L": L, "blocks": blocks, "eps": eps,
-    }  # fmt: skip
-    values = constexprs(packed, K, config, x.dtype, D) | {"NORM": norm, "SHARED_X": x.shape[0] != B}
+    args = call.operands(packed)
+    args |= {"dw_in_ptr": dw_in, "db_in_ptr": db_in, "dw_out_ptr": dw_out, "blocks": blocks}
+    values = constexprs(packed, K, config, x.dtype, D) | {"NORM": call.norm, "SHARED_X": x.shape[0] != B}
     launch.run(_folded_attention_dw_kernel, (packed.groups, parts, B), args, values, config)
-    return unpack_attention(dw_in.sum(1), db_in.sum(1), dw_out.sum(1), G, packed.slots)
+    return unpack_attention(dw_in.sum(1), db_in.sum(1), dw_out.sum(1), call.folded.G, packed.slots)

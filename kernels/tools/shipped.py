@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastslots.records import FeedForward, FoldedProjections
+
 from ..gpu.cross_attention import cross_attention_bwd, cross_attention_fwd
 from ..gpu.decoder_layer import decoder_layer_bwd, decoder_layer_fwd
-from ..gpu.folded_cross_attention import folded_attention_bwd, folded_attention_fwd
+from ..gpu.folded_cross_attention import folded_cross_attention_bwd, folded_cross_attention_fwd
 from ..gpu.launch import Launch, allows_tf32, has_entries, record
 from ..gpu.token_attention import table_width, token_attention_bwd, token_attention_fwd
 from ..gpu_backend import KERNELS
@@ -97,14 +99,14 @@ def run_op(op: str, t: dict[str, Tensor]) -> None:
         cross_attention_fwd(t["q"], t["k"], t["v"], scale)
         cross_attention_bwd(t["dout"], t["dmap"], t["q"], t["k"], t["v"], scale)
         return
-    folded = (t["G"], t["g"], t["U"])
+    folded = FoldedProjections(*(t[name] for name in FoldedProjections._fields))
     if op == "folded_cross_attention":
-        folded_attention_fwd(t["x"], *folded, t["b"], None, norm=False)
-        folded_attention_bwd(t["dy"], t["dmap"], t["x"], *folded, None, norm=False)
+        folded_cross_attention_fwd(t["x"], folded)
+        folded_cross_attention_bwd(t["dy"], t["dmap"], t["x"], folded)
         return
-    layer = (t["x"], *folded, t["b"], t["norm_weight"], t["norm_bias"], t["w1"], t["b1"], t["w2"], t["b2"])
-    decoder_layer_fwd(*layer)
-    decoder_layer_bwd(t["dy"], t["dmap"], *layer)
+    ff = FeedForward(*(t[name] for name in FeedForward._fields))
+    decoder_layer_fwd(t["x"], folded, ff)
+    decoder_layer_bwd(t["dy"], t["dmap"], t["x"], folded, ff)
 
 
 OPS = ("cross_attention", "folded_cross_attention", "decoder_layer", "token_attention")

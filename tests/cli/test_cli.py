@@ -162,7 +162,6 @@ def test_doctor(capsys):
         (["train", "--alpha", "nan"], "alpha must be a number"),
         (["train", "--resolution", "30"], "resolution 30 must be a multiple of cnn_stride 4"),
         (["train", "--decoder_heads", "7"], "slot_width 64 must be a multiple of decoder_heads 7"),
-        (["train", "--decoder_layers", "17"], "decoder_layers asks for 17 layers, more than 16"),
         (["train", "--optimizer", "adamm"], "optimizer must be muon or a class of torch.optim"),
         (["train", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
         (["train", "--pixels_per_step", "2000"], "pixels_per_step 2000 is more than the image has (1024)"),

@@ -18,8 +18,7 @@ from fastslots.kernels.gpu import decoder_loss as loss_module
 from fastslots.kernels.gpu import graphs, launch
 from fastslots.kernels.gpu.decoder_loss import decoder_loss
 from fastslots.kernels.gpu.graphs import Graphs
-from fastslots.ops import decoder_loss as tiled
-from fastslots.ops.reference import FeedForward, FoldedProjections, OutputHead
+from fastslots.records import FeedForward, FoldedDecoder, FoldedLayer, FoldedProjections, LossInputs, OutputHead
 
 B, L, K, H, D, F = 2, 6, 3, 2, 12, 10
 
@@ -49,20 +48,20 @@ def loss_inputs(seed: int = 0, device: str = "cpu", pixel_weight: bool = True, s
         return (torch.randn(*size, generator=gen) * scale).to(device)
 
     layers = [
-        (FoldedProjections(randn(B, D, H, K), randn(B, H, K), randn(B, H, K, D), randn(D)),
-         FeedForward(1 + randn(D), randn(D), randn(F, D), randn(F), randn(D, F), randn(D)))
+        FoldedLayer(FoldedProjections(randn(B, D, H, K), randn(B, H, K), randn(B, H, K, D), randn(D)),
+                    FeedForward(1 + randn(D), randn(D), randn(F, D), randn(F), randn(D, F), randn(D)))
     ]  # fmt: skip
     head = OutputHead(1 + randn(D), randn(D), [randn(D, D), randn(3, D)], [randn(D), randn(3)])
     mask = torch.tensor([[True] * K, [True, False, True]]).to(device)
-    return tiled.LossInputs(
-        randn(1, L, D), layers, head, randn(B, L, 3), randn(B, L).abs() if pixel_weight else None,
+    return LossInputs(
+        FoldedDecoder(randn(1, L, D), layers, head), randn(B, L, 3), randn(B, L).abs() if pixel_weight else None,
         mask if slot_mask else None, 1.5, 0.25,
     )  # fmt: skip
 
 
 def run(inputs, cache=None, need=True, **kwargs):
-    recon, interaction, grads = decoder_loss(inputs, [need] * len(inputs.differentiable()), graphs=cache, **kwargs)
-    return [recon, interaction, *(g for g in grads if g is not None)]
+    recon, interaction, grads = decoder_loss(inputs, list(inputs.tensors()) if need else [], graphs=cache, **kwargs)
+    return [recon, interaction, *grads.values()]
 
 
 def assert_equal(got, want):
@@ -82,11 +81,12 @@ def test_replays_give_the_bits_of_the_plain_call_on_new_values():
 def cheap(monkeypatch):
     """In place of the kernels, something that reads every input and takes no time."""
 
-    def cheap_run(inputs, need, grad_scale, rows, dtype):
-        total = sum(t.double().sum() for t in inputs.differentiable()) + inputs.target.double().sum()
+    def cheap_run(inputs, need, grad_scale, tiling):
+        tensors = inputs.tensors()
+        total = sum(t.double().sum() for t in tensors.values()) + inputs.target.double().sum()
         total = total + sum(t.double().sum() for t in (inputs.pixel_weight, inputs.slot_mask) if t is not None)
-        weights = inputs.recon_weight * total + inputs.interaction_weight, grad_scale * total + rows
-        return [*weights, *(t * total for t, n in zip(inputs.differentiable(), need, strict=True) if n)]
+        weights = inputs.recon_weight * total + inputs.interaction_weight, grad_scale * total + tiling.rows
+        return [*weights, *(tensors[name] * total for name in need)]
 
     monkeypatch.setattr(loss_module, "_run", cheap_run)
 
@@ -114,6 +114,7 @@ def test_another_shape_type_or_request_is_another_graph(cheap):
     capture = StandIn()
     cache = Graphs(capture, capacity=16)
     inputs = loss_inputs()
+    twice = inputs.decoder._replace(layers=inputs.decoder.layers * 2)
     calls = [
         lambda c: run(inputs, c),
         lambda c: run(inputs, c, need=False),
@@ -122,7 +123,7 @@ def test_another_shape_type_or_request_is_another_graph(cheap):
         lambda c: run(loss_inputs(slot_mask=False), c),
         lambda c: run(replace(inputs, eps=1e-3), c),
         lambda c: run(replace(inputs, target=inputs.target.bfloat16()), c),
-        lambda c: run(replace(inputs, layers=inputs.layers * 2), c),
+        lambda c: run(replace(inputs, decoder=twice), c),
     ]
     for _ in range(3):
         for call in calls:
@@ -164,7 +165,9 @@ def test_nothing_waits_for_the_device(need):
     inputs = loss_inputs(device="meta")
     scale = torch.empty((), device="meta")
     with launch.record("sm_90") as launches:
-        outputs = loss_module._run(inputs, [need] * len(inputs.differentiable()), scale, 6, torch.bfloat16)
+        outputs = loss_module._run(
+            inputs, list(inputs.tensors()) if need else [], scale, loss_module.Tiling(6, torch.bfloat16)
+        )
     assert launches and all(t.is_meta for t in outputs)
     with pytest.raises((RuntimeError, NotImplementedError)):  # the test can fail
         float(scale)

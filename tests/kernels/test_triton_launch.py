@@ -17,6 +17,7 @@ from fastslots.kernels.gpu import _pack, graphs, launch
 from fastslots.kernels.gpu.cross_attention import cross_attention_fwd
 from fastslots.kernels.tools import shipped, tune
 from fastslots.ops import reference
+from fastslots.records import FeedForward, FoldedProjections, describe
 
 
 @pytest.fixture
@@ -45,12 +46,13 @@ def test_autocast_leaves_folding_in_fp32():
     gen = torch.Generator().manual_seed(0)
     nw, nb, w1, b1 = (torch.randn(*s, generator=gen) for s in ((24,), (24,), (40, 24), (40,)))
     with torch.autocast("cpu", torch.bfloat16):
-        folded = _pack.fold_norm(nw, nb, w1, b1)
-        grads = _pack.unfold_norm_grads(folded.w, folded.b, nw, nb, w1)
+        ff = FeedForward(nw, nb, w1, b1, w2=w1.T, b2=nb)
+        merged = _pack.merge_norm(ff)
+        grads = _pack.split_norm_grads(merged.w, merged.b, ff)
     leaves = [t.double().requires_grad_() for t in (nw, nb, w1)]
     w, b = leaves[2] * leaves[0], b1.double() + leaves[2] @ leaves[1]
-    expected = torch.autograd.grad([w, b], leaves, [folded.w.double(), folded.b.double()])
-    for got, want in zip((*folded, *grads), (w, b, *expected), strict=True):
+    expected = torch.autograd.grad([w, b], leaves, [merged.w.double(), merged.b.double()])
+    for got, want in zip((*merged, *grads), (w, b, *expected), strict=True):
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=1e-5)
 
@@ -177,10 +179,10 @@ def test_every_architecture_has_every_entry_or_says_why_not(monkeypatch, tf32_se
     assert {arch: lacks for arch, lacks in missing.items() if lacks} == {"sm_86": wide}
     tensors = [torch.empty(s) for s in ((1, 4, 360), (1, 360, 12, 11), (1, 12, 11), (1, 12, 11, 360), (360,))]
     monkeypatch.setattr(launch, "arch_of", lambda like: "sm_89")
-    assert gpu_backend.why_not("decoder_layer", tensors) is None
+    assert gpu_backend.why_not(describe("decoder_layer", tensors)) is None
     torch.set_float32_matmul_precision("high")
-    assert "shared memory" in gpu_backend.why_not("decoder_layer", tensors)
-    assert gpu_backend.why_not("decoder_layer", [tensors[0].bfloat16(), *tensors[1:]]) is None
+    assert "shared memory" in gpu_backend.why_not(describe("decoder_layer", tensors))
+    assert gpu_backend.why_not(describe("decoder_layer", [tensors[0].bfloat16(), *tensors[1:]])) is None
 
 
 @pytest.mark.parametrize("arch", ["sm_89", "sm_120"])
@@ -202,7 +204,7 @@ def test_many_slots_of_wide_rows_are_refused_where_a_head_does_not_fit(monkeypat
 
     def reason(dtype, width, slots):
         tensors = [torch.empty(s, dtype=dtype, device="meta") for s in ((1, 4, width), (1, width, 8, slots))]
-        return gpu_backend.why_not("decoder_layer", tensors)
+        return gpu_backend.why_not(describe("decoder_layer", tensors))
 
     kib = {}
     monkeypatch.setattr(gpu_backend, "_shared_memory", lambda device: kib["has"] * 1024)
@@ -220,13 +222,13 @@ def test_many_slots_of_wide_rows_are_refused_where_a_head_does_not_fit(monkeypat
 def test_more_images_than_a_grid_has_programs_are_refused():
     folded = [torch.empty(s, device="meta") for s in ((65536, 4, 1, 2), (65536, 1, 2), (65536, 1, 2, 4), (4,))]
     x = torch.empty(1, 1, 4, device="meta")
-    assert "65536 images" in gpu_backend.why_not("decoder_layer", (x, *folded))
+    assert "65536 images" in gpu_backend.why_not(describe("decoder_layer", (x, *folded)))
     fewer = [t[:65535] for t in folded[:3]]
-    assert gpu_backend.why_not("decoder_layer", (x, *fewer, folded[3])) is None
+    assert gpu_backend.why_not(describe("decoder_layer", (x, *fewer, folded[3]))) is None
     rows = torch.empty(65536, 1, 4, device="meta")
-    assert "65536 images" in gpu_backend.why_not("token_attention", (rows, rows))
+    assert "65536 images" in gpu_backend.why_not(describe("token_attention", (rows, rows)))
     q = torch.empty(1, 65536, 1, 4, device="meta")
-    assert "65536 heads" in gpu_backend.why_not("cross_attention", (q, q, q))
+    assert "65536 heads" in gpu_backend.why_not(describe("cross_attention", (q, q, q)))
 
 
 def test_rows_far_apart_are_copied_before_offsets_wrap():
@@ -270,8 +272,8 @@ def test_short_tiles_of_many_slots_give_the_right_numbers():
     ff = [torch.randn(*s, generator=gen) * 0.3 for s in ((20,), (20,), (24, 20), (24,), (20, 24), (20,))]
     from fastslots.kernels.gpu.decoder_layer import decoder_layer_fwd
 
-    got = decoder_layer_fwd(x, G, g, U, b, *ff)
-    want = reference.decoder_layer(x, reference.FoldedProjections(G, g, U, b), reference.FeedForward(*ff), None)
+    got = decoder_layer_fwd(x, FoldedProjections(G, g, U, b), FeedForward(*ff))
+    want = reference.decoder_layer(x, FoldedProjections(G, g, U, b), FeedForward(*ff), None)
     for a, r in zip(got, want, strict=True):
         torch.testing.assert_close(a, r, atol=2e-5, rtol=2e-5)
 

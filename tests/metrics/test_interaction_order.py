@@ -13,6 +13,7 @@ from fastslots.models import SlotVAEConfig
 from fastslots.models.broadcast import BroadcastDecoder
 from fastslots.models.decoder import Decoder
 from fastslots.ops.second_order import second_order
+from fastslots.records import FoldedDecoder
 
 
 def tiny(cls=Decoder, **overrides):
@@ -55,7 +56,7 @@ def by_parts(decoder: Decoder, slots):
     """The decoder through its plain definition, which can be differentiated twice in reverse."""
     from fastslots.ops import reference
 
-    return reference.decode(decoder.queries(), decoder.layers(slots), decoder.head())[0]
+    return reference.decode(FoldedDecoder(decoder.queries(), decoder.layers(slots), decoder.head()))[0]
 
 
 @pytest.mark.parametrize("cls", [Decoder, BroadcastDecoder])

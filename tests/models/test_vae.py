@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastslots.interop import to_official
+from fastslots.metrics import slot_jacobian
 from fastslots.models import SlotVAE, SlotVAEConfig
 
 
@@ -56,3 +57,19 @@ def test_no_images_no_loss(model):
 def test_only_the_published_layout_has_official_names(model):
     with pytest.raises(ValueError, match="encoder_width"):
         to_official(model)
+
+
+def test_a_deep_decoder_trains_where_the_kernels_hold_fewer_layers():
+    """The limit is a backend's, not the model's: the reference takes what the C++ kernels refuse."""
+    torch.manual_seed(0)
+    config = SlotVAEConfig.preset("sprites-mini", resolution=8, cnn_stride=2, encoder_layers=1, decoder_layers=17)
+    model = SlotVAE(config)
+    slots, images = torch.randn(1, config.num_slots, config.slot_dim), torch.rand(1, 3, 8, 8)
+    gradients = {}
+    for backend in ("auto", "reference"):
+        total = model.decoder.loss(slots, images, 1.0, 0.1, backend=backend).total
+        gradients[backend] = torch.autograd.grad(total, model.decoder.norm.weight)[0]
+    assert torch.equal(gradients["auto"], gradients["reference"])
+    with pytest.raises(ValueError, match=r"cannot serve decoder_loss: (17 layers|not installed)"):
+        model.decoder.loss(slots, images, 1.0, 0.1, backend="cpu")
+    assert torch.isfinite(slot_jacobian(model.decoder, slots)).all()

@@ -17,13 +17,14 @@ import pytest
 import torch
 
 from fastslots import ops
-from fastslots.ops import decoder_loss as tiled
 from fastslots.ops import reference
-from fastslots.ops.reference import FeedForward, FoldedProjections, OutputHead
+from fastslots.ops.decoder_loss import reference_decoder_loss
+from fastslots.records import FeedForward, FoldedDecoder, FoldedLayer, FoldedProjections, LossInputs, OutputHead
 from fastslots.testing import SHAPES, assert_close, errors, random_layer, random_qkv
 
 cpu_backend = pytest.importorskip("fastslots.kernels.cpu_backend", reason="this installation has no C++ module")
-_cpu = cpu_backend._cpu
+_cpu = pytest.importorskip("fastslots._cpu")
+unit_rows = pytest.importorskip("fastslots.kernels.cpu_calls").unit_rows
 
 FLOOR = {torch.float32: 1e-5, torch.float64: 1e-13}
 SETS = [*((isa, torch.float32) for isa in cpu_backend.ISAS), ("portable", torch.float64)]
@@ -121,7 +122,7 @@ def test_heads_split_from_a_projection_are_not_copied():
         return ops.cross_attention(*(t.transpose(1, 2) for t in (q, k, v)), backend=backend)
 
     compare(call, [q, k, v])
-    assert cpu_backend._rows(q.transpose(1, 2), q.dtype).data_ptr() == q.data_ptr()
+    assert unit_rows(q.transpose(1, 2), q.dtype).data_ptr() == q.data_ptr()
     strided = [torch.randn(2, 3, 5, n, dtype=torch.float64) for n in (9, 4, 4)]  # the last axis strided: copied
     compare(lambda b, q, k, v: ops.cross_attention(q.mT, k.mT, v.mT, backend=b), strided)
 
@@ -162,10 +163,8 @@ def loss_inputs(shape, layers=2, head=(20, 3), shared=True, weighted=False, mask
     widths = [shape.D, *head]
     weights = [draw(o, i, scale=i**-0.5) for i, o in pairwise(widths)]
     head_arrays = OutputHead(1 + draw(shape.D, scale=0.2), draw(shape.D), weights, [draw(o) for o in head])
-    return tiled.LossInputs(
-        stack[0][0],
-        [(folded, ff) for _, folded, ff in stack],
-        head_arrays,
+    return LossInputs(
+        FoldedDecoder(stack[0][0], [FoldedLayer(folded, ff) for _, folded, ff in stack], head_arrays),
         draw(shape.B, shape.L, head[-1]),
         0.5 + torch.rand(shape.B, shape.L, generator=g, dtype=torch.float64) if weighted else None,
         mask_for(shape, masked),
@@ -176,13 +175,13 @@ def loss_inputs(shape, layers=2, head=(20, 3), shared=True, weighted=False, mask
 
 def in_dtype(inputs, dtype):
     weight = None if inputs.pixel_weight is None else inputs.pixel_weight.to(dtype)
-    cast_inputs = inputs.with_tensors([t.to(dtype) for t in inputs.differentiable()])
+    cast_inputs = inputs.with_tensors({name: t.to(dtype) for name, t in inputs.tensors().items()})
     return replace(cast_inputs, target=inputs.target.to(dtype), pixel_weight=weight)
 
 
 def loss_and_gradients(inputs):
-    recon, interaction, grads = cpu_backend.decoder_loss(inputs, [True] * len(inputs.differentiable()))
-    return [recon, interaction, *grads]
+    recon, interaction, grads = cpu_backend.decoder_loss(inputs, list(inputs.tensors()))
+    return [recon, interaction, *grads.values()]
 
 
 @pytest.mark.parametrize(
@@ -197,12 +196,12 @@ def loss_and_gradients(inputs):
 )
 def test_decoder_loss(name, options):
     inputs = loss_inputs(SHAPES[name], **options)
-    need = [True] * len(inputs.differentiable())
+    need = list(inputs.tensors())
 
     def run(backend, inputs):
-        loss = tiled.reference_decoder_loss if backend == "reference" else cpu_backend.decoder_loss
+        loss = reference_decoder_loss if backend == "reference" else cpu_backend.decoder_loss
         recon, interaction, grads = loss(inputs, need, 3.0)
-        return [recon, interaction, *grads]
+        return [recon, interaction, *(grads[name] for name in need)]
 
     compare_sets(run, in_dtype, inputs)
 
@@ -220,39 +219,39 @@ def test_gradients_of_the_double_build_are_the_slopes_of_its_values():
     assert torch.autograd.gradcheck(layer, weights, fast_mode=True)
 
     inputs = loss_inputs(shape, layers=1, head=(4, 2), weighted=True)  # hands its gradients out once: not for gradcheck
-    flat = inputs.differentiable()
-    grads = cpu_backend.decoder_loss(inputs, [True] * len(flat))[2]
+    tensors = inputs.tensors()
+    grads = cpu_backend.decoder_loss(inputs, list(tensors)).grads
 
     def total(tensors):
-        recon, interaction, _ = cpu_backend.decoder_loss(inputs.with_tensors(tensors), [False] * len(flat))
+        recon, interaction, _ = cpu_backend.decoder_loss(inputs.with_tensors(tensors), [])
         return inputs.recon_weight * recon + inputs.interaction_weight * interaction
 
-    for i, grad in enumerate(grads):
+    assert list(grads) == list(tensors)
+    for i, (name, grad) in enumerate(grads.items()):
         step = 1e-6 * torch.randn(grad.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
-        up, down = ([t + sign * step if j == i else t for j, t in enumerate(flat)] for sign in (1, -1))
+        up, down = (tensors | {name: tensors[name] + sign * step} for sign in (1, -1))
         torch.testing.assert_close((total(up) - total(down)) / 2, (grad * step).sum(), rtol=1e-5, atol=1e-13)
 
 
 def test_only_the_gradients_asked_for():
     inputs = in_dtype(loss_inputs(SHAPES["sprites-mini"]), torch.float32)
-    count = len(inputs.differentiable())
-    recon, interaction, every = cpu_backend.decoder_loss(inputs, [True] * count)
-    for wanted in range(count):
-        need = [i == wanted for i in range(count)]
-        *_, grads = cpu_backend.decoder_loss(inputs, need)
-        assert [g is not None for g in grads] == need and torch.equal(grads[wanted], every[wanted])
-    forward = cpu_backend.decoder_loss(inputs, [False] * count)
-    assert forward[2] == [None] * count and (forward[0], forward[1]) == (recon, interaction)
+    recon, interaction, every = cpu_backend.decoder_loss(inputs, list(inputs.tensors()))
+    for name, expected in every.items():
+        *_, grads = cpu_backend.decoder_loss(inputs, [name])
+        assert list(grads) == [name] and torch.equal(grads[name], expected)
+    assert cpu_backend.decoder_loss(inputs, []) == (recon, interaction, {})
 
 
-@pytest.mark.parametrize("place", [0, 1, 3, 5, 8, -1])
-def test_nan_comes_through(place):
+@pytest.mark.parametrize(
+    "name", ["queries", "layers.0.G", "layers.0.U", "layers.0.norm_weight", "layers.0.b1", "head.biases.1"]
+)
+def test_nan_comes_through(name):
     for isa in cpu_backend.ISAS:
         cpu_backend.set_isa(isa)
         inputs = in_dtype(loss_inputs(SHAPES["one-slot"]), torch.float32)
-        flat = [t.clone() for t in inputs.differentiable()]
-        flat[place].view(-1)[-1] = float("nan")
-        assert cpu_backend.decoder_loss(inputs.with_tensors(flat), [True] * len(flat))[0].isnan()
+        tensors = {name: t.clone() for name, t in inputs.tensors().items()}
+        tensors[name].view(-1)[-1] = float("nan")
+        assert cpu_backend.decoder_loss(inputs.with_tensors(tensors), list(tensors)).recon.isnan()
 
 
 # ---- threads, bits, memory -------------------------------------------------------------------------------------------
@@ -314,7 +313,7 @@ inputs = in_dtype(loss_inputs(SHAPES["clevr6"]._replace(L=int(sys.argv[2]))), to
 torch.set_num_threads(1)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
-cpu_backend.decoder_loss(inputs, [True] * len(inputs.differentiable()))
+cpu_backend.decoder_loss(inputs, list(inputs.tensors()))
 print(peak() - before)
 """
     few, many = peaks(program, 1024, 8192)
@@ -352,10 +351,13 @@ print(peak() - before)
 def test_arrays_are_never_converted():
     x, folded, _ = random_layer(SHAPES["one-slot"], torch.float32)
     B, L, D = x.shape
+    named = folded._asdict()
     good = [torch.empty(B, L, D), torch.empty(B, L, 1)]
 
-    def call(x=x, weights=folded, outputs=good):
-        _cpu.layer_float32(cpu_backend.isa(), x, list(weights), outputs, None, None, None, 0.0, 1)
+    def call(x=x, weights=named, outputs=good, isa="portable"):
+        y, slot_map = outputs
+        rest = dict(slot_mask=None, eps=0.0, isa=isa, threads=1)
+        _cpu.layer_fwd_float32(x=x, weights=weights, y=y, slot_map=slot_map, **rest)
 
     call()
     with pytest.raises(TypeError, match="y must be a C-contiguous float32 array"):
@@ -366,10 +368,12 @@ def test_arrays_are_never_converted():
         call(x=x.double())
     with pytest.raises(ValueError, match=r"slot_map has shape \[2, 9, 2\], expected \[2, 9, 1\]"):
         call(outputs=[good[0], torch.empty(B, L, 2)])
-    with pytest.raises(ValueError, match="G, g, U, b or a layer's ten arrays"):
-        call(weights=folded[:3])
+    with pytest.raises(ValueError, match="no array is named b"):
+        call(weights={name: getattr(folded, name) for name in "GgU"})
     with pytest.raises(ValueError, match="unknown instruction set"):
-        _cpu.layer_float32("sse9", x, list(folded), good, None, None, None, 0.0, 1)
+        call(isa="sse9")
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        _cpu.layer_fwd_float32(x, folded._asdict(), None, 0.0, *good, cpu_backend.isa(), 1)
 
 
 def test_what_the_kernels_refuse_is_said():
@@ -392,7 +396,7 @@ def test_opcheck_and_transforms():
     torch.library.opcheck(torch.ops.fastslots.cross_attention.default, (q, k, v, 0.5, None, "cpu"))
     x, folded, ff = random_layer(shape, torch.float32)
     weights = [t.requires_grad_() for t in (x, *folded)]
-    torch.library.opcheck(torch.ops.fastslots.folded_cross_attention.default, (*weights, None, "cpu"))
+    torch.library.opcheck(torch.ops.fastslots.folded_cross_attention.default, (weights[0], weights[1:], None, "cpu"))
     arguments = (x, list(folded), list(ff), None, 1e-5, "cpu")
     torch.library.opcheck(torch.ops.fastslots.decoder_layer.default, arguments)
     # Forward mode goes to the reference, which has a rule; naming the kernels outright is refused, not silently zero.
@@ -404,11 +408,12 @@ def test_opcheck_and_transforms():
 
 def test_the_reference_agrees_through_the_whole_public_loss():
     inputs = in_dtype(loss_inputs(SHAPES["sprites"]), torch.float32)
-    flat = [t.detach().requires_grad_() for t in inputs.differentiable()]
-    auto = tiled.decoder_loss(inputs.with_tensors(flat))
-    plain = tiled.decoder_loss(inputs.with_tensors(flat), backend="reference")
+    tensors = {name: t.detach().requires_grad_() for name, t in inputs.tensors().items()}
+    flat = list(tensors.values())
+    auto = ops.decoder_loss(inputs.with_tensors(tensors))
+    plain = ops.decoder_loss(inputs.with_tensors(tensors), backend="reference")
     torch.testing.assert_close(auto.total, plain.total, rtol=1e-5, atol=1e-5)
     for a, b in zip(torch.autograd.grad(auto.total, flat), torch.autograd.grad(plain.total, flat), strict=True):
         assert_close(a, b, 1e-4)
-    slot_map = reference.decode(inputs.queries, inputs.layers, inputs.head)[1]
+    slot_map = reference.decode(inputs.decoder)[1]
     torch.testing.assert_close(auto.interaction, reference.interaction_penalty(slot_map), rtol=1e-5, atol=1e-6)

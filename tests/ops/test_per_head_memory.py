@@ -18,14 +18,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastslots.kernels.gpu import decoder_loss, launch
-from fastslots.ops import decoder_loss as tiled
-from fastslots.ops.reference import FeedForward, FoldedProjections, OutputHead
+from fastslots.records import FeedForward, FoldedDecoder, FoldedLayer, FoldedProjections, LossInputs, OutputHead
 
 PROGRAM = """
 import json, sys, torch
 from fastslots import ops
-from fastslots.ops import decoder_loss as tiled
-from fastslots.ops.reference import FeedForward, FoldedProjections, OutputHead
+from fastslots.records import FeedForward, FoldedDecoder, FoldedLayer, FoldedProjections, LossInputs, OutputHead
 
 backend = sys.argv[1]
 B, H, K, d, D, F, M, S = 1, 8, 32, 2, 8, 8, 128, 4
@@ -58,10 +56,11 @@ def calls(L):
     x, folded = leaf(B, L, D), FoldedProjections(leaf(B, D, H, K), leaf(B, H, K), leaf(B, H, K, D), leaf(D))
     ff = FeedForward(leaf(D), leaf(D), leaf(F, D), leaf(F), leaf(D, F), leaf(D))
     head = OutputHead(leaf(D), leaf(D), [leaf(3, D)], [leaf(3)])
-    loss = tiled.LossInputs(x, [(folded, ff)] * 2, head, torch.zeros(B, L, 3), None, None, 1.0, 1.0)
+    decoder = FoldedDecoder(x, [FoldedLayer(folded, ff)] * 2, head)
+    loss = LossInputs(decoder, torch.zeros(B, L, 3), None, None, 1.0, 1.0)
     rows, tokens = leaf(B, M, S), leaf(B, L, S)
     return {  # those that need least come first: what they free may be given out again unseen
-        "decoder_loss": lambda: both_ways(tiled.decoder_loss(loss, backend=backend).total),
+        "decoder_loss": lambda: both_ways(ops.decoder_loss(loss, backend=backend).total),
         "token_attention": lambda: both_ways(ops.token_attention(rows, tokens, backend)),
         "decoder_layer": lambda: both_ways(*ops.decoder_layer(x, folded, ff, backend)),
         "folded_cross_attention": lambda: both_ways(*ops.folded_cross_attention(x, folded, backend)),
@@ -114,9 +113,10 @@ def test_triton_loss_makes_none(shared, weighted):
     head = OutputHead(make(D), make(D), [make(D, D), make(3, D)], [make(D), make(3)])
     weight = make(B, L) if weighted else None
     x = make(1 if shared else B, L, D)
-    inputs = tiled.LossInputs(x, [(folded, ff)] * 2, head, make(B, L, 3), weight, make(B, K) > 0, 1.0, 1.0)
+    decoder = FoldedDecoder(x, [FoldedLayer(folded, ff)] * 2, head)
+    inputs = LossInputs(decoder, make(B, L, 3), weight, make(B, K) > 0, 1.0, 1.0)
     with launch.record("sm_90") as launches, Largest() as seen:
-        decoder_loss._run(inputs, [True] * len(inputs.differentiable()), 1.0, B * L, torch.float32)
+        decoder_loss._run(inputs, list(inputs.tensors()), 1.0, decoder_loss.Tiling(B * L, torch.float32))
     assert len(launches) == 2 * 6
     assert B * L * D <= seen.elements < B * H * L * K / 2
 

@@ -9,8 +9,8 @@ import torch
 
 from fastslots.models import SlotVAE, SlotVAEConfig
 from fastslots.ops import interaction_penalty
-from fastslots.ops.decoder_loss import LossInputs, _loss, decoder_loss, reference_decoder_loss
-from fastslots.ops.reference import QueryMlp
+from fastslots.ops.decoder_loss import _loss, decoder_loss, reference_decoder_loss
+from fastslots.records import FoldedDecoder, LossInputs, QueryMlp
 from fastslots.testing import assert_close
 
 
@@ -24,7 +24,7 @@ def inputs_of(model: SlotVAE, slots, images, **overrides) -> LossInputs:
     decoder = model.decoder
     target = images.flatten(2).transpose(1, 2)
     values = dict(pixel_weight=None, slot_mask=None, recon_weight=0.7, interaction_weight=1.3) | overrides
-    return LossInputs(decoder.queries(), decoder.layers(slots), decoder.head(), target, **values)
+    return LossInputs(FoldedDecoder(decoder.queries(), decoder.layers(slots), decoder.head()), target, **values)
 
 
 @pytest.fixture
@@ -40,13 +40,13 @@ def test_tiles_add_up(setup, rows, weighted):
     model, slots, images = setup
     weight = torch.rand(2, 144, dtype=torch.float64) if weighted else None
     inputs = inputs_of(model, slots, images, pixel_weight=weight)
-    flat = inputs.differentiable()
-    recon, pairs, grads = reference_decoder_loss(inputs, [True] * len(flat), rows=rows)
+    tensors = inputs.tensors()
+    recon, pairs, grads = reference_decoder_loss(inputs, list(tensors), rows=rows)
     expected = _loss(inputs)
     torch.testing.assert_close((recon, pairs), tuple(t.detach() for t in expected))
-    expected_grads = torch.autograd.grad(0.7 * expected[0] + 1.3 * expected[1], flat)
-    for a, b in zip(grads, expected_grads, strict=True):
-        assert_close(a, b, 1e-10)
+    expected_grads = torch.autograd.grad(0.7 * expected[0] + 1.3 * expected[1], list(tensors.values()))
+    for name, expected_grad in zip(tensors, expected_grads, strict=True):
+        assert_close(grads[name], expected_grad, 1e-10, name)
 
 
 def test_gradients_through_the_model(setup):
@@ -75,7 +75,7 @@ def test_queries_made_in_the_tile_are_the_same_queries(backend, images):
     given = inputs_of(model, slots, pictures, pixel_weight=weight)
     maps = [m for m in model.decoder.query_mlp if isinstance(m, torch.nn.Linear)]
     mlp = QueryMlp(model.decoder.position_code, [m.weight for m in maps], [m.bias for m in maps])
-    made = replace(given, queries=mlp)
+    made = replace(given, decoder=given.decoder._replace(queries=mlp))
     parameters = [slots, *model.decoder.parameters()]
     terms = [decoder_loss(inputs, 1.0, backend) for inputs in (made, given)]
     torch.testing.assert_close(terms[0].recon, terms[1].recon)
@@ -85,7 +85,8 @@ def test_queries_made_in_the_tile_are_the_same_queries(backend, images):
         assert_close(a, b, 1e-12)
     for p in model.decoder.query_mlp.parameters():  # not asked for: none is made, the others stay
         p.requires_grad_(False)
-    frozen = decoder_loss(replace(made, layers=model.decoder.layers(slots)), 1.0, backend)
+    folded_again = made.decoder._replace(layers=model.decoder.layers(slots))
+    frozen = decoder_loss(replace(made, decoder=folded_again), 1.0, backend)
     assert_close(torch.autograd.grad(frozen.total, slots)[0], own[0], 1e-12)
     with torch.no_grad():
         torch.testing.assert_close(decoder_loss(made, 1.0, backend).recon, terms[0].recon)
@@ -113,10 +114,8 @@ def test_pixels_of_each_image_have_their_queries():
 def test_what_needs_no_gradient_costs_none(setup):
     model, slots, images = setup
     inputs = inputs_of(model, slots.detach(), images)
-    need = [False] * len(inputs.differentiable())
-    need[-1] = True
-    _, _, grads = reference_decoder_loss(inputs, need)
-    assert [g is not None for g in grads] == need
+    last = list(inputs.tensors())[-1]
+    assert list(reference_decoder_loss(inputs, [last]).grads) == [last]
     with torch.no_grad():
         assert not model.decoder.loss(slots, images, 1.0, 1.0).total.requires_grad
 

@@ -21,8 +21,8 @@ from fastslots.kernels.gpu import launch
 from fastslots.kernels.gpu._tiles import INTERPRETED
 from fastslots.kernels.gpu.decoder_loss import decoder_loss
 from fastslots.kernels.tools import compile
-from fastslots.ops import decoder_loss as tiled
-from fastslots.ops.reference import FeedForward, FoldedProjections, OutputHead
+from fastslots.ops.decoder_loss import reference_decoder_loss
+from fastslots.records import FeedForward, FoldedDecoder, FoldedLayer, FoldedProjections, LossInputs, OutputHead
 from fastslots.testing import Shape, random_layer, random_qkv
 
 SHAPE = Shape(B=2, H=3, L=5, K=4, d=5, D=20, F=24)  # D and F fill no block: padded weights, and gradients cut out
@@ -48,8 +48,8 @@ def operators() -> dict[str, tuple]:
     return {
         "cross_attention": (leaf(q), leaf(k), leaf(v), 0.5, None, "triton"),
         "cross_attention_backward": (torch.randn_like(q), dmap, q, k, v, 0.5, None, "triton"),
-        "folded_cross_attention": (leaf(x), *layer[0], None, "triton"),
-        "folded_cross_attention_backward": (dy, dmap, x, *folded[:3], None, "triton"),
+        "folded_cross_attention": (leaf(x), layer[0], None, "triton"),
+        "folded_cross_attention_backward": (dy, dmap, x, list(folded), None, "triton"),
         "decoder_layer": (leaf(x), *layer, None, 1e-5, "triton"),
         "decoder_layer_backward": (dy, dmap, x, list(folded), list(ff), None, 1e-5, "triton"),
         "token_attention": (leaf(rows), leaf(tokens), "triton"),
@@ -109,58 +109,64 @@ def test_two_runs_are_bit_equal(name):
             assert torch.equal(a, b)
 
 
-def loss_inputs(batch: int = 2, pixels: int = 5) -> tiled.LossInputs:
+def loss_inputs(batch: int = 2, pixels: int = 5) -> LossInputs:
     gen = torch.Generator().manual_seed(0)
     x, folded, ff = random_layer(SHAPE._replace(B=batch, L=pixels), torch.float32)
     weights = [torch.randn(20, 20, generator=gen) * 0.2, torch.randn(3, 20, generator=gen)]
     head = OutputHead(torch.ones(20), torch.zeros(20), weights, [torch.zeros(20), torch.zeros(3)])
-    return tiled.LossInputs(
-        x, [(folded, ff)] * 2, head, torch.rand(batch, pixels, 3, generator=gen), None, None, 1.0, 0.5
-    )
+    decoder = FoldedDecoder(x, [FoldedLayer(folded, ff)] * 2, head)
+    return LossInputs(decoder, torch.rand(batch, pixels, 3, generator=gen), None, None, 1.0, 0.5)
 
 
 @pytest.mark.parametrize("batch, pixels", [(0, 8), (2, 0)], ids=["no-images", "no-pixels"])
 def test_an_empty_loss_is_zero(batch, pixels):
     inputs = loss_inputs(batch, pixels)
-    need = [True] * len(inputs.differentiable())
-    got, want = decoder_loss(inputs, need), tiled.reference_decoder_loss(inputs, need)
-    assert got[0] == want[0] == 0 and got[1] == want[1] == 0
-    for a, r in zip(got[2], want[2], strict=True):
-        assert a.shape == r.shape and not a.any()
+    need = list(inputs.tensors())
+    got, want = decoder_loss(inputs, need), reference_decoder_loss(inputs, need)
+    assert got.recon == want.recon == 0 and got.interaction == want.interaction == 0
+    for name in need:
+        assert got.grads[name].shape == want.grads[name].shape and not got.grads[name].any()
 
 
 @cache
 def every_gradient():
     inputs = loss_inputs()
-    return decoder_loss(inputs, [True] * len(inputs.differentiable()))[2]
+    return decoder_loss(inputs, list(inputs.tensors())).grads
 
 
-NAMES = ["queries", *(f"layer {i} {part}" for i in (0, 1) for part in ("folded", "feed-forward")), "head"]
-SIZES = (1, 4, 6, 4, 6, 6)
+def names(part):
+    """Those of a part of the decoder: "queries", "head", or a layer's "0 folded" or "1 ff"."""
+    layer, _, record = part.partition(" ")
+    if not record:
+        return [name for name in loss_inputs().tensors() if name.startswith(part)]
+    fields = {"folded": FoldedProjections, "ff": FeedForward}[record]._fields
+    return [f"layers.{layer}.{name}" for name in fields]
 
 
 @pytest.mark.parametrize(
     "wanted, launches",
     [
-        ((0, 0, 0, 0, 0, 1), {}),  # the head alone: no layer is gone back through
-        ((0, 0, 0, 0, 1, 0), {"dx": 2, "feed_forward_dw": 1}),
-        ((0, 1, 0, 1, 0, 0), {"dx": 4, "folded_attention_dw": 2}),  # a frozen decoder: the slots alone
-        ((1, 0, 0, 0, 0, 0), {"dx": 4}),
-        ((0, 0, 1, 0, 0, 1), {"dx": 4, "feed_forward_dw": 1}),
+        (["head"], {}),  # the head alone: no layer is gone back through
+        (["1 ff"], {"dx": 2, "feed_forward_dw": 1}),
+        (["0 folded", "1 folded"], {"dx": 4, "folded_attention_dw": 2}),  # a frozen decoder: the slots alone
+        (["queries"], {"dx": 4}),
+        (["0 ff", "head"], {"dx": 4, "feed_forward_dw": 1}),
     ],
-    ids=lambda value: "+".join(n for n, w in zip(NAMES, value, strict=True) if w) if isinstance(value, tuple) else "",
+    ids=lambda value: "+".join(value) if isinstance(value, list) else "",
 )
 def test_what_needs_no_gradient_costs_none(wanted, launches):
-    need = [bool(w) for w, size in zip(wanted, SIZES, strict=True) for _ in range(size)]
+    need = [name for part in wanted for name in names(part)]
     inputs = loss_inputs()
-    for got, want, n in zip(decoder_loss(inputs, need)[2], every_gradient(), need, strict=True):
-        assert torch.equal(got, want) if n else got is None
-    meta = inputs.with_tensors([t.to("meta") for t in inputs.differentiable()])
+    got = decoder_loss(inputs, need).grads
+    assert set(got) == set(need)
+    for name, grad in got.items():
+        assert torch.equal(grad, every_gradient()[name])
+    meta = inputs.with_tensors({name: t.to("meta") for name, t in inputs.tensors().items()})
     meta = replace(meta, target=inputs.target.to("meta"))
     with launch.record("sm_90") as found:
-        loss_module._run(meta, need, 1.0, 4096, torch.float32)
-    names = [item.name for item in found if not item.name.endswith("_fwd")]
-    assert Counter("dx" if name.endswith("_dx") else name for name in names) == launches
+        loss_module._run(meta, need, 1.0, loss_module.Tiling(4096, torch.float32))
+    backwards = [item.name for item in found if not item.name.endswith("_fwd")]
+    assert Counter("dx" if name.endswith("_dx") else name for name in backwards) == launches
 
 
 class Names(TorchDispatchMode):
@@ -189,14 +195,14 @@ def deterministic():
 
 def test_deterministic_algorithms_can_be_asked_for(deterministic):
     inputs = loss_inputs()
-    with Names() as names:
-        decoder_loss(inputs, [True] * len(inputs.differentiable()))
-    assert "native_layer_norm_backward" in names.seen and not names.seen & REFUSED
+    with Names() as found:
+        decoder_loss(inputs, list(inputs.tensors()))
+    assert "native_layer_norm_backward" in found.seen and not found.seen & REFUSED
     w = torch.rand(2, 5, 4, dtype=torch.float64, requires_grad=True)
-    with Names() as names:
+    with Names() as found:
         penalty = ops.interaction_penalty(w)
         penalty.backward()
-    assert names.seen and not names.seen & REFUSED
+    assert found.seen and not found.seen & REFUSED
     torch.use_deterministic_algorithms(False)
     torch.testing.assert_close(penalty, ops.interaction_penalty(w))
     torch.testing.assert_close(w.grad, (w.sum(-1, keepdim=True) - w).detach() / 10)
@@ -219,7 +225,7 @@ def test_weights_of_another_dtype_than_the_rows():
     assert y.dtype == torch.bfloat16  # the reference takes what the kernels take
     torch.testing.assert_close(y.double(), got["triton"][0].double(), atol=0.05, rtol=0.02)
     with launch.record("sm_90") as launches:
-        gpu_backend.decoder_layer_fwd(x.bfloat16(), *folded, *(t.double() for t in ff))
+        gpu_backend.decoder_layer_fwd(x.bfloat16(), folded, FeedForward(*(t.double() for t in ff)))
     for item in launches:
         compile.source(item)  # every pointer is of a type that kernels take
         assert item.args["bias_ptr"].dtype == item.args["b2_ptr"].dtype == torch.float32
@@ -231,13 +237,13 @@ def test_autocast_reaches_the_kernels():
     q, k, v = random_qkv(SHAPE, torch.float32)
     seen = {}
     for backend in ("triton", "reference"):
-        with torch.autocast("cpu", torch.bfloat16), Names() as names:
+        with torch.autocast("cpu", torch.bfloat16), Names() as found:
             out = ops.cross_attention(q, k, v, backend=backend)
             y = ops.folded_cross_attention(leaf(x), folded, backend)
             layer = ops.decoder_layer(leaf(x), folded, ff, backend)
         assert y[0].dtype == layer[0].dtype == x.dtype
         seen[backend] = (*out, *y, *layer)
-        assert backend == "reference" or {"fastslots::cross_attention", "_to_copy"} <= names.seen
+        assert backend == "reference" or {"fastslots::cross_attention", "_to_copy"} <= found.seen
     for a, r in zip(seen["triton"], seen["reference"], strict=True):
         assert a.dtype == r.dtype
         torch.testing.assert_close(a, r, atol=0.1, rtol=0.05)

@@ -22,11 +22,11 @@ from fastslots.kernels.gpu._tiles import INTERPRETED
 from fastslots.kernels.gpu.cross_attention import cross_attention_bwd, cross_attention_fwd
 from fastslots.kernels.gpu.decoder_layer import decoder_layer_bwd, decoder_layer_fwd
 from fastslots.kernels.gpu.decoder_loss import decoder_loss
-from fastslots.kernels.gpu.folded_cross_attention import folded_attention_bwd, folded_attention_fwd
+from fastslots.kernels.gpu.folded_cross_attention import folded_cross_attention_bwd, folded_cross_attention_fwd
 from fastslots.models import SlotVAE, SlotVAEConfig
-from fastslots.ops import decoder_loss as tiled
 from fastslots.ops import reference
-from fastslots.ops.reference import FeedForward, FoldedProjections, OutputHead
+from fastslots.ops.decoder_loss import reference_decoder_loss
+from fastslots.records import FeedForward, FoldedDecoder, FoldedLayer, FoldedProjections, LossInputs, OutputHead
 from fastslots.testing import Poison
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
@@ -62,6 +62,10 @@ def assert_close(got, expected, dtype: torch.dtype) -> None:
         assert worst < MAX_UNITS[dtype] and rms < RMS_UNITS[dtype], f"output {i}: max {worst:.1f} u, rms {rms:.2f} u"
 
 
+def flat(grads):
+    return [grads.x, *grads.folded, *grads.ff]
+
+
 def leaves(*tensors):
     return [t.detach().double().requires_grad_() for t in tensors]
 
@@ -74,9 +78,9 @@ def layer_inputs(shape, dtype, shared=False, masked=False):
         return torch.randn(*size, generator=gen)
 
     x = randn(1 if shared else B, L, D).to(dtype)
-    folded = (randn(B, D, H, K) * 2 * D**-0.5, randn(B, H, K), randn(B, H, K, D), randn(D))
+    folded = FoldedProjections(randn(B, D, H, K) * 2 * D**-0.5, randn(B, H, K), randn(B, H, K, D), randn(D))
     w1, w2 = randn(units, D) * D**-0.5, randn(D, units) * units**-0.5
-    ff = (randn(D).abs() + 0.5, randn(D), w1, randn(units), w2, randn(D))
+    ff = FeedForward(randn(D).abs() + 0.5, randn(D), w1, randn(units), w2, randn(D))
     mask = None
     if masked:
         mask = torch.rand(B, K, generator=gen) > 0.4
@@ -97,8 +101,8 @@ def test_decoder_layer_matches_reference(shape, dtype):
     interpreted()
     x, folded, ff, mask, dy, dmap = layer_inputs(shape, dtype, shared="one" not in str(shape) and shape[0] == 1)
     with Poison():
-        got = decoder_layer_fwd(x, *folded, *ff, mask)
-        grads = decoder_layer_bwd(dy, dmap, x, *folded, *ff, mask)
+        got = decoder_layer_fwd(x, folded, ff, mask)
+        grads = flat(decoder_layer_bwd(dy, dmap, x, folded, ff, mask))
     inputs = leaves(x, *folded, *ff)
     expected = reference.decoder_layer(inputs[0], FoldedProjections(*inputs[1:5]), FeedForward(*inputs[5:]), mask)
     expected_grads = torch.autograd.grad(expected, inputs, [dy.double(), dmap.double()])
@@ -113,14 +117,14 @@ def test_folded_attention_variants(norm, shared, masked):
     for dtype in (torch.float32, torch.bfloat16):
         x, folded, _, mask, dy, dmap = layer_inputs((3, 45, 180, 8, 12, 7), dtype, shared, masked)
         with Poison():
-            got = folded_attention_fwd(x, *folded, mask, norm)
-            grads = folded_attention_bwd(dy, dmap, x, *folded[:3], mask, norm)
+            got = folded_cross_attention_fwd(x, folded, mask, norm)
+            dx, dfolded = folded_cross_attention_bwd(dy, dmap, x, folded, mask, norm)
         inputs = leaves(x, *folded)
         normed = F.layer_norm(inputs[0], (180,)) if norm else inputs[0]
         y, slot_map = reference.folded_cross_attention(normed, FoldedProjections(*inputs[1:]), mask)
         y = y + inputs[0] if norm else y
         expected_grads = torch.autograd.grad([y, slot_map], inputs, [dy.double(), dmap.double()])
-        assert_close((*got, *grads), (y, slot_map, *expected_grads), dtype)
+        assert_close((*got, dx, *dfolded), (y, slot_map, *expected_grads), dtype)
         if masked:
             assert (got[1][~mask[:, None].expand_as(got[1])] == 0).all()
 
@@ -152,13 +156,13 @@ def test_cross_attention_matches_reference(shape, dtype):
 def test_weights_are_a_softmax_and_shift_invariant():
     interpreted()
     x, folded, *_ = layer_inputs((2, 40, 180, 8, 12, 7), torch.float32)
-    _, slot_map = folded_attention_fwd(x, *folded, None, norm=True)
+    _, slot_map = folded_cross_attention_fwd(x, folded, norm=True)
     assert (slot_map >= 0).all() and (slot_map.sum(-1) - 12).abs().max() < 1e-5
-    shifted = (folded[0], folded[1] + 1000.0, *folded[2:])
-    _, slot_map2 = folded_attention_fwd(x, *shifted, None, norm=True)
+    shifted = folded._replace(g=folded.g + 1000.0)
+    _, slot_map2 = folded_cross_attention_fwd(x, shifted, norm=True)
     torch.testing.assert_close(slot_map2, slot_map, atol=2e-3, rtol=0)  # 1000 + s rounds s to 3e-5
-    extreme = (folded[0] * 1e4, *folded[1:])
-    y3, slot_map3 = folded_attention_fwd(x, *extreme, None, norm=True)
+    extreme = folded._replace(G=folded.G * 1e4)
+    y3, slot_map3 = folded_cross_attention_fwd(x, extreme, norm=True)
     assert y3.isfinite().all() and slot_map3.isfinite().all()
 
 
@@ -167,7 +171,7 @@ def test_block_sizes_change_nothing_but_rounding(block_l, block_c):
     interpreted()
     x, folded, ff, mask, dy, dmap = layer_inputs((2, 130, 37, 50, 3, 5), torch.float32)
     with launch.override(launch.LaunchConfig(block_l, block_c, 4, 1, block_d=32)):
-        got = (*decoder_layer_fwd(x, *folded, *ff, mask), *decoder_layer_bwd(dy, dmap, x, *folded, *ff, mask))
+        got = (*decoder_layer_fwd(x, folded, ff, mask), *flat(decoder_layer_bwd(dy, dmap, x, folded, ff, mask)))
     inputs = leaves(x, *folded, *ff)
     expected = reference.decoder_layer(inputs[0], FoldedProjections(*inputs[1:5]), FeedForward(*inputs[5:]), mask)
     assert_close(got, (*expected, *torch.autograd.grad(expected, inputs, [dy.double(), dmap.double()])), torch.float32)
@@ -176,7 +180,7 @@ def test_block_sizes_change_nothing_but_rounding(block_l, block_c):
 def test_repeats_are_bit_equal():
     interpreted()
     x, folded, ff, mask, dy, dmap = layer_inputs((2, 130, 64, 64, 4, 7), torch.bfloat16)
-    first, second = (decoder_layer_bwd(dy, dmap, x, *folded, *ff, mask) for _ in range(2))
+    first, second = (flat(decoder_layer_bwd(dy, dmap, x, folded, ff, mask)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -184,9 +188,9 @@ def test_repeats_are_bit_equal():
 def test_empty_inputs(batch, pixels):
     interpreted()
     x, folded, ff, mask, dy, dmap = layer_inputs((batch, pixels, 20, 24, 3, 4), torch.float32)
-    y, slot_map = decoder_layer_fwd(x, *folded, *ff, mask)
+    y, slot_map = decoder_layer_fwd(x, folded, ff, mask)
     assert y.shape == (batch, pixels, 20) and slot_map.shape == (batch, pixels, 4)
-    grads = decoder_layer_bwd(dy, dmap, x, *folded, *ff, mask)
+    grads = flat(decoder_layer_bwd(dy, dmap, x, folded, ff, mask))
     assert all(g.isfinite().all() and g.abs().sum() == 0 for g in grads)
 
 
@@ -215,15 +219,15 @@ def test_no_path_allocates_a_per_head_tensor_over_all_pixels():
     q, dout = torch.empty(B, H, L, d, **meta), torch.empty(B, H, L, d, **meta)
     k, v = torch.empty(B, H, K, d, **meta), torch.empty(B, H, K, d, **meta)
     x, dy, dmap = torch.empty(B, L, D, **meta), torch.empty(B, L, D, **meta), torch.empty(B, L, K, **meta)
-    folded = [torch.empty(s, **meta) for s in ((B, D, H, K), (B, H, K), (B, H, K, D), (D,))]
-    ff = [torch.empty(s, **meta) for s in ((D,), (D,), (units, D), (units,), (D, units), (D,))]
+    folded = FoldedProjections(*(torch.empty(s, **meta) for s in ((B, D, H, K), (B, H, K), (B, H, K, D), (D,))))
+    ff = FeedForward(*(torch.empty(s, **meta) for s in ((D,), (D,), (units, D), (units,), (D, units), (D,))))
     calls = {
         "cross_attention_fwd": lambda: cross_attention_fwd(q, k, v, 1.0),
         "cross_attention_bwd": lambda: cross_attention_bwd(dout, dmap, q, k, v, 1.0),
-        "folded_attention_fwd": lambda: folded_attention_fwd(x, *folded, None, False),
-        "folded_attention_bwd": lambda: folded_attention_bwd(dy, dmap, x, *folded[:3], None, False),
-        "decoder_layer_fwd": lambda: decoder_layer_fwd(x, *folded, *ff),
-        "decoder_layer_bwd": lambda: decoder_layer_bwd(dy, dmap, x, *folded, *ff),
+        "folded_cross_attention_fwd": lambda: folded_cross_attention_fwd(x, folded),
+        "folded_cross_attention_bwd": lambda: folded_cross_attention_bwd(dy, dmap, x, folded),
+        "decoder_layer_fwd": lambda: decoder_layer_fwd(x, folded, ff),
+        "decoder_layer_bwd": lambda: decoder_layer_bwd(dy, dmap, x, folded, ff),
     }
     for name, call in calls.items():
         with launch.record("sm_90"), Allocations() as seen:
@@ -310,7 +314,7 @@ def test_tiled_decoder_loss_matches_the_untiled_one(rows, shared):
         return torch.randn(*size, generator=gen) * scale
 
     layers = [
-        (
+        FoldedLayer(
             FoldedProjections(randn(B, D, H, K, scale=0.4), randn(B, H, K), randn(B, H, K, D), randn(D)),
             FeedForward(1 + randn(D, scale=0.1), randn(D), randn(units, D, scale=0.2), randn(units),
                         randn(D, units, scale=0.2), randn(D)),
@@ -320,20 +324,21 @@ def test_tiled_decoder_loss_matches_the_untiled_one(rows, shared):
     head = OutputHead(1 + randn(D, scale=0.1), randn(D), [randn(D, D, scale=0.2), randn(3, D, scale=0.2)],
                       [randn(D), randn(3)])  # fmt: skip
     mask = torch.rand(B, K, generator=gen) > 0.3
-    inputs = tiled.LossInputs(
-        randn(1 if shared else B, L, D), layers, head, torch.rand(B, L, 3, generator=gen),
+    inputs = LossInputs(
+        FoldedDecoder(randn(1 if shared else B, L, D), layers, head), torch.rand(B, L, 3, generator=gen),
         torch.rand(B, L, generator=gen), mask, 1.5, torch.tensor(0.3),
     )  # fmt: skip
-    need = [True] * len(inputs.differentiable())
+    need = list(inputs.tensors())
     recon, interaction, grads = decoder_loss(inputs, need, grad_scale=8.0, rows=rows)
     wide = replace(
-        inputs.with_tensors([t.double() for t in inputs.differentiable()]),
+        inputs.with_tensors({name: t.double() for name, t in inputs.tensors().items()}),
         target=inputs.target.double(), pixel_weight=inputs.pixel_weight.double(),
     )  # fmt: skip
-    expected = tiled.reference_decoder_loss(wide, need, grad_scale=8.0)
-    assert_close((recon, interaction, *grads), (expected[0], expected[1], *expected[2]), torch.float32)
-    forward_only = decoder_loss(inputs, [False] * len(need), rows=rows)
-    assert forward_only[2] == [None] * len(need)
+    expected = reference_decoder_loss(wide, need, grad_scale=8.0)
+    expected_grads = [expected.grads[name] for name in need]
+    assert_close((recon, interaction, *grads.values()), (*expected[:2], *expected_grads), torch.float32)
+    forward_only = decoder_loss(inputs, [], rows=rows)
+    assert forward_only.grads == {}
     torch.testing.assert_close(forward_only[:2], (recon, interaction))
 
 
@@ -341,11 +346,11 @@ def test_decoder_loss_is_served_and_differentiates():
     interpreted()
     x, folded, ff, mask, _, _ = layer_inputs((2, 20, 20, 24, 3, 4), torch.float32)
     head = OutputHead(torch.ones(20), torch.zeros(20), [torch.full((3, 20), 0.1, requires_grad=True)], [torch.zeros(3)])
-    layers = [(FoldedProjections(*folded), FeedForward(*ff))]
-    inputs = tiled.LossInputs(x.requires_grad_(), layers, head, torch.zeros(2, 20, 3), None, mask, 1.0, 0.5)
+    decoder = FoldedDecoder(x.requires_grad_(), [FoldedLayer(folded, ff)], head)
+    inputs = LossInputs(decoder, torch.zeros(2, 20, 3), None, mask, 1.0, 0.5)
     grads = {}
     for backend in ("triton", "reference"):
-        terms = tiled.decoder_loss(inputs, backend=backend)
+        terms = ops.decoder_loss(inputs, backend=backend)
         grads[backend] = torch.autograd.grad(terms.total, (x, head.weights[0]))
     for a, r in zip(grads["triton"], grads["reference"], strict=True):
         torch.testing.assert_close(a, r, atol=2e-5, rtol=2e-5)

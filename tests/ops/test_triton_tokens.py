@@ -18,6 +18,7 @@ from fastslots.kernels import gpu_backend
 from fastslots.kernels.gpu import launch
 from fastslots.kernels.gpu._tiles import INTERPRETED
 from fastslots.kernels.gpu.token_attention import token_attention_bwd, token_attention_fwd
+from fastslots.records import describe
 from fastslots.testing import Poison
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
@@ -183,5 +184,5 @@ def test_public_op_serves_and_differentiates():
      (28, 128, torch.float64, "float64")],
 )  # fmt: skip
 def test_what_is_served(M, S, dtype, reason):
-    got = gpu_backend.why_not("token_attention", (torch.empty(1, M, S, dtype=dtype),) * 2)
+    got = gpu_backend.why_not(describe("token_attention", (torch.empty(1, M, S, dtype=dtype),) * 2))
     assert got is None if reason is None else reason in got
