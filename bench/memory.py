@@ -22,8 +22,6 @@ import torch
 
 from fastslots.bench.case import Options
 
-WARM_SIDE = {"jacobian": 16}
-"""Pixels a side of the call that brings code in; 48 elsewhere, enough for every path that the whole size takes."""
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -32,7 +30,7 @@ def measure(case: str, provider: str, options: Options) -> tuple[int | None, str
     if options.device == "cpu" and not CLEAR.exists():
         return None, "this system does not tell peak memory"
     spec = {"case": case, "provider": provider, "options": dataclasses.asdict(options)}
-    code = "import sys; from fastslots.bench import memory; memory.child(sys.argv[1])"
+    code = "import sys; from fastslots.bench import run; run.measure_memory(sys.argv[1])"
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     with tempfile.TemporaryDirectory() as folder:  # a checkout's folder would hide the installed package
         done = subprocess.run(
@@ -46,26 +44,7 @@ def measure(case: str, provider: str, options: Options) -> tuple[int | None, str
     return int(done.stdout.split()[-1]), ""
 
 
-def child(spec: str) -> None:
-    """The measuring process: prints bytes."""
-    from fastslots.bench.run import CASES
-
-    wanted = json.loads(spec)
-    options = Options(**wanted["options"])
-    torch.set_num_threads(options.threads)
-    side = min(WARM_SIDE.get(wanted["case"], 48), options.config().resolution)
-    small = dataclasses.replace(options, overrides={**options.overrides, "resolution": side})
-    warm = options if "compiled" in wanted["provider"] or "autotune" in wanted["provider"] else small
-    with options.math():
-        if warm is small:
-            CASES[wanted["case"]](warm).providers[wanted["provider"]].make()()
-        run = CASES[wanted["case"]](options).providers[wanted["provider"]].make()
-        if warm is options:
-            run()
-        print(_peak(run, options.device))
-
-
-def _peak(run, device: str) -> int:
+def peak(run, device: str) -> int:
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()

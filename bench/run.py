@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import statistics
 from collections.abc import Callable
 
@@ -23,6 +24,9 @@ CASES: dict[str, Callable[[Options], Case]] = {
     "jacobian": training.jacobian_case,
     "loader": loading.loader_case,
 }
+
+WARM_SIDE = {"jacobian": 16}
+"""Pixels a side of the call that brings code in; 48 elsewhere, enough for every path that the whole size takes."""
 
 Say = Callable[[str], None]
 
@@ -148,6 +152,23 @@ def memory_rows(options: Options, resolutions: tuple[int, ...], say: Say = lambd
                 say(f"  {resolution} {provider}: {(row.peak_bytes or 0) / 1e6:,.0f} MB {row.reason}")
         del case
     return rows
+
+
+def measure_memory(spec: str) -> None:
+    """In a process of its own, which ``memory.measure`` starts: prints the bytes that one call adds at its peak."""
+    wanted = json.loads(spec)
+    options = Options(**wanted["options"])
+    torch.set_num_threads(options.threads)
+    side = min(WARM_SIDE.get(wanted["case"], 48), options.config().resolution)
+    small = dataclasses.replace(options, overrides={**options.overrides, "resolution": side})
+    warm = options if "compiled" in wanted["provider"] or "autotune" in wanted["provider"] else small
+    with options.math():
+        if warm is small:
+            CASES[wanted["case"]](warm).providers[wanted["provider"]].make()()
+        run = CASES[wanted["case"]](options).providers[wanted["provider"]].make()
+        if warm is options:
+            run()
+        print(memory.peak(run, options.device))
 
 
 MEMORY_PROVIDERS = (

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastslots.data import open_dataset, to_float
-from fastslots.data.open import Progress
 from fastslots.data.packed.dataset import digest
 from fastslots.data.packed.features import Features, write_features
 from fastslots.models.vit import VisionTransformer, load_vit
+from fastslots.notices import Progress
 
 
 def make_features(

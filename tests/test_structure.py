@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import fastslots
 
 ROOT = Path(fastslots.__file__).parent
 ROOMS = """
-    errors threads files records
+    errors threads notices files records
     kernels
     ops nn
     config runs models interop
@@ -62,6 +63,41 @@ def test_imports_go_one_way():
         for path in files(room):
             wrong = imported_rooms(path) - allowed
             assert not wrong, f"{path} imports {sorted(wrong)}"
+
+
+def modules() -> dict[str, Path]:
+    """Name -> file of every module, kernels and bench among them wherever they lie."""
+    names = {}
+    for room in ORDER:
+        for path in files(room):
+            top = path.parent if path == ROOT / f"{room}.py" else next(p for p in path.parents if p.name == room).parent
+            parts = ("fastslots", *path.relative_to(top).with_suffix("").parts)
+            names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+def imported_modules(path: Path, known: dict[str, Path]) -> set[str]:
+    """Also those that a function imports when it is called, but not those that only a type checker reads."""
+    names, pending = set(), [ast.parse(path.read_text())]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module:
+            inner = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {inner[name] if inner[name] in known else node.module for name in inner}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        pending += ast.iter_child_nodes(node)
+    return names & known.keys()
+
+
+def test_no_two_modules_import_each_other():
+    known = modules()
+    assert "fastslots.train.loop" in known and "fastslots.kernels.cpu_backend" in known
+    assert "fastslots.models.vae" in imported_modules(known["fastslots.models"], known)
+    graph = {name: imported_modules(path, known) - {name} for name, path in known.items()}
+    graphlib.TopologicalSorter(graph).prepare()  # CycleError names a circle
 
 
 def test_every_room_is_in_the_table():

@@ -3,33 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import io
 import os
 import sys
 from collections.abc import Sequence
 
 from fastslots import threads
+from fastslots.cli.common import Parser
 from fastslots.errors import UserError, print_error
-
-
-class Parser(argparse.ArgumentParser):
-    """Errors in one line that names the flag and the nearest one that exists."""
-
-    def error(self, message: str):
-        raise UserError(message)
-
-    def parse_known_args(self, args=None, namespace=None):
-        namespace, unknown = super().parse_known_args(args, namespace)
-        if unknown and self.prog.count(" "):  # a subcommand: its own flags are the candidates
-            known = [option for action in self._actions for option in action.option_strings]
-            flag = unknown[0].split("=")[0]
-            near = difflib.get_close_matches(flag, known, 1)
-            hint = f": did you mean {near[0]}?" if near else f": see `{self.prog} --help`"
-            if flag.replace(".", "").isdigit():
-                hint = ": a list is given with commas, as in --output_hidden 64,64"
-            raise UserError(f"unknown argument {flag}{hint}")
-        return namespace, unknown
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -116,8 +116,8 @@ def _pack(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     from fastslots.data.builtin.generate import make, pack
-    from fastslots.data.open import Progress
     from fastslots.data.packed.dataset import PackedDataset
+    from fastslots.notices import Progress
 
     try:
         least, most = (int(part) for part in (args.objects or GENERATED[args.what][1]).split("-"))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastslots.cli.common import Parser
 from fastslots.cli.train import DEFAULT_PRESET, add_fields, preset_of
 from fastslots.config.presets import preset_names
 from fastslots.errors import UserError
@@ -64,8 +65,6 @@ def comma_list(field_type: str, convert: Callable[[str], Any]) -> Callable[[str]
 
 def cell_of(text: str) -> dict[str, Any]:
     """``field=value,field=value`` -> the values, converted; a part without "=" belongs to the value before it."""
-    from fastslots.cli import Parser
-
     parts: list[str] = []
     for part in text.split(","):
         if "=" in part or not parts:

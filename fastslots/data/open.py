@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -27,6 +25,7 @@ from fastslots.data.readers.npz import mask_file
 from fastslots.data.readers.scene import BadRecordError, Reader, Scene, default_size, preprocess
 from fastslots.data.storage.paths import stamp, visible
 from fastslots.errors import UserError
+from fastslots.notices import Progress, notice
 
 KNOWN = (
     "npz in the authors' layout, TFRecord of multi_object_datasets, CLEVR v1.0 folder, ClevrTex folder, "
@@ -76,7 +75,7 @@ def open_dataset(
         except UserError as error:
             if on_bad_record == "stop":
                 raise
-            print(f"left out: {error}", file=sys.stderr)
+            notice(f"left out: {error}")
             lost += 1
     return PackedShards(parts, str(path), lost)
 
@@ -88,7 +87,7 @@ def _open_one(path: Path, max_objects: int | None, size: int | None, on_bad_reco
     side = size or default_size(reader)
     folder = cache_folder(path, side, on_bad_record)
     if not is_packed(folder):
-        print(f"decoding {path} once into {folder}", file=sys.stderr)
+        notice(f"decoding {path} once into {folder}")
         _pack(reader, path, folder, side, None, None, on_bad_record)
     return PackedDataset(folder, max_objects, str(path))
 
@@ -166,7 +165,7 @@ def _pack(
             if isinstance(item, BadRecordError):
                 if on_bad_record == "stop":
                     raise item
-                print(f"left out: {item}", file=sys.stderr)
+                notice(f"left out: {item}")
             elif max_objects and _objects(item, path) > max_objects:
                 yield None
                 continue
@@ -263,28 +262,3 @@ def _stamp(path: Path) -> str:
     if path.is_dir():
         return stamp(visible(path), path)
     return stamp([p for p in (path, mask_file(path)) if p], path.parent)
-
-
-class Progress:
-    """A bar on a terminal; elsewhere a line every half minute. ``share``: scenes done -> 0 to 1."""
-
-    def __init__(self, share: Callable[[int], float]):
-        self._share, self._live = share, sys.stderr.isatty()
-        self._shown = time.monotonic()
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __call__(self, done: int) -> None:
-        now = time.monotonic()
-        if now - self._shown < (0.2 if self._live else 30):
-            return
-        self._shown = now
-        share = self._share(done)
-        text = f"[{'#' * int(30 * share):<30}] {share:4.0%}, {done:,} scenes"
-        end = "" if self._live else "\n"
-        print(f"{chr(13) if self._live else ''}{text}", end=end, file=sys.stderr, flush=True)
-
-    def __exit__(self, *_: object) -> None:
-        if self._live:
-            print(f"\r{'':60}\r", end="", file=sys.stderr, flush=True)

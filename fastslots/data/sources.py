@@ -129,7 +129,7 @@ def _sprites(config: TrainConfig, seed: int, count: int, avoid: Holdout | None =
 def _made_once(config: TrainConfig) -> str:
     """The folder in the cache of built-in scenes that cost more than a step each."""
     from fastslots.data.builtin.generate import CACHED, cached
-    from fastslots.data.open import Progress
+    from fastslots.notices import Progress
 
     with Progress(lambda done: done / CACHED) as progress:
         return str(cached(config.data, 0, config.resolution, SCENE_OBJECTS, progress))

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -28,6 +27,7 @@ from fastslots.data.packed.dataset import ARRAYS, PackedDataset, digest, parse_m
 from fastslots.data.packed.ranges import RangedArray, filesystem
 from fastslots.data.packed.urls import check_protocol, remember
 from fastslots.errors import UserError, first_line
+from fastslots.notices import notice
 
 MEND = "upload the packed folder again"
 MOST_META = 1 << 20  # bytes of a meta.json that are read
@@ -70,10 +70,9 @@ def openers(url: str, max_objects: int | None) -> list[Callable[[], PackedDatase
             whole.add(shard.folder)
     if len(whole) < len(shards):
         ranged = len(shards) - len(whole)
-        print(
+        notice(
             f"{url}: {total / 1e9:.3g} GB, the cache takes {limit / 1e9:.3g} GB (FASTSLOTS_CACHE_GB): images of "
-            f"{ranged} of {len(shards)} packed folders are read as they are drawn",
-            file=sys.stderr,
+            f"{ranged} of {len(shards)} packed folders are read as they are drawn"
         )
 
     own = {shard.folder for shard in shards}
@@ -153,7 +152,7 @@ def _download(shard: Shard, names: list[str], expected: str | None) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     if expected:
-        print(f"fetching {shard.url} once into {shard.folder} ({shard.bytes / 1e9:.3g} GB)", file=sys.stderr)
+        notice(f"fetching {shard.url} once into {shard.folder} ({shard.bytes / 1e9:.3g} GB)")
     for name in names:
         path, size = shard.files[name]
         try:

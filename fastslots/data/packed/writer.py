@@ -11,7 +11,6 @@ import fcntl
 import json
 import os
 import shutil
-import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 from fastslots.data.packed.dataset import ARRAYS, MAGIC, UNKNOWN, VERSION, digest, is_packed, read_arrays
 from fastslots.data.readers.scene import BadRecordError, Scene
 from fastslots.errors import UserError
+from fastslots.notices import notice
 
 if TYPE_CHECKING:  # of typing from Python 3.11 on
     from typing import Self
@@ -79,7 +79,7 @@ def locked(partial: Path, folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for another process that writes {folder}", file=sys.stderr)
+            notice(f"waiting for another process that writes {folder}")
             fcntl.flock(file, fcntl.LOCK_EX)
             partial.mkdir(exist_ok=True)  # the other one may have renamed it
             (partial / "lock").touch()
