@@ -28,7 +28,7 @@ SHAPES: dict[str, Shape] = {
     "sprites": Shape(2, 12, 77, 5, 43, 180, 360),
     "clevr6": Shape(2, 12, 131, 7, 43, 180, 360),
     "clevrtex": Shape(2, 12, 65, 11, 43, 360, 720),
-    "sprites-mini": Shape(3, 8, 64, 4, 8, 64, 128),
+    "sprites-mini": Shape(3, 4, 64, 4, 16, 64, 128),
     "one-pixel": Shape(2, 2, 1, 3, 5, 10, 20),
     "one-slot": Shape(2, 3, 9, 1, 4, 12, 24),
     "sixteen-slots": Shape(1, 2, 33, 16, 8, 16, 32),

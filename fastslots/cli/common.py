@@ -30,6 +30,9 @@ class Parser(argparse.ArgumentParser):
         return namespace, unknown
 
 
+RUN_HELP = "folder that `fastslots train --out` wrote, or the name of a model that ships (sprites-mini)"
+
+
 def add_allow_remote(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-remote", "--allow_remote", action="store_true", help=ALLOW_HELP)
 

@@ -9,14 +9,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from fastslots.cli.common import add_allow_remote, progress_of
+from fastslots.cli.common import RUN_HELP, add_allow_remote, progress_of
 from fastslots.errors import UserError
 from fastslots.runs.folder import RunFolder
 
 
 def add_parser(commands) -> None:
     parser = commands.add_parser("eval", help="score a trained run on held-out images")
-    parser.add_argument("run_folder", metavar="RUN", type=Path, help="folder that `fastslots train --out` wrote")
+    parser.add_argument("run_folder", metavar="RUN", type=Path, help=RUN_HELP)
     parser.add_argument("--data", help="another data set (default: the run's own)")
     add_allow_remote(parser)
     parser.add_argument("--split", choices=("val", "test"), default="val", help="default: val")
@@ -61,11 +61,14 @@ def run(args: argparse.Namespace) -> int:
     from fastslots.evaluation import analyses
     from fastslots.evaluation.evaluate import PAPER, WITH_MASKS, Scoring, evaluate
     from fastslots.models import SlotVAE
+    from fastslots.runs.pretrained import hidden_by, is_shipped, run_folder
 
-    folder = RunFolder(args.run_folder)
+    folder = RunFolder(run_folder(args.run_folder))
     path = folder.weights(args.weights)
     model, weights = SlotVAE.from_file(path), folder.which_weights(path)
     recorded = folder.read_config(device="auto")
+    if note := hidden_by(folder.path):
+        say(f"warning   {note}")
     config = replace(recorded, data=args.data) if args.data else recorded
     check_allowed(config.data, folder.config, args.allow_remote or bool(args.data))
     source = open_source(config)
@@ -73,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     say(f"data      {source.description}")
     for warning in source.warnings:
         say(f"warning   {warning}")
-    if weights != args.weights:
+    if weights != args.weights and not is_shipped(folder.path):
         say(f"warning   no evaluation has been, so there are no {args.weights} weights yet: scoring the {weights} ones")
     model.to(config.torch_device())
     paper_batch, counted = PAPER[args.split] if args.score_mode == "paper" else (0, 0)

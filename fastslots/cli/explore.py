@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from fastslots.cli.common import add_allow_remote
+from fastslots.cli.common import RUN_HELP, add_allow_remote
 from fastslots.errors import UserError
 from fastslots.runs.folder import RunFolder
 
@@ -17,7 +17,7 @@ IMAGES = 12
 
 def add_parser(commands) -> None:
     parser = commands.add_parser("explore", help="decode any latent of a run's slots live, in the browser")
-    parser.add_argument("run_folder", metavar="RUN", type=Path, help="folder that `fastslots train --out` wrote")
+    parser.add_argument("run_folder", metavar="RUN", type=Path, help=RUN_HELP)
     parser.add_argument("--weights", choices=("best", "last"), default="best", help="default: best")
     add_allow_remote(parser)
     parser.add_argument("--port", type=int, default=8000, help="on 127.0.0.1 (default 8000; 0: a free one)")
@@ -32,10 +32,13 @@ def run(args: argparse.Namespace) -> int:
     from fastslots.models import SlotVAE
     from fastslots.report.live import Session
     from fastslots.report.server import serve
+    from fastslots.runs.pretrained import hidden_by, run_folder
 
-    folder = RunFolder(args.run_folder)
+    folder = RunFolder(run_folder(args.run_folder))
     model = SlotVAE.from_run(folder.path, args.weights)
     config = folder.read_config(device="auto")
+    if note := hidden_by(folder.path):
+        print(note, file=sys.stderr)
     if config.input != "pixels" or config.channels != 3:
         raise UserError(f"{folder.path} decodes features, not images: there is nothing to look at")
     session = Session(

@@ -80,20 +80,22 @@ class SampledQueries(nn.Module):
 
 
 class SeededQueries(nn.Module):
-    """Learned query k, plus W · [token under seed k | its colour | its place], W without bias.
+    """One learned query for all slots, plus W · [token under seed k | its colour | its place | its distance], W without
+    bias; the distance is that to the nearest seed before it, in colour and place (1 for the first).
 
-    The seeds are places in the image that differ from its ground and from one another (``farthest_patches``): a prior
-    made by hand, which favours objects of other colours than a plain ground. No gradient goes through the choice.
+    Slots differ by their seeds alone. Those are places in the image that differ from its ground and from one another
+    (``farthest_patches``): a prior made by hand, which favours objects of other colours than a plain ground. No
+    gradient goes through the choice.
     """
 
-    rows: int | None = None
+    rows: int | None = 1
     places: Tensor
     token_of: Tensor
 
     def __init__(self, config: SlotVAEConfig):
         super().__init__()
         self.slots, self.side, self.tokens = config.num_slots, config.patch_side, config.token_side
-        self.projection = nn.Linear(config.token_width + config.channels + 2, config.token_width, bias=False)
+        self.projection = nn.Linear(config.token_width + config.channels + 3, config.token_width, bias=False)
         places = grid(self.side)
         y, x = (torch.arange(self.side**2) // self.side, torch.arange(self.side**2) % self.side)
         ratio = self.side // self.tokens
@@ -102,9 +104,7 @@ class SeededQueries(nn.Module):
 
     def forward(self, learned: Tensor, images: Tensor, tokens: Tensor, noise: Tensor | None) -> Tensor:
         """As ``LearnedQueries.forward``."""
-        patches = patch_features(images.to(learned.dtype), self.places)  # [B, C + 2, P²]
-        seeds = farthest_patches(patches.detach(), self.slots)  # [B, K]
-        seen = patches.gather(2, seeds[:, None].expand(-1, patches.shape[1], -1)).transpose(1, 2)
+        seeds, seen = self._look(images.to(learned.dtype))
         # The token is picked by a product: seeds share tokens, and the gradient of an index adds those with atomics
         # on GPUs, in any order.
         under = self.token_of[seeds][..., None] == torch.arange(tokens.shape[1], device=tokens.device)
@@ -115,11 +115,17 @@ class SeededQueries(nn.Module):
         self, learned: Tensor, images: Tensor, noise: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """As ``LearnedQueries.before_tokens``."""
-        patches = patch_features(images.to(learned.dtype), self.places)
-        seeds = farthest_patches(patches.detach(), self.slots)
+        seeds, seen = self._look(images.to(learned.dtype))
+        of_token, of_patch = self.projection.weight.split([learned.shape[2], seen.shape[2]], 1)
+        # No matrix product: that of the weight's gradient is cut by the number of threads, and so are its roundings.
+        return learned + (seen[:, :, None] * of_patch).sum(-1), self.token_of[seeds], of_token
+
+    def _look(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Seeds [B, K] int64, and what is seen at each: colour, place and distance, [B, K, C + 3]."""
+        patches = patch_features(images, self.places)  # [B, C + 2, P²]
+        seeds, distances = farthest_patches(patches.detach(), self.slots)
         seen = patches.gather(2, seeds[:, None].expand(-1, patches.shape[1], -1)).transpose(1, 2)
-        of_token, of_patch = self.projection.weight.split([learned.shape[2], patches.shape[1]], 1)
-        return learned + F.linear(seen, of_patch), self.token_of[seeds], of_token
+        return seeds, torch.cat([seen, distances[..., None]], -1)
 
 
 KINDS: dict[str, type[LearnedQueries] | type[SeededQueries] | type[SampledQueries]] = {
@@ -135,7 +141,7 @@ def patch_features(images: Tensor, places: Tensor) -> Tensor:
     return torch.cat([colours, places.T.to(colours.dtype).expand(len(images), -1, -1)], 1)
 
 
-def farthest_patches(patches: Tensor, count: int) -> Tensor:
+def farthest_patches(patches: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Seeds by farthest-first traversal (Gonzalez, 1985), weighted by the distance from the ground.
 
     With c_p the colour of patch p and m the median colour (each channel's own), the next seed is
@@ -144,19 +150,21 @@ def farthest_patches(patches: Tensor, count: int) -> Tensor:
 
     over the seeds s before it; for the first the second factor is 1. Of equal patches the first is taken.
 
-    patches: [B, C + 2, P²] as ``patch_features`` gives. Returns int64 [B, count]. Nothing waits for the device.
+    patches: [B, C + 2, P²] as ``patch_features`` gives. Returns the seeds, int64 [B, count], and the second factor of
+    each, [B, count]. Nothing waits for the device.
     """
     colours = patches[:, :-2]
     # A sort gives the median of each channel: torch.median of rows is not deterministic on GPUs.
     ground = colours.sort(2).values[..., (colours.shape[2] - 1) // 2, None]
     weight = _length(colours - ground) + TIE  # [B, P²]
-    nearest, seeds = torch.ones_like(weight), []
+    nearest, seeds, distances = torch.ones_like(weight), [], []
     for k in range(count):
         seed = (weight * nearest).argmax(1, keepdim=True)  # [B, 1]
         seeds.append(seed)
+        distances.append(nearest.gather(1, seed))
         apart = _length(patches - patches.gather(2, seed[:, None].expand(-1, patches.shape[1], -1)))
         nearest = apart if k == 0 else torch.minimum(nearest, apart)
-    return torch.cat(seeds, 1)
+    return torch.cat(seeds, 1), torch.cat(distances, 1)
 
 
 def _length(vectors: Tensor) -> Tensor:

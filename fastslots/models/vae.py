@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastslots.config.model import SlotVAEConfig
 from fastslots.errors import UserError
+from fastslots.files import write_atomic
 from fastslots.models.broadcast import BroadcastDecoder
 from fastslots.models.decoder import Decoder
 from fastslots.models.encoder import Encoder
@@ -20,6 +21,7 @@ from fastslots.models.slot_decoder import Decoded, SlotDecoder, as_slot_decoder,
 from fastslots.ops import interaction_penalty
 from fastslots.ops.reference import reconstruction_error
 from fastslots.runs.folder import RunFolder
+from fastslots.runs.pretrained import weights_file
 from fastslots.runs.weights import model_budget, read_weights, unreadable, weights_bytes
 
 
@@ -107,9 +109,34 @@ class SlotVAE(nn.Module):
             raise unreadable(Path(path), error) from None
         return model.eval()
 
-    def weights_bytes(self) -> bytes:
-        """The weights and their configuration as ``from_file`` reads them: a safetensors file."""
-        return weights_bytes(self.config, self.state_dict())
+    def weights_bytes(self, scores: dict[str, object] | None = None) -> bytes:
+        """The weights and their configuration as ``from_file`` reads them: a safetensors file. ``scores``: kept too."""
+        return weights_bytes(self.config, self.state_dict(), scores)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, weights: str = "best") -> SlotVAE:
+        """A trained model, in evaluation mode, on the CPU.
+
+        Args:
+            name: a model that ships ("sprites-mini", or "shipped:sprites-mini" where a folder has that name); a weights
+                file; a run's folder, or one that ``save_pretrained`` wrote; or OWNER/NAME, a repository on the Hugging
+                Face Hub that holds such a model.safetensors (extra ``hub``; kept in the Hub's own cache).
+            weights: of a run's folder, "best" or "last".
+
+        Raises UserError (a ValueError) where there is no such model, or the name means two.
+        """
+        return cls.from_file(weights_file(name, weights))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write model.safetensors into a folder, weights and configuration, as ``from_pretrained`` reads it.
+
+        UserError where it cannot be written.
+        """
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written ({error.strerror})") from None
+        write_atomic(RunFolder(Path(folder)).last_weights, self.weights_bytes())
 
     @property
     def slot_decoder(self) -> SlotDecoder:

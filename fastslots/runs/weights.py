@@ -29,11 +29,25 @@ MOST_TABLES = 1 << 30
 SLACK = 16 << 20  # bytes that a model's parts may take while they are made
 
 
-def weights_bytes(config: SlotVAEConfig, state: Mapping[str, Tensor]) -> bytes:
-    """A model's state_dict as a safetensors file that also holds its configuration."""
+def weights_bytes(config: SlotVAEConfig, state: Mapping[str, Tensor], scores: dict[str, object] | None = None) -> bytes:
+    """A model's state_dict as a safetensors file that also holds its configuration, and scores where there are some."""
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(SlotVAEConfig)}
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    return save(tensors, metadata={"fastslots.config": json.dumps(fields)})
+    metadata = {"fastslots.config": json.dumps(fields)}
+    if not scores:
+        return save(tensors, metadata=metadata)
+    return _ordered(save(tensors, metadata=metadata | {"fastslots.scores": json.dumps(scores)}))
+
+
+def _ordered(data: bytes) -> bytes:
+    """A safetensors file with its metadata in order: the library writes several entries in any, and the same model
+    would give other bytes each time."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def read_weights(path: Path) -> tuple[SlotVAEConfig, dict[str, Tensor]]:

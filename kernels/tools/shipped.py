@@ -50,8 +50,8 @@ PRESETS = {
         Shape("sprites", 64, 64 * 64, 5, 12, 43, 180, 360, 20, 64 * 64, 64),
         Shape("clevr6", 32, 128 * 128, 7, 12, 43, 180, 360, 28, 128 * 128, 128),
         Shape("clevrtex", 32, 16 * 16, 11, 12, 43, 360, 720, 44, 16 * 16, 128),
-        Shape("sprites-mini", 32, 32 * 32, 4, 8, 8, 64, 128, 16, 8 * 8, 64),
-        Shape("clevr6-mini", 32, 64 * 64, 7, 8, 12, 96, 192, 28, 16 * 16, 64),
+        Shape("sprites-mini", 32, 32 * 32, 4, 4, 16, 64, 128, 16, 16 * 16, 64),
+        Shape("clevr6-mini", 32, 64 * 64, 7, 4, 24, 96, 192, 28, 16 * 16, 64),
     )
 }
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}

@@ -105,7 +105,7 @@ def test_two_log_sum_exps_give_the_penalty_of_one_head():
 def test_published_jacobian_is_ours(directions):
     torch.manual_seed(0)
     decoder = Decoder(SlotVAEConfig.preset("sprites-mini", resolution=4)).double()
-    slots = torch.randn(2, 4, 16, dtype=torch.float64)
+    slots = torch.randn(2, 4, 32, dtype=torch.float64)
     torch.testing.assert_close(published.slot_jacobian(decoder, slots, directions), slot_jacobian(decoder, slots))
 
 

@@ -332,7 +332,7 @@ def test_the_jacobian_penalty_trains():
     torch.manual_seed(0)
     config = SlotVAEConfig.preset("sprites-mini", resolution=8, jacobian_weight=3.0)
     model = SlotVAE(config)
-    images, noise, pixels = torch.rand(2, 3, 8, 8), torch.randn(2, 4, 16), torch.randint(64, (2, 16))
+    images, noise, pixels = torch.rand(2, 3, 8, 8), torch.randn(2, 4, 32), torch.randint(64, (2, 16))
     plain = SlotVAE(SlotVAEConfig.preset("sprites-mini", resolution=8))
     plain.load_state_dict(model.state_dict())
     with_penalty = model.training_loss(images, noise, pixels=pixels, jacobian_pixels=pixels)

@@ -34,8 +34,8 @@ def scenes(count: int, size: int = 16, seed: int = 1) -> tuple[torch.Tensor, tor
     return to_float(torch.from_numpy(images)), torch.from_numpy(masks).long()
 
 
-def traversal(image: torch.Tensor, side: int, count: int) -> list[int]:
-    """The definition, one patch after the other, in NumPy and float64."""
+def traversal(image: torch.Tensor, side: int, count: int) -> tuple[list[int], list[float]]:
+    """Seeds and distances by their definition, one patch after the other, in NumPy and float64."""
     r = image.shape[-1] // side
     pixels = image.double().numpy().reshape(image.shape[0], side, r, side, r)
     colours = pixels.mean((2, 4)).reshape(image.shape[0], -1).T
@@ -44,21 +44,25 @@ def traversal(image: torch.Tensor, side: int, count: int) -> list[int]:
     weight = np.linalg.norm(colours - ground, axis=1)
     points = np.concatenate([colours, places], 1)
     seeds: list[int] = []
+    distances: list[float] = []
     for _ in range(count):
         nearest = [min([np.linalg.norm(p - points[s]) for s in seeds], default=1) for p in points]
         seeds.append(int(np.argmax(weight * nearest)))
-    return seeds
+        distances.append(float(nearest[seeds[-1]]))
+    return seeds, distances
 
 
 def test_the_traversal_is_its_definition():
     images, _ = scenes(20, 32)
-    seeds = farthest_patches(patch_features(images, grid(16)), 4)
-    assert seeds.tolist() == [traversal(image, 16, 4) for image in images]
+    seeds, distances = farthest_patches(patch_features(images, grid(16)), 4)
+    expected = [traversal(image, 16, 4) for image in images]
+    assert seeds.tolist() == [places for places, _ in expected]
+    torch.testing.assert_close(distances, torch.tensor([apart for _, apart in expected]))
 
 
 def test_seeds_lie_on_nearly_every_object():
     images, masks = scenes(300, 32)
-    seeds = farthest_patches(patch_features(images, grid(16)), 4)
+    seeds, _ = farthest_patches(patch_features(images, grid(16)), 4)
     patches = masks.unflatten(1, (16, 2)).unflatten(3, (16, 2)).transpose(2, 3).flatten(3).flatten(1, 2)  # [B, 256, 4]
     seen = objects = 0
     for image, chosen in zip(patches, seeds, strict=True):
@@ -69,7 +73,7 @@ def test_seeds_lie_on_nearly_every_object():
 
 def test_an_image_of_one_colour_has_its_seeds_spread_out():
     for level in (0.0, 0.3, 1.0):
-        seeds = farthest_patches(patch_features(torch.full((2, 3, 16, 16), level), grid(8)), 3)
+        seeds, _ = farthest_patches(patch_features(torch.full((2, 3, 16, 16), level), grid(8)), 3)
         assert seeds.tolist() == [[0, 63, 7]] * 2  # corners, each as far as can be from those before
     assert all(torch.isfinite(part).all() for part in model(queries="seeded")(torch.full((2, 3, 16, 16), 0.3)))
 
@@ -80,12 +84,12 @@ def test_seeded_queries_are_their_formula():
     tokens = encoder.tokens(images)
     found = encoder.first_queries(encoder.queries, images, tokens, None)
     for b in range(4):
-        for k, seed in enumerate(traversal(images[b], 8, 3)):
+        for k, (seed, distance) in enumerate(zip(*traversal(images[b], 8, 3), strict=True)):
             y, x = divmod(seed, 8)
             colour = images[b, :, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2].mean((1, 2))
             place = torch.tensor([y / 7, x / 7])
-            row = torch.cat([tokens[b, y // 2 * 4 + x // 2], colour, place])
-            expected = encoder.queries[0, k] + encoder.first_queries.projection.weight @ row
+            row = torch.cat([tokens[b, y // 2 * 4 + x // 2], colour, place, torch.tensor([distance])])
+            expected = encoder.queries[0, 0] + encoder.first_queries.projection.weight @ row
             torch.testing.assert_close(found[b, k], expected)
 
 
@@ -96,7 +100,7 @@ def test_gradients_reach_the_token_under_a_seed_and_no_choice():
     net.encoder.first_queries(net.encoder.queries, images, tokens, None).sum().backward()
     touched = tokens.grad.abs().sum(-1) > 0
     for b in range(3):
-        expected = {s // 8 // 2 * 4 + s % 8 // 2 for s in traversal(images[b], 8, 3)}
+        expected = {s // 8 // 2 * 4 + s % 8 // 2 for s in traversal(images[b], 8, 3)[0]}
         assert set(touched[b].nonzero().flatten().tolist()) == expected
     assert net.encoder.first_queries.projection.weight.grad.abs().sum() > 0
 

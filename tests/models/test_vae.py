@@ -13,7 +13,7 @@ from fastslots.models import SlotVAE, SlotVAEConfig
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return SlotVAE(SlotVAEConfig.preset("sprites-mini", resolution=8, num_slots=3, encoder_layers=1))
+    return SlotVAE(SlotVAEConfig.preset("sprites-mini", resolution=8, num_slots=3, slot_dim=16, encoder_layers=1))
 
 
 def test_a_double_model_is_double_throughout(model):

@@ -187,7 +187,7 @@ def test_the_plan_is_bounded_and_partners_swap_both_ways(slots, side):
 
 def test_large_decoders_are_shown_less_of_on_a_cpu():
     small, large = (SlotVAE(SlotVAEConfig.preset(name)) for name in ("sprites-mini", "clevr6"))
-    assert affordable(small.decoder, torch.zeros(1, 4, 16), 32) == PIXELS
+    assert affordable(small.decoder, torch.zeros(1, 4, 32), 32) == PIXELS
     plan = Plan.of(24, 7, 64, affordable(large.decoder.thinned(2), torch.zeros(1, 7, 64), SIDE), SIDE)
     assert plan == Plan(images=3, group=3, latents=2, values=5)
 

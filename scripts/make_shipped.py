@@ -1,0 +1,84 @@
+"""Makes a model that ships with the package, from a seed, and the scores of further seeds beside it.
+
+    python scripts/make_shipped.py sprites-mini --seeds 0,1,2 [--data DATA]
+
+Trains the preset with each seed on one thread (the same version, processor and torch give the same bits), scores
+the last weights on the test split with mean latents, and writes into fastslots/runs/shipped/PRESET
+
+    config.json          the first seed's configuration, without paths of this machine
+    model.safetensors    its weights; the metadata hold the model's configuration and these scores
+    seeds.json           test scores of every seed, and the curve of its validation scores
+
+Runs that are complete in --runs already are not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastslots.config.run import TrainConfig
+from fastslots.data.sources import open_source
+from fastslots.evaluation.evaluate import evaluate
+from fastslots.files import write_atomic
+from fastslots.models import SlotVAE
+from fastslots.runs.folder import RunFolder, write_json
+from fastslots.runs.log import read_metrics
+from fastslots.runs.pretrained import SHIPPED
+from fastslots.train import fit
+
+KEPT = ("j_ari", "jis", "fg_ari", "mbo", "recon", "kl", "interaction_normalized", "images")
+
+
+def trained(config: TrainConfig, path: Path) -> RunFolder:
+    """The folder of a complete run of ``config``."""
+    folder = RunFolder(path)
+    if not folder.checkpoint(config.steps).is_file():
+        fit(config, out=path, resume=True)
+    return folder
+
+
+def scored(folder: RunFolder, images: int) -> dict[str, Any]:
+    """Test scores of a run's last weights, and the curve of its validation scores; kept in the run's folder."""
+    kept = folder.path / "test.json"
+    if kept.is_file():
+        return folder.read_json(kept)
+    config = folder.read_config()
+    split = open_source(config).splits["test"][: images or None]
+    scores = evaluate(SlotVAE.from_run(folder.path, "last"), split).scores()
+    curve = [{key: round(line[key], 4) for key in ("step", "j_ari", "jis")} for line in read_metrics(folder.metrics)[1]]
+    test = {key: round(scores[key], 4) if isinstance(scores[key], float) else scores[key] for key in KEPT}
+    write_json(kept, {"seed": config.seed, "steps": config.steps, "test": test, "validation": curve})
+    return folder.read_json(kept)
+
+
+def main(preset: str, seeds: list[int], runs: Path, out: Path, data: str = "", images: int = 0, **fields: Any) -> Path:
+    """Train, score, write; returns the folder of the model that ships."""
+    given = {"data": data, **fields} if data else fields
+    folders = []
+    for seed in seeds:
+        config = TrainConfig.preset(preset, preset_name=preset, seed=seed, threads=1, **given)
+        folders.append(trained(config, runs / f"{preset}-seed-{seed}"))
+    scores = [scored(folder, images) for folder in folders]
+    kept = replace(folders[0].read_config(), data="" if data else "sprites", threads=0, init_from="")
+    made = RunFolder(out / preset)
+    write_atomic(made.last_weights, SlotVAE.from_run(folders[0].path, "last").weights_bytes(scores[0]))
+    write_atomic(made.config, f"{kept.to_json()}\n".encode())
+    write_atomic(made.path / "seeds.json", f"{json.dumps({'seeds': scores}, indent=1)}\n".encode())
+    return made.path
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("preset")
+    parser.add_argument("--seeds", default="0,1,2", help="the first one's weights ship (default 0,1,2)")
+    parser.add_argument("--data", default="", help="for presets of data that are not built in")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept (default runs/)")
+    parser.add_argument("--out", type=Path, default=SHIPPED, help="default: the package's own folder")
+    args = parser.parse_args()
+    args.out.joinpath(args.preset).mkdir(parents=True, exist_ok=True)
+    made = main(args.preset, [int(seed) for seed in args.seeds.split(",")], args.runs, args.out, args.data)
+    print(f"{made}: {sum(path.stat().st_size for path in made.iterdir()):,} bytes")
