@@ -10,6 +10,7 @@ from pathlib import Path
 from fastslots.cli import features
 from fastslots.config.presets import preset_names
 from fastslots.errors import UserError
+from fastslots.report.scenes import draw_scenes
 
 GENERATED = {
     "sprites": ("coloured shapes on black, with occlusion", "2-4"),
@@ -30,6 +31,7 @@ def add_parser(commands) -> None:
     check.add_argument("--preset", choices=preset_names(), help="its size, object filter and kind of input")
     check.add_argument("--quick", action="store_true", help="read the first scenes alone (default: all, kept decoded)")
     check.add_argument("--json", action="store_true", help="print one JSON object")
+    check.add_argument("--picture", type=Path, metavar="PNG", help="draw some images above their masks, as understood")
     check.set_defaults(run=_check)
 
     pack = actions.add_parser("pack", help="decode any known format once, for training at memory speed")
@@ -85,6 +87,8 @@ def _check(args: argparse.Namespace) -> int:
         print(json.dumps(dataclasses.asdict(found)) if args.json else found)
         return 0
     report = check(args.path, **_shape(args), quick=args.quick, on_bad_record=args.on_bad_record)
+    if args.picture:
+        draw_scenes(args.path, args.picture, **_shape(args), on_bad_record=args.on_bad_record)
     print(json.dumps(dataclasses.asdict(report)) if args.json else report)
     return 0
 

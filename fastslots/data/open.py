@@ -28,8 +28,9 @@ from fastslots.errors import UserError
 from fastslots.notices import Progress, notice
 
 KNOWN = (
-    "npz in the authors' layout, TFRecord of multi_object_datasets, CLEVR v1.0 folder, ClevrTex folder, "
-    "object-centric-library HDF5, folder of images, `fastslots data pack` folder"
+    "npz in the authors' layout, npy, TFRecord of multi_object_datasets or MOVi, CLEVR v1.0 folder, ClevrTex folder, "
+    "object-centric-library HDF5, folder of images with or without masks, Pascal VOC, COCO, WebDataset, Hugging Face's "
+    "parquet or Arrow, a zip or tar of these, `fastslots data pack` folder"
 )
 
 
@@ -127,7 +128,12 @@ def pack(
             raise UserError(f"{place}: packing reads and writes local folders: download the data, pack, and upload OUT")
     shards = find_shards(path)
     unfinished = folder.with_name(folder.name + ".partial")
-    names = published_parts([str(shard) for shard in shards]) or [f"shard-{i:05d}" for i in range(len(shards))]
+    splits = published_parts([str(shard) for shard in shards])
+    names = (
+        splits
+        if splits and len(splits) == 3
+        else [f"{part}-{i:05d}" for i, part in enumerate(splits or ["shard"] * len(shards))]
+    )
     for name, shard in zip(names, shards, strict=True):
         target = folder if len(shards) == 1 else unfinished / name
         if not is_packed(target):  # else it is there from a call that was interrupted
@@ -212,6 +218,7 @@ def recognise(path: Path) -> Reader:
 
 def _recognise_folder(path: Path) -> Reader:
     from fastslots.data.readers.clevrtex import ClevrTexReader
+    from fastslots.data.readers.coco import CocoReader, annotation_files
     from fastslots.data.readers.masked import MaskedReader, find_layout
     from fastslots.data.readers.pictures import ClevrReader, FolderReader
 
@@ -223,6 +230,8 @@ def _recognise_folder(path: Path) -> Reader:
         return ClevrTexReader(path)
     if any(path.glob("*.mdb")):
         raise UserError(f"{path} is an LMDB of pickles, which are never loaded: convert it to npz or HDF5")
+    if annotations := annotation_files(path):
+        return CocoReader(path, annotations)
     if layout := find_layout(path):
         return MaskedReader(path, layout)
     folder = FolderReader(path)
@@ -234,17 +243,27 @@ def _recognise_folder(path: Path) -> Reader:
 def _recognise_file(path: Path) -> Reader:
     with open(path, "rb") as file:
         head = file.read(8)
+    from fastslots.data.readers.coco import CocoReader, annotation_files
     from fastslots.data.readers.hdf5 import MAGIC, Hdf5Reader
     from fastslots.data.readers.multi_object import MultiObjectReader
-    from fastslots.data.readers.npz import NpzReader
+    from fastslots.data.readers.npz import NpyReader, NpzReader
+    from fastslots.data.readers.sharded import huggingface, movi, webdataset
     from fastslots.data.readers.tfrecord import looks_like_tfrecord, read_head
 
     if head[:4] == b"PK\x03\x04":
         return NpzReader(path)
     if head == MAGIC:
         return Hdf5Reader(path)
+    if head[:6] == b"\x93NUMPY":
+        return NpyReader(path)
+    if head[:4] == huggingface.PARQUET or path.suffix in huggingface.SUFFIXES:
+        return huggingface.HuggingFaceReader(path)
     if looks_like_tfrecord(read_head(path)) or path.suffix in (".tfrecord", ".tfrecords"):
-        return MultiObjectReader(path)
+        return movi.MoviReader(path) if movi.looks_like_movi(path) else MultiObjectReader(path)
+    if webdataset.is_tar(path):
+        return webdataset.WebDatasetReader(path)
+    if annotations := annotation_files(path):
+        return CocoReader(path, annotations)
     if head[:1] == b"\x80" or path.suffix in (".pkl", ".pickle", ".mdb"):
         raise UserError(f"{path} looks like a pickle or an LMDB of them, which are never loaded: convert it to npz")
     raise UserError(f"{path}: not recognised; known are: {KNOWN}")

@@ -13,52 +13,69 @@ import numpy as np
 from fastslots.data.packed.dataset import DatasetInfo, PackedDataset, is_packed
 from fastslots.data.packed.ranges import gather
 from fastslots.data.readers.npz import images_of
+from fastslots.data.readers.pictures import SUFFIXES as PICTURES
+from fastslots.data.storage.archives import is_archive, unpacked
 from fastslots.data.storage.paths import is_hidden, matching
 from fastslots.errors import UserError
 
-SUFFIXES = (".tfrecord", ".tfrecords", ".npz", ".hdf5", ".h5")
+SHARD = re.compile(r".*\.(tfrecords?(-\d+-of-\d+)?|npz|npy|hdf5|h5|parquet|arrow|tar|tar\.gz|tgz|zip)")
 SPLITS = ("train", "val", "test")
 
 
 def find_shards(path: str | Path) -> list[Path]:
     """The files or folders that ``path`` means, in the order of their names: itself, or the shards that a pattern
-    matches or a folder holds. UserError where nothing is there."""
+    matches, or a folder or an archive holds. UserError where nothing is there."""
     try:
         if Path(path).exists():
-            found = _inside(Path(path)) if Path(path).is_dir() and not is_packed(Path(path)) else []
-            return found or [Path(path)]
+            return _inside(Path(path))
         found = matching(str(path)) if glob.has_magic(str(path)) else []
-        found = [p for p in found if not images_of(p)]
+        found = [shard for p in found if not images_of(p) for shard in ([p] if p.is_dir() else _inside(p))]
     except (OSError, ValueError) as error:  # too long a name, a null byte
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{str(path)!r} is no path ({error})") from None
     if not found:
         raise UserError(f"{path}: no such file or folder")
     return found
 
 
-def _inside(folder: Path) -> list[Path]:
-    """Data files, or packed folders, directly in a folder; none where it is a set itself (CLEVR v1.0)."""
-    if (folder / "scenes").is_dir():
-        return []
-    entries = sorted(p for p in folder.iterdir() if p.suffix != ".partial" and not is_hidden(p, folder))
-    return [p for p in entries if is_packed(p)] or [
-        p for p in entries if p.suffix in SUFFIXES and p.is_file() and not images_of(p)
-    ]
+def _inside(path: Path) -> list[Path]:
+    """A file itself, or the folder that an archive is; of a folder data files, or packed folders, directly in it (or in
+    its folder ``data``, as Hugging Face's hub has them); the folder itself where it is a set (CLEVR v1.0)."""
+    if not path.is_dir():
+        folder = unpacked(path) if is_archive(path) else path
+        return _inside(folder) if folder.is_dir() else [path]
+    if is_packed(path) or (path / "scenes").is_dir():
+        return [path]
+    if (path / "dataset_dict.json").is_file():
+        names = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir()))
+        raise UserError(f"{path} holds several splits ({names}): name one of these folders")
+    entries = sorted(p for p in path.iterdir() if p.suffix != ".partial" and not is_hidden(p, path))
+    tables = sorted((path / "data").glob("*.parquet"))
+    found = [p for p in entries if is_packed(p)] or [p for p in entries if _is_shard(p)] or tables
+    if any(p.suffix.lower() in PICTURES for p in entries):  # whose masks npy files may be
+        found = [p for p in found if p.suffix != ".npy"]
+    return [shard for p in found for shard in ([p] if p.is_dir() else _inside(p))] or [path]
+
+
+def _is_shard(path: Path) -> bool:
+    return bool(SHARD.fullmatch(path.name)) and path.is_file() and not images_of(path)
 
 
 def published_parts(names: list[str]) -> list[str] | None:
-    """The split that each file or folder is of, where there are three and their names end in train, val and test."""
-    found = [re.fullmatch(r"(.*[_-])?(train|val|test)(\.\w+)?", Path(name).name) for name in names]
-    if len(found) != 3 or not all(found) or len({m[1] for m in found if m}) > 1:
+    """The split that each file or folder is of, where all three of train, val (or validation) and test are there, and
+    their names begin alike: clevrtex_train.npz, ...; train-00000-of-00002.parquet, ..."""
+    found = [re.fullmatch(r"(.*[_-])?(train|val|validation|test)((?:[-.]\w+)*)", Path(name).name) for name in names]
+    if not all(found) or len({m[1] for m in found if m}) > 1:
         return None
-    splits = [m[2] for m in found if m]
-    return splits if sorted(splits) == sorted(SPLITS) else None
+    splits = ["val" if m[2] == "validation" else m[2] for m in found if m]
+    return splits if set(splits) == set(SPLITS) else None
 
 
 class PackedShards:
     """Map-style, as ``PackedDataset``: the scenes of several, in order.
 
-    Three whose names end in train, val and test are those splits, in this order, and may be without masks: in ``batch``
+    Those whose names say train, val and test are these splits, in this order, and may be without masks: in ``batch``
     these are background all over, and objects unknown.
 
     Raises UserError that names the shard which differs from the first in kind, size or masks.
@@ -69,7 +86,8 @@ class PackedShards:
             raise UserError(f"{path}: none of its files can be read")
         splits = None if lost else published_parts([part.info.path for part in parts])
         if splits:
-            parts = [parts[splits.index(name)] for name in SPLITS]
+            order = sorted(range(len(parts)), key=lambda i: SPLITS.index(splits[i]))
+            parts, splits = [parts[i] for i in order], [splits[i] for i in order]
         first = parts[0].info
         for part in parts:
             one, other = ((i.kind, i.size, i.has_masks or bool(splits)) for i in (first, part.info))
@@ -80,7 +98,10 @@ class PackedShards:
                 )
         self._parts, self.by_range = parts, any(part.by_range for part in parts)
         self._starts = np.cumsum([0, *map(len, parts)])
-        train, val, test = (len(part) for part in parts) if splits else (1, 1, 1)
+        counts = dict.fromkeys(SPLITS, 0 if splits else 1)
+        for part, name in zip(parts, splits or (), strict=bool(splits)):
+            counts[name] += len(part)
+        train, val, test = counts.values()
         if not train * val * test:
             raise UserError(f"{path}: train, val or test is left without images: raise --max_objects")
         self.objects = np.concatenate([part.objects for part in parts])

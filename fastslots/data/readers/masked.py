@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from fastslots.data.items import MOST_LABEL, labels_of_colours, mask_of, to_labels
+from fastslots.data.readers.npz import read_npy
 from fastslots.data.readers.pictures import SUFFIXES, open_picture, read_picture
 from fastslots.data.readers.scene import BadRecordError, Scene
 from fastslots.data.storage.paths import visible
@@ -292,13 +293,12 @@ def count_objects(labels: np.ndarray, ignore: int | None) -> int:
     return len(np.setdiff1d(labels, [0] if ignore is None else [0, ignore]))
 
 
-def raw_mask(path: Path) -> np.ndarray:
-    """As its file holds it: [H, W] indices (of a palette too), [H, W, 3 or 4] colours, or what an npy holds."""
+def raw_mask(path: Path, data: bytes | None = None) -> np.ndarray:
+    """As its file holds it: [H, W] indices (of a palette too), [H, W, 3 or 4] colours, or what an npy holds. data: as
+    of ``read_picture``."""
     if path.suffix.lower() == ".npy":
-        from fastslots.data.readers.npz import read_npy
-
-        return read_npy(path)
-    with open_picture(path) as picture:
+        return read_npy(path, data)
+    with open_picture(path, data) as picture:
         if picture.mode == "LA":
             picture = picture.convert("L")
         return np.asarray(picture)

@@ -7,6 +7,8 @@ whole.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import tokenize
 import zipfile
@@ -18,7 +20,7 @@ from typing import IO
 
 import numpy as np
 
-from fastslots.data.items import to_labels, to_uint8
+from fastslots.data.items import mask_of, to_uint8
 from fastslots.data.readers.scene import BadRecordError, Scene
 from fastslots.errors import UserError
 
@@ -42,9 +44,9 @@ class Member:
         self.name = f"{path}: {name}"
         self._path, self._name = path, f"{name}.npy"
         try:
-            with zipfile.ZipFile(path) as archive, archive.open(self._name) as file:
+            with self._opened() as (file, size):
                 self.shape, self.dtype, self._fortran = self._header(file)
-                held = archive.getinfo(self._name).file_size - file.tell()
+                held = size - file.tell()
                 if held > (1 << 16) + MOST_RATIO * path.stat().st_size:
                     raise ValueError(f"it claims {held:,} bytes, more than a file of {path.stat().st_size:,} can hold")
         except KeyError:
@@ -58,6 +60,12 @@ class Member:
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[tuple[IO[bytes], int]]:
+        """What holds the array, and its size in bytes."""
+        with zipfile.ZipFile(self._path) as archive, archive.open(self._name) as file:
+            yield file, archive.getinfo(self._name).file_size
 
     def _header(self, file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, bool]:
         """shape, dtype, and whether the first axis varies fastest"""
@@ -83,7 +91,7 @@ class Member:
     def rows(self, start: int = 0) -> Iterator[np.ndarray]:
         """Rows from ``start`` on. UserError where the archive is damaged (its CRC-32 is verified at the end)."""
         try:
-            with zipfile.ZipFile(self._path) as archive, archive.open(self._name) as file:
+            with self._opened() as (file, _):
                 self._header(file)
                 for block in self._blocks(file, start):
                     yield from block
@@ -108,6 +116,19 @@ class Member:
             yield np.frombuffer(file.read(rows * width), self.dtype).reshape(rows, *self.shape[1:])
 
 
+class NpyFile(Member):
+    """The array of an npy file."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, path.stem)
+        self.name = str(path)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[tuple[IO[bytes], int]]:
+        with open(self._path, "rb") as file:
+            yield file, self._path.stat().st_size
+
+
 def member_names(path: Path) -> list[str]:
     """The arrays of an npz. UserError where it is none."""
     try:
@@ -117,19 +138,29 @@ def member_names(path: Path) -> list[str]:
         raise UserError(f"{path} cannot be read as npz ({error}): download or save the file again") from None
 
 
+ARRAYS = (".npz", ".npy")
+
+
 def mask_file(path: Path) -> Path | None:
-    """The label maps of an npz in a file of their own: those of clevrtex_val.npz in clevrtex_val_mask.npz."""
-    masks = path.with_name(f"{path.stem}_mask.npz")
-    return masks if path.suffix == ".npz" and masks.is_file() else None
+    """The label maps of an npz or npy in a file of their own: those of clevrtex_val.npz in clevrtex_val_mask.npz, those
+    of images.npy in masks.npy."""
+    if path.suffix not in ARRAYS:
+        return None
+    names = [f"{path.stem}_mask{path.suffix}"] + ["masks" + path.suffix] * (path.stem == "images")
+    return next((masks for name in names if (masks := path.with_name(name)).is_file()), None)
 
 
 def images_of(path: Path) -> Path | None:
-    """The npz that a file of masks belongs to; None where there is none, and for what is no file of masks."""
-    images = path.with_name(path.name.removesuffix("_mask.npz") + ".npz")
-    return images if path.name.endswith("_mask.npz") and images.is_file() else None
+    """The images that a file of masks belongs to; None where there are none, and for what is no file of masks."""
+    if path.suffix not in ARRAYS:
+        return None
+    stem = "images" if path.stem == "masks" else path.stem.removesuffix("_mask")
+    images = path.with_name(stem + path.suffix)
+    return images if images != path and images.is_file() else None
 
 
 class NpzReader:
+    FORMAT = "npz in the authors' layout"
     crop = False
     published_split = True
 
@@ -137,33 +168,36 @@ class NpzReader:
         self._path = path
         if owner := images_of(path):
             raise UserError(f"{path} holds the masks of {owner.name}: name that file, or the folder of both")
-        names = member_names(path)
-        if "arr_0" not in names:
-            found = ", ".join(names)
-            raise UserError(f"{path}: no member arr_0 (it has {found}): expected arr_0 images, arr_2 label maps")
-        members = [Member(path, name) if name in names else None for name in ("arr_0", "arr_1", "arr_2")]
-        images, self._latents, self._masks = members
-        assert images is not None
+        images, self._latents, self._masks = self._members(path)
         shape = images.shape
         self._channels_first = len(shape) == 4 and shape[3] not in (1, 3) and shape[1] == 3
         if self._channels_first:
             shape = (shape[0], *shape[2:], shape[1])
         if len(shape) != 4 or shape[3] not in (1, 3):
-            mend = ": the images of these masks must lie beside them" if path.name.endswith("_mask.npz") else ""
-            raise UserError(f"{path}: arr_0 has shape {list(shape)}, expected images [N, R, R, 3]{mend}")
+            mend = ": the images of these masks must lie beside them" if path.stem.endswith("_mask") else ""
+            raise UserError(f"{images.name} has shape {list(shape)}, expected images [N, R, R, 3]{mend}")
         if self._masks is None and (beside := mask_file(path)):
             self._masks = _only_array(beside)
         if self._masks is not None:
-            n, height, width, _ = shape
-            if self._masks.shape not in ((n, height, width), (n, height, width, 1), (n, 1, height, width)):
-                shapes = f"{list(self._masks.shape)}, the images {list(shape)}"
+            n, size, found = shape[0], shape[1:3], self._masks.shape
+            if found[0] != n or size not in (found[1:], found[1:3], found[2:4]) or len(found) > 5:
+                shapes = f"{list(found)}, the images {list(shape)}"
                 raise UserError(f"{self._masks.name} has shape {shapes}: expected label maps [N, R, R] or [N, R, R, 1]")
         if self._latents is not None and len(self._latents) != len(images):
             raise UserError(f"{path}: arr_1 has {len(self._latents)} rows for {len(images)} images: leave it out")
         self._images, self.native = images, shape[1:3]
         self._imagenet = images.dtype.kind == "f" and shape[3] == 3 and self._is_imagenet()
         scaled = ", scaled by ImageNet's mean and deviation" if self._imagenet else ""
-        self.kind = f"npz in the authors' layout{scaled}"
+        self.kind = f"{self.FORMAT}{scaled}"
+
+    def _members(self, path: Path) -> tuple[Member, Member | None, Member | None]:
+        """Images, latents, masks."""
+        names = member_names(path)
+        if "arr_0" not in names:
+            found = ", ".join(names)
+            raise UserError(f"{path}: no member arr_0 (it has {found}): expected arr_0 images, arr_2 label maps")
+        latents, masks = (Member(path, name) if name in names else None for name in ("arr_1", "arr_2"))
+        return Member(path, "arr_0"), latents, masks
 
     def _is_imagenet(self) -> bool:
         """Whether the first images reach beyond [0, 1] and are 8-bit pixels once ImageNet's scaling is undone.
@@ -194,7 +228,7 @@ class NpzReader:
         latents = self._latents.rows(start) if self._latents else None
         masks = self._masks.rows(start) if self._masks else None
         for i, image in enumerate(self._pictures(start), start):
-            labels = None if masks is None else next(masks).reshape(self.native)
+            labels = None if masks is None else next(masks)
             factors = {} if latents is None else {"latents": next(latents)}
             try:
                 yield self._scene(i, image, labels, factors)
@@ -205,29 +239,43 @@ class NpzReader:
                 next(others, None)  # to the end, where checksums are compared
 
     def _scene(self, i: int, image: np.ndarray, labels: np.ndarray | None, factors: dict) -> Scene:
-        name, mask, objects = f"{self._path}: arr_0[{i}]", None, None
+        name, mask, objects = f"{self._images.name}[{i}]", None, None
         if self._imagenet:
             image = image * IMAGENET[1] + IMAGENET[0]
             near = image.clip(0, 1)
             image = near if (np.abs(image - near) < 1 / 255).all() else image  # no more than rounding
         image = to_uint8(image, name)
         if self._masks is not None and labels is not None:
-            mask = to_labels(labels, f"{self._masks.name}[{i}]")
+            mask = mask_of(labels, self.native, f"{self._masks.name}[{i}]")
             objects = len(np.unique(mask[mask > 0]))
         return Scene(image.repeat(3, 2) if image.shape[2] == 1 else image, mask, objects, factors)
 
 
+class NpyReader(NpzReader):
+    """images.npy [N, H, W, 3], with label maps or one-hot entries in masks.npy or NAME_mask.npy beside it."""
+
+    FORMAT = "npy"
+    published_split = False
+
+    def _members(self, path: Path) -> tuple[Member, Member | None, Member | None]:
+        return NpyFile(path), None, None
+
+
 def _only_array(path: Path) -> Member:
     """UserError where a file of masks has no member arr_0."""
+    if path.suffix == ".npy":
+        return NpyFile(path)
     try:
         return Member(path, "arr_0")
     except KeyError:
         raise UserError(f"{path}: no member arr_0: expected the masks of the images beside it") from None
 
 
-def read_npy(path: Path) -> np.ndarray:
-    """The array of an npy file, mapped. UserError where it is none, or holds pickled objects."""
+def read_npy(path: Path, data: bytes | None = None) -> np.ndarray:
+    """The array of an npy file, mapped, or of its bytes. UserError where it is none, or holds pickled objects."""
     try:
+        if data is not None:
+            return np.load(io.BytesIO(data), allow_pickle=False)
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (*_DAMAGE, KeyError) as error:
         raise UserError(f"{path} cannot be read as npy ({error}): save a plain array with numpy.save") from None

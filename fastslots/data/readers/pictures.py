@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -33,23 +34,22 @@ NUMBERS = ("3d_coords", "pixel_coords", "rotation")
 MOST_OBJECTS = 254  # of a scene; every scene's factors have room for those of the fullest, and 255 means unknown
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """uint8 [H, W, 3], as a viewer shows it. UserError where it is no picture, or not one of 8 bits and opaque."""
-    with open_picture(path) as picture:
+def read_picture(path: Path, data: bytes | None = None) -> np.ndarray:
+    """uint8 [H, W, 3], as a viewer shows it. UserError where it is no picture, or not one of 8 bits and opaque.
+
+    data: the bytes of its file, where they lie in another one; ``path`` is then what messages call it.
+    """
+    with open_picture(path, data) as picture:
         return pixels_of(picture, str(path))
 
 
 @contextlib.contextmanager
-def open_picture(path: Path, file: IO[bytes] | None = None) -> Iterator[Image.Image]:
-    """A decoded picture. UserError where it is none, or claims more than its file can hold.
-
-    file: its bytes, where they are in another file; ``path`` then is its name.
-    """
+def open_picture(path: Path, data: bytes | None = None) -> Iterator[Image.Image]:
+    """A decoded picture. UserError where it is none, or claims more than its file can hold. data: as of
+    ``read_picture``."""
     try:
-        size = path.stat().st_size if file is None else file.seek(0, 2)
-        if file is not None:
-            file.seek(0)
-        with Image.open(file or path, formats=FORMATS) as picture:
+        size = path.stat().st_size if data is None else len(data)
+        with Image.open(path if data is None else io.BytesIO(data), formats=FORMATS) as picture:
             pixels = picture.width * picture.height
             if pixels > MAX_PIXELS or pixels > (1 << 18) + MAX_RATIO * size:
                 raise UserError(f"{path}: {picture.width} x {picture.height} pixels are too many: make it smaller")

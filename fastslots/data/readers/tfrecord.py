@@ -66,8 +66,8 @@ class Records:
     one whose length is sound.
     """
 
-    def __init__(self, path: Path):
-        self._path = path
+    def __init__(self, path: Path, most: int = MAX_RECORD):
+        self._path, self._most = path, most
         self._raw, self._stream = _open(path)
         self._size = path.stat().st_size
 
@@ -113,7 +113,7 @@ class Records:
             if not looks_like_tfrecord(head):
                 raise damaged("checksum of its length differs")
             (length,) = struct.unpack("<Q", head[:8])
-            if length > (MAX_RECORD if file is not self._raw else min(MAX_RECORD, self._size - offset)):
+            if length > (self._most if file is not self._raw else min(self._most, self._size - offset)):
                 raise damaged(f"its length is {length} bytes, more than there are")
             payload, tail = file.read(length), file.read(4)
         except (OSError, EOFError, zlib.error) as error:
@@ -142,6 +142,18 @@ def parse_example(payload: bytes) -> dict[str, np.ndarray]:
                     pair = dict(_fields(entry))
                     features[bytes(pair[1]).decode()] = _feature(pair[2])
     return features
+
+
+def byte_values(payload: bytes, names: tuple[str, ...]) -> dict[str, list[bytes]]:
+    """Those features of an Example that are lists of bytes, value by value. ValueError for what is no Example."""
+    found: dict[str, list[bytes]] = {}
+    for number, value in _fields(memoryview(payload)):
+        for entry_number, entry in _fields(value) if number == 1 else ():
+            pair = dict(_fields(entry)) if entry_number == 1 else {}
+            if 1 in pair and bytes(pair[1]).decode(errors="replace") in names:
+                lists = [part for kind, part in _fields(pair[2]) if kind == 1]
+                found[bytes(pair[1]).decode()] = [bytes(item) for part in lists for _, item in _fields(part)]
+    return found
 
 
 def _feature(data: memoryview) -> np.ndarray:
