@@ -3,7 +3,8 @@
 Arrays are passed through DLPack, contiguous and detached, in fp32 or fp64. 16-bit tensors are widened to fp32 for the
 call, results narrowed to the dtypes of the inputs: nothing is accumulated in 16 bits.
 
-Threads are torch's (``torch.set_num_threads``), and so is the pool: the module has no OpenMP runtime of its own.
+Threads are torch's (``torch.set_num_threads``), and so is the pool: the module has no OpenMP runtime of its own. Where
+these kernels do nearly all of a computation, ``torch_on_one_thread`` keeps them for the kernels.
 Results are the same bits on every call, for any number of threads.
 
 The instruction set is the best that the processor has; ``FASTSLOTS_ISA`` or ``set_isa`` name another (avx512, avx2,
@@ -30,7 +31,7 @@ from fastslots.records import (
     flatten,
 )
 
-from .cpu_calls import ISAS, MAX_CHAIN, isa, kernel, mask, plain, set_isa, unit_rows, wide
+from .cpu_calls import ISAS, MAX_CHAIN, binding, isa, kernel, mask, plain, set_isa, torch_on_one_thread, unit_rows, wide
 from .cpu_encoder import encoder_bwd, encoder_fwd, encoder_saved_size
 
 MAX_SLOTS = 64
@@ -38,10 +39,28 @@ MAX_COLUMNS = 512
 """Largest number of slots, and of heads x slots (or folded rows of the encoder): what the C++ tests cover."""
 
 __all__ = [
-    "ISAS", "cross_attention_bwd", "cross_attention_fwd", "decoder_layer_bwd", "decoder_layer_fwd", "decoder_loss",
-    "encoder_bwd", "encoder_fwd", "encoder_saved_size", "folded_cross_attention_bwd", "folded_cross_attention_fwd",
-    "isa", "set_isa", "slot_attention_bwd", "slot_attention_fwd", "slot_jacobian", "token_attention_bwd",
-    "token_attention_fwd", "why_not",
+    "ISAS",
+    "cross_attention_bwd",
+    "cross_attention_fwd",
+    "decoder_layer_bwd",
+    "decoder_layer_fwd",
+    "decoder_loss",
+    "encoder_bwd",
+    "encoder_fwd",
+    "encoder_saved_size",
+    "folded_cross_attention_bwd",
+    "folded_cross_attention_fwd",
+    "isa",
+    "muon",
+    "norm",
+    "set_isa",
+    "slot_attention_bwd",
+    "slot_attention_fwd",
+    "slot_jacobian",
+    "token_attention_bwd",
+    "token_attention_fwd",
+    "torch_on_one_thread",
+    "why_not",
 ]  # fmt: skip
 
 
@@ -274,3 +293,28 @@ def slot_jacobian(decoder: FoldedDecoder, tangents: Sequence[Tangents], slot_mas
         jacobian=jacobian,
     )
     return jacobian
+
+
+def muon(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    settings: dict[str, float],
+    coefficients: tuple[float, float, float],
+    iterations: int,
+) -> None:
+    """Muon's update of matrices and of their momentum, in place; settings: momentum, lr, weight_decay."""
+    kernel("muon", params[0].dtype)(
+        params=[p.detach() for p in params],
+        grads=[g.detach() for g in grads],
+        buffers=list(buffers),
+        coefficients=coefficients,
+        iterations=iterations,
+        **settings,
+    )
+
+
+def norm(tensors: Sequence[Tensor]) -> float:
+    """Euclidean norm of all of them together: contiguous, of one dtype, fp32 or fp64."""
+    value: float = binding("norm", tensors[0].dtype)(arrays=[t.detach() for t in tensors])
+    return value

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -40,6 +42,30 @@ def isa() -> str:
 set_isa(os.environ.get("FASTSLOTS_ISA") or None)
 
 
+_own = threading.local()
+
+
+def threads() -> int:
+    """How many the kernels take."""
+    return getattr(_own, "count", None) or torch.get_num_threads()
+
+
+@contextlib.contextmanager
+def torch_on_one_thread() -> Iterator[None]:
+    """Inside, the kernels take the threads that torch had, and torch's own operators one.
+
+    Those are then the small rest: on several threads each would cost more in waiting than in work, and some would give
+    other bits for another number of threads.
+    """
+    _own.count = threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(_own.count)
+        _own.count = None
+
+
 def binding(name: str, dtype: torch.dtype) -> Callable[..., Any]:
     """The binding of this name for arrays of ``dtype``; it takes keywords alone."""
     binding: Callable[..., Any] = getattr(_cpu, f"{name}_{str(dtype).removeprefix('torch.')}")
@@ -47,8 +73,8 @@ def binding(name: str, dtype: torch.dtype) -> Callable[..., Any]:
 
 
 def kernel(name: str, dtype: torch.dtype) -> Callable[..., Any]:
-    """The same on the instruction set in use and torch's threads."""
-    return partial(binding(name, dtype), isa=_isa, threads=torch.get_num_threads())
+    """The same on the instruction set in use and the kernels' threads."""
+    return partial(binding(name, dtype), isa=_isa, threads=threads())
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

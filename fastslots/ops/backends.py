@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -33,7 +34,7 @@ from fastslots.records import (
 NAMES = ("reference", "cpu", "triton")
 OPS = (
     "cross_attention", "folded_cross_attention", "decoder_layer", "decoder_loss", "token_attention", "slot_attention",
-    "encoder", "slot_jacobian",
+    "encoder", "slot_jacobian", "muon",
 )  # fmt: skip
 
 
@@ -103,6 +104,27 @@ class SlotAttentionBackend(Backend, Protocol):
         slot_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """inputs: q, k, v; saved: updates and totals -> dq, dk, dv."""  # fmt: skip
+
+
+class OptimizerBackend(Backend, Protocol):
+    """A backend that serves ``muon`` as well, and is the pool of threads beside torch's own."""
+
+    def muon(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        buffers: Sequence[Tensor],
+        settings: dict[str, float],
+        coefficients: tuple[float, float, float],
+        iterations: int,
+    ) -> None:
+        """The update of ``fastslots/train/muon.py``, in place."""  # fmt: skip
+
+    def norm(self, tensors: Sequence[Tensor]) -> float:
+        """Euclidean norm of all together."""
+
+    def torch_on_one_thread(self) -> AbstractContextManager[None]:
+        """Inside, kernels take the threads that torch had, and torch's own operators one."""
 
 
 class EncoderBackend(Backend, Protocol):

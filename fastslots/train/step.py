@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +15,11 @@ from fastslots.data.sampling import Purpose, step_seed
 from fastslots.distributed import Group
 from fastslots.errors import UserError
 from fastslots.models import SlotVAE
-from fastslots.train.optim import Optimizers
+from fastslots.models.decoder import Decoder
+from fastslots.models.encoder import Encoder
+from fastslots.ops import backends
+from fastslots.records import describe
+from fastslots.train.optim import Optimizers, clip
 from fastslots.train.pixels import pixel_probabilities
 from fastslots.train.schedule import alpha_at, beta_at, jacobian_weight_at, lr_at
 
@@ -100,6 +106,39 @@ def training_step(
     a loss scaler also ``loss_scale``, this step's; a step that it left out has a ``grad_norm`` that is not finite.
     """
     group = group or Group()
+    with _threads_for_kernels(model, precision, config, images):
+        return _step(model, optimizers, precision, config, step, images, group)
+
+
+@contextlib.contextmanager
+def _threads_for_kernels(model: SlotVAE, precision: Precision, config: TrainConfig, images: Tensor) -> Iterator[None]:
+    """Where kernels do nearly all of a step, torch's own operators get one thread.
+
+    Nothing waits in hundreds of small parallel regions then, and weights have the same bits for any number of threads.
+    """
+    with precision.autocast():
+        serves = type(model.encoder) is Encoder and model.encoder.serving_backend(images) == "cpu"
+        if serves and type(model.decoder) is Decoder and not config.jacobian_weight:
+            probe = next(model.decoder.parameters()).new_empty(1)
+            serves = backends.select(describe("decoder_loss", [probe]), "auto") == "cpu"
+        else:
+            serves = False
+    if not serves:
+        yield
+        return
+    with cast(backends.OptimizerBackend, backends.load("cpu")).torch_on_one_thread():
+        yield
+
+
+def _step(
+    model: SlotVAE,
+    optimizers: Optimizers,
+    precision: Precision,
+    config: TrainConfig,
+    step: int,
+    images: Tensor,
+    group: Group,
+) -> dict[str, float]:
     lr, alpha, beta = lr_at(config, step), alpha_at(config, step), beta_at(config, step)
     draws, scaler = draw(config, step, images, group.share(config.batch_size).start), precision.scaler
     optimizers.set_lr(lr)
@@ -126,7 +165,7 @@ def training_step(
     group.sum_step(model.parameters(), sums)
     for optimizer, _ in optimizers.parts:
         scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or float("inf"))
+    norm = clip(model.parameters(), config.grad_clip)
     loss, recon, kl, interaction, grad_norm = torch.cat([sums, norm.reshape(1)]).tolist()
     if math.isfinite(loss) and math.isfinite(grad_norm):  # asked of all: a scaler asks of each optimiser alone
         for optimizer, _ in optimizers.parts:

@@ -191,6 +191,19 @@ struct EncoderArgs {
   int threads;
 };
 
+// Muon's update of matrices, in place (fastslots/train/muon.py).
+template <typename T>
+struct MuonArgs {
+  int64_t count;
+  const int64_t *rows, *columns;  // [count]
+  T* const* params;               // [count] of [rows, columns]
+  const T* const* grads;
+  T* const* buffers;              // momentum
+  double momentum, lr, weight_decay;
+  double coefficients[3];         // of the Newton-Schulz polynomial
+  int iterations, threads;
+};
+
 // Entry points of one instruction set and element type.
 template <typename T>
 struct Kernels {
@@ -202,6 +215,7 @@ struct Kernels {
   void (*slot_attention)(const SlotAttentionArgs<T>&);
   void (*encoder)(const EncoderArgs<T>&);
   int64_t (*encoder_saved_size)(const EncoderArgs<T>&);
+  void (*muon)(const MuonArgs<T>&);
   void (*normal_cdf)(const T* x, T* cdf, T* density, int64_t count);  // Φ and φ, for tests of their error
   void (*exponential)(const T* x, T* out, int64_t count);
 };

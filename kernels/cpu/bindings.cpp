@@ -3,6 +3,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <cmath>
 #include <tuple>
 
 #include "api.h"
@@ -539,6 +540,52 @@ int64_t encoder_saved_size(nb::handle images, nb::handle queries, nb::handle gri
   return kernels_for<T>(isa).encoder_saved_size(args);
 }
 
+// Lists of matrices of equal length; params and buffers are changed in place.
+template <typename T>
+void muon(nb::list params, nb::list grads, nb::list buffers, double momentum, double lr, double weight_decay,
+          std::tuple<double, double, double> coefficients, int iterations, const std::string& isa, int threads) {
+  const Kernels<T>& kernels = kernels_for<T>(isa);
+  Arrays<T> arrays;
+  std::vector<int64_t> rows, columns;
+  std::vector<T*> to, state;
+  std::vector<const T*> from;
+  if (grads.size() != params.size() || buffers.size() != params.size()) throw nb::value_error("lists differ in length");
+  for (size_t i = 0; i < params.size(); ++i) {
+    const nb::object param = params[i], grad = grads[i], buffer = buffers[i];
+    const Shape shape = arrays.shape_of(param, "param", 2);
+    rows.push_back(shape[0]), columns.push_back(shape[1]);
+    to.push_back(arrays.output(param, "param", shape));
+    from.push_back(arrays.input(grad, "grad", shape));
+    state.push_back(arrays.output(buffer, "buffer", shape));
+  }
+  const auto [a, b, c] = coefficients;
+  const MuonArgs<T> args = {int64_t(to.size()), rows.data(),  columns.data(), to.data(), from.data(),
+                            state.data(),       momentum,     lr,             weight_decay, {a, b, c},
+                            iterations,         threads};
+  nb::gil_scoped_release release;
+  kernels.muon(args);
+}
+
+// Euclidean norm of all arrays together, added in double in their order.
+template <typename T>
+double norm(nb::list inputs) {
+  double total = 0;
+  for (nb::handle object : inputs) {
+    nb::ndarray<const T, nb::c_contig, nb::device::cpu> array;
+    if (!nb::try_cast(object, array, false)) throw nb::type_error("norm takes C-contiguous arrays on the CPU");
+    const T* const values = array.data();
+    double sums[8] = {};
+    const int64_t count = int64_t(array.size());
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+      for (int64_t j = 0; j < 8; ++j) sums[j] += double(values[i + j]) * double(values[i + j]);
+    }
+    for (; i < count; ++i) sums[0] += double(values[i]) * double(values[i]);
+    for (double sum : sums) total += sum;
+  }
+  return std::sqrt(total);
+}
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (Isa isa : {Isa::avx512, Isa::avx2, Isa::portable}) {
@@ -583,6 +630,9 @@ void bind(nb::module_& m, const std::string& suffix) {
         "queries_grad"_a.none(), "grads"_a, "isa"_a, "threads"_a);
   m.def(name("encoder_saved_size").c_str(), &encoder_saved_size<T>, nb::kw_only(), "images"_a, "queries"_a,
         "grid"_a.none(), "picks"_a.none(), "weights"_a, "strides"_a, "heads"_a, "isa"_a);
+  m.def(name("muon").c_str(), &muon<T>, nb::kw_only(), "params"_a, "grads"_a, "buffers"_a, "momentum"_a, "lr"_a,
+        "weight_decay"_a, "coefficients"_a, "iterations"_a, "isa"_a, "threads"_a);
+  m.def(name("norm").c_str(), &norm<T>, nb::kw_only(), "arrays"_a);
 }
 
 }  // namespace

@@ -360,3 +360,24 @@ def test_a_gpu_that_torch_cannot_use_is_said(tmp_path, monkeypatch):
         stream = io.StringIO()
         fit(tiny(steps=1, eval_every=0, device=device), out=tmp_path / device, stream=stream)
         assert ("torch cannot use it" in stream.getvalue()) == said and "fp32, cpu" in stream.getvalue()
+
+
+@pytest.mark.parametrize("preset", ["sprites-mini", "clevr6-mini"])
+@pytest.mark.parametrize("pixels", [0, 32])
+def test_weights_do_not_depend_on_the_number_of_threads(preset, pixels):
+    """Also where it changes from step to step, as of a run that is resumed on another machine."""
+    before, results = torch.get_num_threads(), []
+    sizes = dict(resolution=16, batch_size=14, pixels_per_step=pixels, steps=100, data="sprites")
+    config = TrainConfig.preset(preset, **sizes)
+    for threads in ((1,), (2,), (3,), (8,), (3, 1, 8)):
+        torch.manual_seed(0)
+        model = SlotVAE(config)
+        optimizers, precision = Optimizers(model, config), Precision("fp32", torch.device("cpu"))
+        images = torch.rand(4, 14, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+        for step in range(4):
+            torch.set_num_threads(threads[step % len(threads)])
+            training_step(model, optimizers, precision, config, step + 1, images[step])
+            assert torch.get_num_threads() == threads[step % len(threads)]
+        results.append(model.state_dict())
+    torch.set_num_threads(before)
+    assert all(same(results[0], other) for other in results[1:])
