@@ -30,7 +30,7 @@ os.environ["PYTHONSAFEPATH"] = "1"
 
 _COMMANDS = """
 import json, os, signal, sys, time
-import fastslots.train.loop, fastslots.data.check
+import fastslots.train, fastslots.data.check
 from fastslots.cli import main
 for line in sys.stdin:
     ask = json.loads(line)
@@ -40,6 +40,7 @@ for line in sys.stdin:
             os.dup2(os.open(ask["stderr"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
             os.dup2(os.open(os.devnull, os.O_RDWR), 1)
             os.environ.update(ask["env"])
+            os.chdir(ask["cwd"])
             code = 99
             try:
                 code = main(ask["argv"])
@@ -97,8 +98,8 @@ class Commands:
         self._parent.stdin.flush()
         return json.loads(self._parent.stdout.readline())
 
-    def start(self, argv: list[str], stderr: Path, **env: str) -> Command:
-        pid = self.ask({"argv": argv, "stderr": str(stderr), "env": env})
+    def start(self, argv: list[str], stderr: Path, cwd: str | Path = ".", **env: str) -> Command:
+        pid = self.ask({"argv": argv, "stderr": str(stderr), "env": env, "cwd": str(cwd)})
         assert pid is not None
         self.unwaited.add(command := Command(pid, stderr, self))
         return command

@@ -81,6 +81,8 @@ def test_cheap_commands_run(page, tmp_path, monkeypatch):
     if cheap and not any("--out runs/clevr6" in c for c in cheap):
         data = ["--data", "clevr_with_masks_train.tfrecords"]
         assert main(["train", "sprites-mini", *SMALL, *data, "--out", "runs/clevr6"]) == 0
+    if any("my_model:build" in c for c in cheap):
+        Path("my_model.py").write_text(blocks(page, "python")[0])
     for command in cheap:
         assert main([*arguments(command), *CHEAP[_kind(command)]]) == 0, command
 

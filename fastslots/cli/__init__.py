@@ -6,10 +6,12 @@ import argparse
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from fastslots import threads
 from fastslots.cli.common import Parser
+from fastslots.config.code import CodeWarning
 from fastslots.errors import UserError, print_error
 
 
@@ -25,6 +27,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _say_warnings() -> None:
+    """Warnings of our own in a line each, as commands say them; others as Python does."""
+    warnings.simplefilter("always", CodeWarning)
+    python = warnings.showwarning
+
+    def show(message, category, filename, lineno, file=None, line=None) -> None:
+        if issubclass(category, CodeWarning):
+            print(f"warning   {message}", file=sys.stderr, flush=True)
+        else:
+            python(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command -> exit code."""
     threads.prepare()  # before torch, which the commands import
@@ -32,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="surrogateescape")
     try:
         args = build_parser().parse_args(argv)
-        code = args.run(args)
+        with warnings.catch_warnings():
+            _say_warnings()
+            code = args.run(args)
         sys.stdout.flush()  # here, where a reader that has gone is no error
         return code
     except UserError as error:

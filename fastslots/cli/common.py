@@ -7,8 +7,11 @@ import difflib
 import sys
 from collections.abc import Callable
 
+from fastslots.config.code import check_name, check_trusted, trust
 from fastslots.data.packed.urls import ALLOW_HELP
 from fastslots.errors import UserError
+from fastslots.runs.folder import RunFolder
+from fastslots.runs.own_code import OwnCode
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,6 +38,44 @@ RUN_HELP = "folder that `fastslots train --out` wrote, or the name of a model th
 
 def add_allow_remote(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-remote", "--allow_remote", action="store_true", help=ALLOW_HELP)
+
+
+def add_code(parser: argparse.ArgumentParser) -> None:
+    """--model and --trust-code, of a command on a run; see ``code_named``."""
+    parser.add_argument(
+        "--model",
+        metavar="PACKAGE.MODULE:BUILD",
+        default="",
+        help="what builds the run's model, where it has one of its own: build(config) gives a SlotVAE",
+    )
+    add_trust(parser)
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-code",
+        "--trust_code",
+        action="store_true",
+        help="import the code that the run's files name (a model, losses, metrics); else only what you name yourself",
+    )
+
+
+def code_named(args: argparse.Namespace, folder: RunFolder) -> str:
+    """What builds the run's model, "" for ours, once it is known to be trusted. UserError where it is not."""
+    own = OwnCode.read(folder)
+    if args.trust_code:
+        trust_all(own)
+    if args.model:
+        check_name("--model", args.model)
+        trust(args.model)
+    name = args.model or own.model.name
+    check_trusted(name, folder.path)
+    return name
+
+
+def trust_all(code: OwnCode) -> None:
+    for name in code.names():
+        trust(name)
 
 
 def progress_of(what: str) -> Callable[[int, int], None]:

@@ -9,9 +9,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from fastslots.cli.common import RUN_HELP, add_allow_remote, progress_of
+from fastslots.cli.common import RUN_HELP, add_allow_remote, add_code, code_named, progress_of
 from fastslots.errors import UserError
 from fastslots.runs.folder import RunFolder
+from fastslots.runs.own_code import OwnCode
 
 
 def add_parser(commands) -> None:
@@ -49,7 +50,10 @@ def add_parser(commands) -> None:
         action="store_true",
         help="also scores of test images with and without the combination that the run's --holdout kept from it",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object (null: a score that needs masks)")
+    add_code(parser)
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object (null: a score that needs masks, or a slot map)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -65,7 +69,9 @@ def run(args: argparse.Namespace) -> int:
 
     folder = RunFolder(run_folder(args.run_folder))
     path = folder.weights(args.weights)
-    model, weights = SlotVAE.from_file(path), folder.which_weights(path)
+    named = code_named(args, folder)
+    model, weights = SlotVAE.from_file(path, named or None, args.trust_code), folder.which_weights(path)
+    metrics, left_out = OwnCode.read(folder).load_metrics(folder)
     recorded = folder.read_config(device="auto")
     if note := hidden_by(folder.path):
         say(f"warning   {note}")
@@ -76,12 +82,14 @@ def run(args: argparse.Namespace) -> int:
     say(f"data      {source.description}")
     for warning in source.warnings:
         say(f"warning   {warning}")
+    for reason in left_out:
+        say(f"warning   {reason}")
     if weights != args.weights and not is_shipped(folder.path):
         say(f"warning   no evaluation has been, so there are no {args.weights} weights yet: scoring the {weights} ones")
     model.to(config.torch_device())
     paper_batch, counted = PAPER[args.split] if args.score_mode == "paper" else (0, 0)
     batch = args.batch_size or paper_batch or 10
-    scoring = Scoring(args.latent, config.seed, args.score_mode, counted)
+    scoring = Scoring(args.latent, config.seed, args.score_mode, counted, metrics)
     scores = evaluate(model, split, batch, scoring, progress=progress_of("images")).scores()
     scores |= {name: None for name in WITH_MASKS if name not in scores}
     if args.interaction_order:
@@ -104,7 +112,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     width = max(map(len, scores))
     for name, value in scores.items():
-        shown = "none: it needs masks" if value is None else f"{value:.5g}" if isinstance(value, float) else value
+        lacks = "a slot map" if scores["images_with_masks"] else "masks"
+        shown = f"none: it needs {lacks}" if value is None else f"{value:.5g}" if isinstance(value, float) else value
         print(f"{name:<{width}}  {shown}")
     return 0
 

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from fastslots.cli.common import RUN_HELP, add_allow_remote
+from fastslots.cli.common import RUN_HELP, add_allow_remote, add_code, code_named
 from fastslots.errors import UserError
 from fastslots.runs.folder import RunFolder
 
@@ -20,6 +20,7 @@ def add_parser(commands) -> None:
     parser.add_argument("run_folder", metavar="RUN", type=Path, help=RUN_HELP)
     parser.add_argument("--weights", choices=("best", "last"), default="best", help="default: best")
     add_allow_remote(parser)
+    add_code(parser)
     parser.add_argument("--port", type=int, default=8000, help="on 127.0.0.1 (default 8000; 0: a free one)")
     parser.set_defaults(run=run)
 
@@ -35,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     from fastslots.runs.pretrained import hidden_by, run_folder
 
     folder = RunFolder(run_folder(args.run_folder))
-    model = SlotVAE.from_run(folder.path, args.weights)
+    named = code_named(args, folder)
+    model = SlotVAE.from_run(folder.path, args.weights, named or None, args.trust_code)
     config = folder.read_config(device="auto")
     if note := hidden_by(folder.path):
         print(note, file=sys.stderr)

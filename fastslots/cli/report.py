@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastslots.cli.common import add_allow_remote, progress_of
+from fastslots.cli.common import add_allow_remote, add_code, code_named, progress_of
 from fastslots.runs.folder import RunFolder
 
 
@@ -19,6 +19,7 @@ def add_parser(commands) -> None:
         "--no_explorer", "--no-explorer", action="store_true", help="decode no pictures: curves at once"
     )
     add_allow_remote(parser)
+    add_code(parser)
     parser.set_defaults(run=run)
 
 
@@ -27,6 +28,8 @@ def run(args: argparse.Namespace) -> int:
 
     for folder in args.runs:
         RunFolder(folder).check()
+        if not args.no_explorer:
+            code_named(args, RunFolder(folder))
     explorer, progress = not args.no_explorer, progress_of("images decoded")
-    print(write_report(args.runs, args.out, explorer, progress, args.allow_remote))
+    print(write_report(args.runs, args.out, explorer, progress, args.allow_remote, args.model))
     return 0

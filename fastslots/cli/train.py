@@ -8,14 +8,17 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from fastslots.cli.common import add_allow_remote
+from fastslots.cli.common import add_allow_remote, add_trust, trust_all
+from fastslots.config.code import check_trusted
 from fastslots.config.presets import preset_names
 from fastslots.config.run import TrainConfig, read_config
 from fastslots.config.spans import Span, checked_span
 from fastslots.data.packed.urls import check_allowed
 from fastslots.errors import UserError, print_error
 from fastslots.runs.folder import RunFolder
+from fastslots.runs.own_code import OwnCode
 
 DEFAULT_PRESET = "sprites-mini"
 CONFIG_HELP = "fields from a run's config.json; what it leaves out is PRESET's, or without one the default given below"
@@ -35,6 +38,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--restart", action="store_true", help=RESTART_HELP)
     parser.add_argument("--config", type=Path, metavar="FILE", help=CONFIG_HELP)
     add_allow_remote(parser)
+    add_trust(parser)
     add_fields(parser)
     parser.set_defaults(run=run)
 
@@ -115,9 +119,24 @@ def config_of(args: argparse.Namespace) -> TrainConfig:
 
 
 def allowed(config: TrainConfig, path: Path, args: argparse.Namespace) -> TrainConfig:
-    """``config``, read from ``path``, unless its data lie at a URL that only the file names: UserError."""
+    """``config``, read from ``path``, unless its data lie at a URL, or its model in code, that only the file names:
+    UserError."""
     check_allowed(config.data, path, args.allow_remote or "field_data" in vars(args))
+    if "field_model" not in vars(args) and not args.trust_code:
+        check_trusted(config.model, path)
     return config
+
+
+def stored_extras(folder: RunFolder, trusted: bool) -> dict[str, Any]:
+    """The losses and metrics that Python code gave to the run that is resumed: UserError where a loss cannot be had."""
+    own = OwnCode.read(folder)
+    if trusted:
+        trust_all(own)
+    losses = own.load_losses(folder)
+    metrics, reasons = own.load_metrics(folder)
+    for reason in reasons:
+        print(f"warning   {reason}", file=sys.stderr)
+    return {"losses": losses, "metrics": metrics}
 
 
 def preset_of(given: str | None) -> str:
@@ -134,10 +153,11 @@ def run(args: argparse.Namespace) -> int:
     if args.restart and not args.resume:
         raise UserError("--restart goes with --resume: without it a run begins at step 0 in a folder of its own")
     from fastslots.distributed import LostProcessError
-    from fastslots.train.loop import NonFiniteLossError, fit
+    from fastslots.train import NonFiniteLossError, fit
 
+    extras = stored_extras(RunFolder(args.out), args.trust_code) if args.resume else {}
     try:
-        result = fit(config, out=args.out, resume=args.resume, restart=args.restart)
+        result = fit(config, out=args.out, resume=args.resume, restart=args.restart, **extras)
     except NonFiniteLossError as error:
         print(f"fastslots: stopped: {error}", file=sys.stderr)
         return 1

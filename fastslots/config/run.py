@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fastslots.config.code import GIVEN, check_name
 from fastslots.config.model import SlotVAEConfig, option
 from fastslots.config.spans import checked_span, in_steps
 from fastslots.errors import UserError, first_line
@@ -19,11 +20,10 @@ BUILTIN = ("sprites", "sprites-textured", "scenes")
 """Names that ``data`` takes for data that are made, not read (``fastslots.data.builtin``)."""
 TRACKERS = ("tensorboard", "wandb", "trackio")
 SPAN = "steps, or a share of the run such as 8%"
-LATER_FIELDS = ("queries", "cnn_kernel", "plateau_end", "decay_steps")
+LATER_FIELDS = ("queries", "cnn_kernel", "plateau_end", "decay_steps", "model")
 """Fields that runs of earlier versions did not have. Where a run's file lacks one, the run had its default, whatever
 the preset has by now."""
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
-GIVEN = "python:"  # begins ``data`` of a run whose data set was handed to ``fit``
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,7 @@ class TrainConfig(SlotVAEConfig):
     """
 
     preset_name: str = option("the preset that the run started from (a label)", "")
+    model: str = option("a model of your own: package.module:build, where build(config) gives a SlotVAE", "")
     data: str = option(f"built-in data ({', '.join(BUILTIN)}), or the path of a data set", "sprites")
     max_objects: int = option("drop scenes with more objects than this; 0 keeps all", 0)
     holdout: str = option(
@@ -81,6 +82,7 @@ class TrainConfig(SlotVAEConfig):
 
     def _check(self) -> None:
         super()._check()
+        check_name("model", self.model)
         self._choice("schedule", SCHEDULES)
         self._choice("precision", PRECISIONS)
         self._choice("on_bad_record", ("stop", "skip"))

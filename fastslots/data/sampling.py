@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     PIXELS = 2
     JACOBIAN = 3
     QUERIES = 4
+    OWN_PARTS = 5  # dropout and the like in a model or a loss of the user's own
     TRAIN = 11  # built-in data of the splits
     VAL = 12
     TEST = 13

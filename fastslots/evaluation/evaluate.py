@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from fastslots.distributed import Group
 from fastslots.errors import UserError
 from fastslots.metrics import JacobianMeter, SegmentationMeter, slot_jacobian
 from fastslots.models import SlotVAE
-from fastslots.models.vae import SlotVAEOutput
+from fastslots.models.outputs import SlotVAEOutput
 
 LOSSES = ("recon", "kl", "interaction")
 OF_AN_IMAGE = ("j_ari", *SegmentationMeter.SCORES)  # scores that are means over images
@@ -32,6 +32,9 @@ PAPER = {"val": (50, 12), "test": (10, 10)}
 # Jacobian [B, K, R, R] on the CPU, None where there are no masks to score it by
 See = Callable[[Tensor, SlotVAEOutput, Tensor | None], None]
 
+Metric = Callable[[SlotVAEOutput, Tensor, Tensor | None], float]
+"""A metric of one's own: (result, images [b, C, R, R], masks [b, H, W] int64 or None) -> its mean over these images."""
+
 
 @dataclass(frozen=True)
 class Scoring:
@@ -40,12 +43,14 @@ class Scoring:
     latent: "mean" (z is the posterior mean) or "sample" (drawn, from ``seed`` and an image's number alone).
     mode: of ``JacobianMeter``; "paper" averages the means of batches, and then depends on their size.
     jacobian_images: J-ARI and JIS look at the first so many images of each batch; 0: at all.
+    metrics: further scores by name, means over images.
     """
 
     latent: str = "mean"
     seed: int = 0
     mode: str = "pooled"
     jacobian_images: int = 0
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
 
 
 class Evaluation:
@@ -63,7 +68,8 @@ class Evaluation:
         side = model.config.resolution
         self._by_jacobian = JacobianMeter(scoring.mode, ignore_label)
         self._by_map = SegmentationMeter(ignore_label, (side, side))
-        self._losses = dict.fromkeys(LOSSES, 0.0)
+        self._means = (*LOSSES, *scoring.metrics)
+        self._of_images = dict.fromkeys(self._means, 0.0)
         self._images = self._masked = 0
         self._totals: dict[str, float] = {}
         self.of_images: dict[str, list[float]] = {}
@@ -82,7 +88,10 @@ class Evaluation:
         result = model(images, latent_noise(model, count, scoring.latent, scoring.seed, first, images.device))
         terms = model.loss(result, images)
         for name in LOSSES:
-            self._losses[name] += getattr(terms, name).item() * count
+            self._of_images[name] += getattr(terms, name).item() * count
+        for name, metric in scoring.metrics.items():
+            labels = None if masks is None else masks.long().to(images.device)
+            self._of_images[name] += one_number(name, metric(result, images, labels)) * count
         self._images += count
         if masks is None:
             return result, None
@@ -110,7 +119,7 @@ class Evaluation:
 
     def _sums(self) -> dict[str, float]:
         """Sums rather than means, so that those of all processes can be added."""
-        sums = self._losses | dict.fromkeys((*OF_AN_IMAGE, "jis", "foreground"), 0.0)
+        sums = self._of_images | dict.fromkeys((*OF_AN_IMAGE, "jis", "foreground"), 0.0)
         if self._masked:
             j_ari, jis, _, foreground = self._by_jacobian.result()
             means = {"j_ari": j_ari} | (self._by_map.result() if self._by_map.images else {})
@@ -126,10 +135,11 @@ class Evaluation:
     def scores(self) -> dict[str, Any]:
         """After ``reduce``: recon = Σ(x − x̂)²/image, kl, interaction (R) and interaction_normalized (R/H²), each a mean
         over images; with masks also j_ari (a mean over images) and jis (pooled over all foreground pixels), and of a
-        decoder with a slot map fg_ari, ari, mbo and miou (means over images); the counts, ``latent`` and seconds.
+        decoder with a slot map fg_ari, ari, mbo and miou (means over images); ``Scoring.metrics``; the counts,
+        ``latent`` and seconds.
         """
         totals = self._totals
-        scores: dict[str, Any] = {name: totals[name] / max(totals["images"], 1) for name in LOSSES}
+        scores: dict[str, Any] = {name: totals[name] / max(totals["images"], 1) for name in self._means}
         scores["interaction_normalized"] = scores["interaction"] / self._model.slot_decoder.heads**2
         if totals["masked"]:
             scores |= {name: totals[name] / totals["masked"] for name in self._shown(OF_AN_IMAGE)}
@@ -173,6 +183,14 @@ def evaluate(
     model.train(training)
     evaluation.reduce(group, len(split))
     return evaluation
+
+
+def one_number(name: str, value: object) -> float:
+    """What a metric gives, as a float. UserError where it is none."""
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"metric {name!r} gives a {type(value).__name__}, expected one number") from None
 
 
 def latent_noise(model: SlotVAE, count: int, latent: str, seed: int, first: int, device: torch.device) -> Tensor:

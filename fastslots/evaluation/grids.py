@@ -10,7 +10,7 @@ from torch import Tensor
 from fastslots.metrics import slot_jacobian
 from fastslots.models import SlotVAE
 from fastslots.models.jacobian import slot_share
-from fastslots.models.vae import SlotVAEOutput
+from fastslots.models.outputs import SlotVAEOutput
 from fastslots.report.pictures import by_colour, grey, rgb
 
 GAP = 2

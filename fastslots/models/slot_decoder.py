@@ -190,6 +190,41 @@ def as_slot_decoder(decoder: Callable) -> SlotDecoder:
     return decoder if isinstance(decoder, SlotDecoder) else ForeignDecoder(decoder)
 
 
+def check_forward_derivative(decoder: SlotDecoder, slots: Tensor) -> None:
+    """UserError where forward-mode derivatives of a decoder at slots [1, K, D] fail, or differ from its gradients: an
+    operator may answer them with zeros."""
+    slots = slots.detach().clone()
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(2, *slots.shape, generator=generator).to(slots)
+
+    def derivative(direction: Tensor) -> Tensor:
+        return torch.func.jvp(lambda z: decoder.decode(z).recon, (slots,), (direction,))[1]
+
+    name = decoder._name()
+    try:
+        with torch.no_grad():
+            tangents = torch.func.vmap(derivative)(directions)
+    except RuntimeError as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(
+            f"the decoder {name} has no forward derivative, which its slot Jacobian needs: {reason}"
+        ) from error
+    with torch.enable_grad():
+        z = slots.requires_grad_()
+        recon = decoder.decode(z).recon
+        weight = torch.randn(recon.shape, generator=generator).to(recon)
+        (gradient,) = (
+            torch.autograd.grad((recon * weight).sum(), z, allow_unused=True) if recon.requires_grad else (None,)
+        )
+    backward = 0 * directions if gradient is None else directions * gradient
+    forward = (tangents * weight).flatten(1)
+    scale = forward.abs().sum(1) + backward.flatten(1).abs().sum(1)
+    if ((forward.sum(1) - backward.flatten(1).sum(1)).abs() > 1e-2 * scale).any():
+        raise UserError(
+            f"the decoder {name} has forward derivatives that differ from its gradients: is a step outside torch?"
+        )
+
+
 def no_penalty(name: str) -> str:
     """Why alpha must be 0."""
     return f"{name} gives no slot map, so there is no interaction penalty: set alpha to 0, or return (image, slot_map)"

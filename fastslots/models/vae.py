@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from fastslots.config.code import Code, CodeWarning, changed, check_trusted, code_of, load_code
 from fastslots.config.model import SlotVAEConfig
 from fastslots.errors import UserError
 from fastslots.files import write_atomic
@@ -16,6 +19,7 @@ from fastslots.models.broadcast import BroadcastDecoder
 from fastslots.models.decoder import Decoder
 from fastslots.models.encoder import Encoder
 from fastslots.models.jacobian import jacobian_penalty
+from fastslots.models.outputs import LossTerms, Posterior, SlotVAEOutput, TrainingOutput
 from fastslots.models.slot_attention import SlotAttentionEncoder
 from fastslots.models.slot_decoder import Decoded, SlotDecoder, as_slot_decoder, no_penalty
 from fastslots.ops import interaction_penalty
@@ -24,35 +28,8 @@ from fastslots.runs.folder import RunFolder
 from fastslots.runs.pretrained import weights_file
 from fastslots.runs.weights import model_budget, read_weights, unreadable, weights_bytes
 
-
-class Posterior(NamedTuple):
-    """A diagonal Gaussian per slot, and a draw from it; all [B, K, D]."""
-
-    slots: Tensor
-    mean: Tensor
-    std: Tensor
-    kl: Tensor  # scalar: summed over slots and width, mean over the batch
-
-
-class SlotVAEOutput(NamedTuple):
-    """What ``SlotVAE.forward`` returns."""
-
-    recon: Tensor  # [B, C, R, R]
-    slots: Tensor  # [B, K, D], z
-    mean: Tensor  # [B, K, D]
-    std: Tensor  # [B, K, D], zeros for the plain autoencoder
-    slot_map: Tensor | None  # [B, R·R, K], sum over heads, mean over layers; None of a decoder without one
-    kl: Tensor  # scalar
-    interaction: Tensor  # scalar, 0 without a slot map
-
-
-class LossTerms(NamedTuple):
-    """Scalars: ``total`` is the weighted sum and the only one with a gradient; the others unweighted and detached."""
-
-    total: Tensor
-    recon: Tensor
-    kl: Tensor
-    interaction: Tensor
+Build = Callable[[SlotVAEConfig], "SlotVAE"]
+"""What builds a model of one's own."""
 
 
 class SlotVAE(nn.Module):
@@ -83,35 +60,58 @@ class SlotVAE(nn.Module):
         if decoder is None:
             decoder = Decoder(config) if config.decoder == "transformer" else BroadcastDecoder(config)
         self.encoder, self.decoder = encoder, decoder
+        self.code = Code()  # what built it, where that is not this class alone
 
     @classmethod
-    def from_run(cls, run: str | Path, weights: str = "best") -> SlotVAE:
-        """The trained model of a run directory, in evaluation mode; ``weights``: "best" or "last".
+    def from_run(
+        cls, run: str | Path, weights: str = "best", model: Build | str | None = None, trust_code: bool = False
+    ) -> SlotVAE:
+        """The trained model of a run directory, in evaluation mode.
 
-        Raises UserError when the folder is no run, or holds no weights yet.
+        Args:
+            run: the run's folder. weights: "best" or "last".
+            model: what builds a model of your own, build(config) or its name "package.module:build". None: what the
+                run names, imported where this process has named it already or ``trust_code`` says so.
+            trust_code: import the code that the run names.
+
+        Raises UserError when the folder is no run, holds no weights yet, or names code that is not trusted or cannot
+        be imported.
         """
-        return cls.from_file(RunFolder(Path(run)).weights(weights))
+        return cls.from_file(RunFolder(Path(run)).weights(weights), model, trust_code)
 
     @classmethod
-    def from_file(cls, path: str | Path) -> SlotVAE:
-        """The model of a weights file that a run has written, in evaluation mode, on the CPU.
+    def from_file(cls, path: str | Path, model: Build | str | None = None, trust_code: bool = False) -> SlotVAE:
+        """The model of a weights file that a run has written, in evaluation mode, on the CPU; as ``from_run``.
 
-        Raises UserError where the file is none, or damaged, or its configuration is of a larger model than it holds.
+        Raises UserError where the file is none, or damaged, or its configuration is of a larger model than it holds;
+        and as ``from_run`` does.
         """
-        config, state = read_weights(Path(path))
+        config, code, state = read_weights(Path(path))
+        if not model and not trust_code:
+            check_trusted(code.name, path)
         try:
-            with model_budget(config, state):
-                model = cls(config)
-            model.load_state_dict(state)
+            if callable(model):
+                built = model(config)
+            elif model or code.name:
+                built = build_model(config, model or code.name, code.folder)
+                if built.code.name == code.name and built.code.digest != code.digest:
+                    warnings.warn(changed(built.code), CodeWarning, stacklevel=2)
+            else:
+                with model_budget(config, state):
+                    built = cls(config)
+            built.load_state_dict(state)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         except (RuntimeError, ValueError, TypeError, MemoryError) as error:
             raise unreadable(Path(path), error) from None
-        return model.eval()
+        return built.eval()
 
     def weights_bytes(self, scores: dict[str, object] | None = None) -> bytes:
-        """The weights and their configuration as ``from_file`` reads them: a safetensors file. ``scores``: kept too."""
-        return weights_bytes(self.config, self.state_dict(), scores)
+        """The weights, their configuration and what built the model as ``from_file`` reads them: a safetensors file.
+
+        scores: kept too.
+        """
+        return weights_bytes(self.config, self.state_dict(), scores, self.code)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, weights: str = "best") -> SlotVAE:
@@ -228,6 +228,7 @@ class SlotVAE(nn.Module):
         pixel_weight: Tensor | None = None,
         jacobian_weight: float | None = None,
         jacobian_pixels: Tensor | None = None,
+        also: Callable[[TrainingOutput], Tensor] | None = None,
         grad_scale: float | Tensor = 1.0,
     ) -> LossTerms:
         """``loss`` of ``forward`` through the tiled decoder, and ``jacobian_weight`` times the Jacobian's penalty.
@@ -237,8 +238,10 @@ class SlotVAE(nn.Module):
         work.
         jacobian_weight: of the Jacobian's own penalty (``jacobian_penalty``), part of ``total`` alone; None: the
         config's, 0 costs nothing. jacobian_pixels [B, P'] int64: where it looks; None draws them.
+        also: a further term of ``total`` alone; what it looks at besides the posterior is decoded once more, whole.
         """
-        z, _, _, kl = self.encode(images, noise, query_noise)
+        posterior = self.encode(images, noise, query_noise)
+        z, _, _, kl = posterior
         alpha = self.config.alpha if alpha is None else alpha
         beta = self.config.beta if beta is None else beta
         decoder = self.slot_decoder
@@ -254,4 +257,35 @@ class SlotVAE(nn.Module):
                 shape = (len(images), self.config.jacobian_pixels)
                 jacobian_pixels = torch.randint(self.config.resolution**2, shape, device=images.device)
             total = total + weight * jacobian_penalty(self.decoder, z, jacobian_pixels)
+        if also:
+            total = total + also(TrainingOutput(self.decode, posterior))
         return LossTerms(total, decoded.recon, kl.detach(), decoded.interaction)
+
+
+def build_model(config: SlotVAEConfig, name: str = "", folder: str = "") -> SlotVAE:
+    """The model of a configuration: ours, or what ``package.module:build`` makes of it (see ``load_code``).
+
+    ``build`` gets the fields of ``SlotVAEConfig`` alone, so that weights can be loaded without a run. Raises UserError
+    where it gives no ``SlotVAE``, or one of another configuration.
+    """
+    if not name:
+        return SlotVAE(config)
+    build = load_code(name, folder)
+    model = build(SlotVAEConfig(**{f.name: getattr(config, f.name) for f in fields(SlotVAEConfig)}))
+    check_model(model, config, name)
+    model.code = code_of(name)
+    return model
+
+
+def check_model(model: object, config: SlotVAEConfig, named: str) -> None:
+    """UserError where ``model`` is no SlotVAE of this configuration."""
+    if not isinstance(model, SlotVAE):
+        raise UserError(f"{named} gives a {type(model).__name__}, expected a SlotVAE: return SlotVAE(config, ...)")
+    names = (f.name for f in fields(SlotVAEConfig))
+    other = [
+        f"{name} {getattr(model.config, name)!r} (the run's {getattr(config, name)!r})"
+        for name in names
+        if getattr(model.config, name) != getattr(config, name)
+    ]
+    if other:
+        raise UserError(f"{named} has another configuration, {', '.join(other)}: change the run's, by flag or field")

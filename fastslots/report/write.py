@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fastslots.config.code import check_trusted
 from fastslots.config.run import TrainConfig
 from fastslots.data import to_float
 from fastslots.data.packed.urls import check_allowed
@@ -12,6 +13,7 @@ from fastslots.data.sources import Source, open_source, same_images
 from fastslots.errors import UserError
 from fastslots.files import write_atomic
 from fastslots.models import SlotVAE
+from fastslots.models.vae import Build
 from fastslots.report import render, run_facts
 from fastslots.report.explorer import ENCODED, explore
 from fastslots.runs.curves import MetricsReader
@@ -29,11 +31,15 @@ def write_report(
     explorer: bool = False,
     progress: Progress | None = None,
     allow_remote: bool = False,
+    model: str = "",
 ) -> Path:
     """Write the report of one run (into its folder), or of several side by side; returns its path.
 
     explorer: decode the explorer's pictures first, where the weights have changed since. allow_remote: also where a
-    configuration names data at a URL that was never opened on this machine.
+    configuration names data at a URL that was never opened on this machine. model: what builds the models of runs that
+    have one of their own, in place of what they name.
+
+    Raises UserError where pictures need code that is not trusted (``fastslots.config.code``).
     """
     facts = []
     for run in runs:
@@ -43,7 +49,9 @@ def write_report(
         if explorer:
             config = folder.read_config(device="auto")
             check_allowed(config.data, folder.config, allow_remote)
-            write_explorer(folder, config, progress=progress)
+            build = (model or config.model) if config.model else ""
+            check_trusted(build, folder.config)
+            write_explorer(folder, config, progress=progress, build=build or None)
         facts.append(run_facts(run, reader))
     path = out or RunFolder(runs[0]).report
     write_atomic(path, render(facts).encode(errors="backslashreplace"))  # paths may be no text
@@ -51,11 +59,15 @@ def write_report(
 
 
 def write_explorer(
-    folder: RunFolder, config: TrainConfig, source: Source | None = None, progress: Progress | None = None
+    folder: RunFolder,
+    config: TrainConfig,
+    source: Source | None = None,
+    progress: Progress | None = None,
+    build: Build | str | None = None,
 ) -> str:
     """Store the explorer's pictures of a run's best weights; returns why not, "" where they are there.
 
-    source: the run's data where they are open already.
+    source: the run's data where they are open already. build: what builds a model of one's own, or its name.
     """
     if config.input != "pixels" or config.channels != 3:
         return "the explorer shows models of images, and this one decodes features"
@@ -69,7 +81,7 @@ def write_explorer(
             if reason := other_data(folder, source):
                 return reason
         images, masks = source.splits["val"][:ENCODED].read()
-        model = SlotVAE.from_file(weights).to(config.torch_device())
+        model = SlotVAE.from_file(weights, build).to(config.torch_device())
     except UserError as error:
         return str(error)
     made_of = {"stamp": stamp, "weights": folder.which_weights(weights)}

@@ -39,6 +39,7 @@ class RunFolder:
         self.path = path
         self.config = path / "config.json"  # the resolved configuration
         self.data = path / "data.txt"  # what the images are, and their split
+        self.code = path / "code.json"  # code that is not ours, by its names (``runs.own_code``)
         self.machine = path / "machine.json"  # the device, how memory and energy are counted, versions
         self.metrics = path / "metrics.jsonl"  # a line a training step; evaluation lines carry "eval"
         self.machine_log = path / "machine.jsonl"  # memory, power and energy every log_every steps

@@ -18,6 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fastslots.config.code import Code
 from fastslots.config.model import SlotVAEConfig
 from fastslots.errors import UserError, first_line
 from fastslots.files import read_file
@@ -29,14 +30,23 @@ MOST_TABLES = 1 << 30
 SLACK = 16 << 20  # bytes that a model's parts may take while they are made
 
 
-def weights_bytes(config: SlotVAEConfig, state: Mapping[str, Tensor], scores: dict[str, object] | None = None) -> bytes:
-    """A model's state_dict as a safetensors file that also holds its configuration, and scores where there are some."""
+def weights_bytes(
+    config: SlotVAEConfig,
+    state: Mapping[str, Tensor],
+    scores: dict[str, object] | None = None,
+    code: Code | None = None,
+) -> bytes:
+    """A model's state_dict as a safetensors file that also holds its configuration; and scores, and what built it,
+    where there are some."""
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(SlotVAEConfig)}
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     metadata = {"fastslots.config": json.dumps(fields)}
-    if not scores:
-        return save(tensors, metadata=metadata)
-    return _ordered(save(tensors, metadata=metadata | {"fastslots.scores": json.dumps(scores)}))
+    if scores:
+        metadata["fastslots.scores"] = json.dumps(scores)
+    if code and code.name:
+        metadata["fastslots.code"] = json.dumps(dataclasses.asdict(code))
+    data = save(tensors, metadata=metadata)
+    return data if len(metadata) == 1 else _ordered(data)
 
 
 def _ordered(data: bytes) -> bytes:
@@ -50,13 +60,17 @@ def _ordered(data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data[end:]
 
 
-def read_weights(path: Path) -> tuple[SlotVAEConfig, dict[str, Tensor]]:
-    """Configuration and state_dict of a file that ``weights_bytes`` made. UserError where it is none, or damaged."""
+def read_weights(path: Path) -> tuple[SlotVAEConfig, Code, dict[str, Tensor]]:
+    """Configuration, what built the model and state_dict of a file that ``weights_bytes`` made; nothing is imported.
+
+    Raises UserError where it is none, or damaged.
+    """
     try:
         data = read_file(path, MOST_BYTES)
         state = load(data)
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-        return SlotVAEConfig(**json.loads(metadata["fastslots.config"])), state
+        code = Code(**json.loads(metadata.get("fastslots.code", "{}")))
+        return SlotVAEConfig(**json.loads(metadata["fastslots.config"])), code, state
     except KeyError:
         raise UserError(f"{path} holds no configuration: name weights that fastslots wrote") from None
     except UserError as error:  # of a field

@@ -200,9 +200,9 @@ def _evaluated(trial: Trial, arguments: tuple[str, ...], processes: Processes) -
             return kept["scores"]
     output, errors = trial.folder / ".eval.out", trial.folder / LOG
     with open(output, "wb") as out, open(errors, "ab") as log:
-        code = processes.run(
-            ["eval", str(trial.folder), "--weights", "last", "--allow-remote", *arguments, "--json"], out, log
-        )
+        own = ["--model", trial.config.model] if trial.config.model else []  # named on the sweep's command line
+        flags = ["--weights", "last", "--allow-remote", *own, *arguments, "--json"]
+        code = processes.run(["eval", str(trial.folder), *flags], out, log)
     text = output.read_text()
     output.unlink()
     if code:

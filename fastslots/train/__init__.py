@@ -1,6 +1,7 @@
 """Training: ``fit`` and its configuration."""
 
 from fastslots.config.run import TrainConfig
-from fastslots.train.loop import FitResult, NonFiniteLossError, fit
+from fastslots.train.fitting import fit
+from fastslots.train.loop import FitResult, NonFiniteLossError
 
 __all__ = ["FitResult", "NonFiniteLossError", "TrainConfig", "fit"]

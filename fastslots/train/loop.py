@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import load, save
 
-from fastslots.config.run import GIVEN, TrainConfig
+from fastslots.config.model import SlotVAEConfig
+from fastslots.config.run import TrainConfig
 from fastslots.data import Batch, Loader, to_float
 from fastslots.data.sources import looked_at, open_source
-from fastslots.distributed import Group, LostProcessError, StoppedError, StopSignals
+from fastslots.distributed import Group, StoppedError, StopSignals
 from fastslots.errors import UserError
-from fastslots.evaluation.evaluate import evaluate
+from fastslots.evaluation.evaluate import Scoring, evaluate
 from fastslots.evaluation.grids import SlotPictures
 from fastslots.files import set_aside, write_atomic
 from fastslots.models import SlotVAE
 from fastslots.runs.folder import RunFolder
+from fastslots.runs.own_code import OwnCode
 from fastslots.threads import usable_processors
 from fastslots.train.checkpoint import Checkpoint, checkpoint_to_resume, snapshot
+from fastslots.train.extras import Extras
 from fastslots.train.optim import Optimizers
+from fastslots.train.own_parts import compare, initial_model, try_once
 from fastslots.train.recorder import Recorder
 from fastslots.train.schedule import due
 from fastslots.train.step import LEAST_SCALE, Precision, training_step
@@ -53,52 +58,6 @@ class FitResult:
     first: bool = True  # whether this process wrote the run (of several, one did)
 
 
-def fit(
-    config: TrainConfig,
-    dataset: Any = None,
-    out: str | Path | None = None,
-    resume: bool = False,
-    stream: TextIO | None = None,
-    restart: bool = False,
-) -> FitResult:
-    """Train a model.
-
-    Args:
-        config: e.g. ``TrainConfig.preset("clevr6", data="clevr.tfrecords", steps=1000)``.
-        dataset: any map-style data set in place of ``config.data``; ``read_batch`` says what its items may be.
-        out: the run's folder; None takes the next free one in runs/.
-        resume: go on from the newest good checkpoint in ``out``, bit for bit; start fresh where there is none.
-        stream: where progress goes (stderr).
-        restart: where there are checkpoints and none can be read, set them and the log aside and begin at step 0; a
-            resume is refused there without it.
-
-    Started by torchrun, each process calls this and computes its share of every batch; the first one writes.
-
-    Raises:
-        UserError: bad data or configuration; LostProcessError (one of those): another process of the run has ended.
-        NonFiniteLossError: the loss was NaN or infinite.
-    """
-    if dataset is not None:
-        config = replace(config, data=f"{GIVEN}a {type(dataset).__name__} that Python code gave to fit")
-    config = config.resolved()
-    group = Group.join(config.torch_device(), config.batch_size)
-    with contextlib.ExitStack() as stack:
-        stack.callback(group.leave)
-        chosen = group.on_first(lambda: _chosen(config, out, resume))
-        folder = RunFolder(Path(os.fsdecode(chosen)), None if out else config.preset_name)
-        stack.callback(folder.release)
-        result = Trainer(config, dataset, folder, stack, group, stream, restart).run()
-    group.close()
-    return result
-
-
-def _chosen(config: TrainConfig, out: str | Path | None, resume: bool) -> bytes:
-    """The path of the run's folder. UserError where a run must not be written there."""
-    folder = RunFolder(Path(out)) if out else RunFolder.next_free(config.preset_name)
-    folder.claim(resume)
-    return os.fsencode(folder.path)
-
-
 class Trainer:
     """A run from its folder to its last step: builds everything in ``__init__``, so that ``run`` is the loop alone.
 
@@ -114,7 +73,9 @@ class Trainer:
         group: Group | None = None,
         stream: TextIO | None = None,
         restart: bool = False,
+        extras: Extras | None = None,
     ):
+        self.extras = extras or Extras()
         self.config, self.folder, self.group = config, folder, group or Group()
         self.device = self.group.device(config.torch_device())
         if config.threads:
@@ -124,21 +85,33 @@ class Trainer:
         self.source = looked_at(open_source(config, dataset), config)
         self.precision = Precision(config.precision, self.device)
         torch.manual_seed(config.seed)
-        self.model = _initial_model(config).to(self.device).train()
+        self.model = initial_model(config, self.extras.model, OwnCode.read(folder).model.folder).to(self.device).train()
+        self._own = OwnCode.of(self.model.code, self.extras.losses, self.extras.metrics)
+        if config.model or self.extras.metrics:
+            image, mask = self.source.splits["val"][:1].read()
+            masks = None if mask is None else mask.long().to(self.device)
+            try_once(self.model, self.extras, to_float(image.to(self.device)), masks)
         self.optimizers = Optimizers(self.model, config)
         self.step, self.best = 0, -float("inf")
         self.scores: dict[str, Any] = {}
         damaged: dict[Path, str] = {}
         folder.locate(Path(os.fsdecode(self.group.on_first(folder.create))))
         newest = self.group.on_first(lambda: checkpoint_to_resume(folder, damaged, restart))
+        notes: list[str] = []
         if newest:
+            self.group.on_first(lambda: self._compare(notes))
             self._load(Checkpoint.from_bytes(newest))
+        elif config.model and self.group.size > 1:  # what builds it may draw from generators of its own
+            weights = self.group.on_first(lambda: save(snapshot(self.model.state_dict())))
+            self.model.load_state_dict(load(weights))
         self._earlier: dict[str, Any] = {}  # configuration
         self.group.on_first(self._store_config)
         self.recorder = Recorder(folder, config, self.step, self.device, stream, self.group.first)
         stack.callback(self.recorder.close)
         for path, reason in damaged.items():
             self.recorder.say(f"{reason}: set aside as {set_aside(path)}, going back to the one before")
+        for note in notes:
+            self.recorder.say(f"warning   {note}")
         if config.compile:
             self.model.encoder.compile()
         self.recorder.announce(self.source, self.model, self.step, self.group.size, self._earlier)
@@ -157,6 +130,7 @@ class Trainer:
                 now = time.perf_counter()
                 values["images_per_s"], last = config.batch_size / (now - last), now
                 self.recorder.trained(self.step, values)
+                self._told(self.extras.on_step, self.step, values)
                 done = self.step == config.steps
                 if done or due(self.step, config.eval_every):
                     self._evaluate_safely(done)
@@ -180,21 +154,27 @@ class Trainer:
             raise
 
     def _train_on(self, images: torch.Tensor) -> dict[str, float]:
-        """A step. Where another process is lost on its way, the weights are those of the step before: saved, so that
-        nothing is lost with it."""
+        """A step. Where it fails (another process is lost, say) the weights are those of the step before: saved, so
+        that nothing is lost with it."""
         try:
-            return training_step(
-                self.model, self.optimizers, self.precision, self.config, self.step + 1, images, self.group
-            )  # a step waits for the device inside, where its losses are read, and nowhere else
-        except LostProcessError:
+            # A step waits for the device inside, where its losses are read, and nowhere else.
+            parts = (self.model, self.optimizers, self.precision, self.config)
+            return training_step(*parts, self.step + 1, images, self.group, self.extras.losses)
+        except Exception:  # a user's model or loss may raise anything
             if self.step:
                 self._checkpoint()
             raise
+
+    def _compare(self, notes: list[str]) -> bytes:
+        """What is to be said of code that is not what the run had. UserError where a loss is missing."""
+        notes.extend(compare(OwnCode.read(self.folder), self._own, self.folder.path))
+        return b""
 
     def _store_config(self) -> bytes:
         """Once it is known to fit what the run goes on from: the next resume reads it."""
         self._earlier = self.folder.read_json(self.folder.config)
         write_atomic(self.folder.config, f"{self.config.to_json()}\n".encode())
+        self._own.write(self.folder)
         return b""
 
     def _evaluate_safely(self, done: bool) -> None:
@@ -206,6 +186,8 @@ class Trainer:
             if not done or self.group.size > 1:  # others would wait for this process
                 raise
             self.recorder.say(f"warning   no last evaluation ({type(error).__name__}: {error}); the weights are kept")
+        else:
+            self._told(self.extras.on_evaluation, self.step, self.scores)
 
     def _evaluate(self) -> None:
         config, val = self.config, self.source.splits["val"]
@@ -217,6 +199,7 @@ class Trainer:
             group=self.group,
             progress=lambda images, total: self.recorder.note(f"evaluating: {images} of {total} images"),
             see=pictures.see,
+            scoring=Scoring(metrics=self.extras.metrics),
         )
         self.scores = evaluation.scores()
         score = self.scores["j_ari"] + self.scores["jis"] if "j_ari" in self.scores else -self.scores["recon"]
@@ -224,6 +207,14 @@ class Trainer:
             self.best = score
             self.recorder.best(self.model.weights_bytes())
         self.recorder.evaluated(self.step, self.scores, evaluation.of_images, pictures)
+
+    def _told(self, tell: Callable[..., None], *given: Any) -> None:
+        """A callback; where it fails, what was learnt is saved first."""
+        try:
+            tell(*given)
+        except Exception:  # a user's code may raise anything
+            self._checkpoint()
+            raise
 
     def _checkpoint(self) -> None:
         """Copy what a resume needs; the first process writes it while the next steps run."""
@@ -249,12 +240,16 @@ class Trainer:
         if explore and self.group.first:
             try:
                 with explore.at_once():
-                    self.recorder.explore(self.source)
+                    self.recorder.explore(self.source, self._copy if self.config.model else None)
             except StoppedError as interruption:
                 stop = interruption.number
                 self.recorder.unexplored()
         self.group.barrier()
         return stop
+
+    def _copy(self, _: SlotVAEConfig) -> SlotVAE:
+        """A model into which weights of this run can be loaded, without asking code for a new one."""
+        return copy.deepcopy(self.model).cpu()
 
     def _leave_page(self) -> None:
         """The page as of a stop, and where no evaluation has left a picture of slots yet, one."""
@@ -299,17 +294,3 @@ class Trainer:
             f"step {step}: {why}. The batch is in {path}, the weights before it in "
             f"{self.folder.last_weights}; a lower --lr or --grad_clip 1 often helps"
         )
-
-
-def _initial_model(config: TrainConfig) -> SlotVAE:
-    """A fresh model, or the weights of ``init_from`` where they fit."""
-    model = SlotVAE(config)
-    if config.init_from:
-        path = Path(config.init_from)
-        start = SlotVAE.from_run(path) if path.is_dir() else SlotVAE.from_file(path)
-        try:
-            model.load_state_dict(start.state_dict())
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise UserError(f"init_from {path}: its weights do not fit this model ({reason})") from None
-    return model

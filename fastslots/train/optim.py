@@ -27,9 +27,12 @@ class Optimizers:
             # Matrices of Transformers and MLPs; Muon makes their update orthogonal, scaled to the size of Adam's.
             matrices = [p for p in parameters if p.ndim == 2]
             rest = [p for p in parameters if p.ndim != 2]
-            muon = Muon(matrices, lr=config.lr, weight_decay=decay)
-            adamw = torch.optim.AdamW(rest, lr=config.lr, weight_decay=decay, betas=(0.9, 0.99), fused=True)
-            self.parts: list[tuple[torch.optim.Optimizer, float]] = [(muon, 1.0), (adamw, MUON_REST)]
+            self.parts: list[tuple[torch.optim.Optimizer, float]] = []
+            if matrices:
+                self.parts.append((Muon(matrices, lr=config.lr, weight_decay=decay), 1.0))
+            if rest:
+                adamw = torch.optim.AdamW(rest, lr=config.lr, weight_decay=decay, betas=(0.9, 0.99), fused=True)
+                self.parts.append((adamw, MUON_REST))
         else:
             cls = optimizer_class(config.optimizer)
             assert cls is not None  # TrainConfig has checked it

@@ -18,6 +18,7 @@ from fastslots.data.sources import Source, same_images
 from fastslots.errors import UserError
 from fastslots.evaluation.grids import SlotPictures
 from fastslots.files import write_atomic
+from fastslots.models.vae import Build
 from fastslots.ops import backends
 from fastslots.records import describe
 from fastslots.report.pictures import encoded
@@ -189,14 +190,16 @@ class Recorder:
         """Write report.html as of now. UserError where it cannot be written."""
         write_report([self._folder.path])
 
-    def explore(self, source: Source) -> None:
-        """The page once more, with pictures of the best weights, which are on the disk by now."""
+    def explore(self, source: Source, build: Build | None = None) -> None:
+        """The page once more, with pictures of the best weights, which are on the disk by now.
+
+        build: what they are loaded into, where the configuration does not say."""
 
         def progress(images: int, total: int) -> None:
             self.note(f"slot explorer: {images} of {total} images decoded")
 
         def write() -> None:
-            reason = write_explorer(self._folder, self._config, source, progress)
+            reason = write_explorer(self._folder, self._config, source, progress, build)
             if reason:
                 self.say(f"no slot explorer: {reason}")
             else:

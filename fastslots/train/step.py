@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple, cast
 
 import torch
@@ -19,6 +19,7 @@ from fastslots.models.decoder import Decoder
 from fastslots.models.encoder import Encoder
 from fastslots.ops import backends
 from fastslots.records import describe
+from fastslots.train.extras import FurtherLosses, Loss
 from fastslots.train.optim import Optimizers, clip
 from fastslots.train.pixels import pixel_probabilities
 from fastslots.train.schedule import alpha_at, beta_at, jacobian_weight_at, lr_at
@@ -97,17 +98,22 @@ def training_step(
     step: int,
     images: Tensor,
     group: Group | None = None,
+    losses: Mapping[str, tuple[float, Loss]] | None = None,
 ) -> dict[str, float]:
     """Update the weights once -> the step's values, of the global batch. One host sync for those; foreground
     or edge sampling, a loss scaler and a group of processes each add one.
 
     images: [b, C, R, R], this process's share of the batch (``group.share(config.batch_size)``; all of it without).
-    A non-finite loss or gradient leaves the weights as they were; the caller sees it in ``loss`` or ``grad_norm``. With
-    a loss scaler also ``loss_scale``, this step's; a step that it left out has a ``grad_norm`` that is not finite.
+    losses: further ones, name -> (weight, function); their values are among the step's. A non-finite loss or gradient
+    leaves the weights as they were; the caller sees it in ``loss`` or ``grad_norm``. With a loss scaler also
+    ``loss_scale``, this step's; a step that it left out has a ``grad_norm`` that is not finite.
     """
     group = group or Group()
+    parts = (model, optimizers, precision, config, step, images, group)
+    if losses:
+        return _step(*parts, losses)
     with _threads_for_kernels(model, precision, config, images):
-        return _step(model, optimizers, precision, config, step, images, group)
+        return _step(*parts)
 
 
 @contextlib.contextmanager
@@ -138,14 +144,20 @@ def _step(
     step: int,
     images: Tensor,
     group: Group,
+    losses: Mapping[str, tuple[float, Loss]] | None = None,
 ) -> dict[str, float]:
     lr, alpha, beta = lr_at(config, step), alpha_at(config, step), beta_at(config, step)
     draws, scaler = draw(config, step, images, group.share(config.batch_size).start), precision.scaler
     optimizers.set_lr(lr)
     optimizers.zero_grad()
-    sums, scale = torch.zeros(4, device=images.device), scaler.get_scale()
+    if losses or config.model:  # what the user's own parts draw: the same after a resume
+        start = group.share(config.batch_size).start
+        torch.manual_seed(step_seed(config.seed, step, Purpose.OWN_PARTS) + start)
+    losses = losses or {}
+    sums, scale = torch.zeros(4 + len(losses), device=images.device), scaler.get_scale()
     for rows in torch.arange(len(images), device=images.device).chunk(config.accumulate):
         share = len(rows) / config.batch_size
+        further = FurtherLosses(losses, images[rows]) if losses else None
         part = Draws(*(None if drawn is None else drawn[rows] for drawn in draws))  # type: ignore[arg-type]
         with precision.autocast():
             terms = model.training_loss(
@@ -159,14 +171,15 @@ def _step(
                 jacobian_weight=jacobian_weight_at(config, step),
                 jacobian_pixels=part.jacobian_pixels,
                 grad_scale=scale * share,
+                **({"also": further} if further else {}),
             )
         scaler.scale(terms.total * share).backward()
-        sums += torch.stack([term.detach().float() for term in terms]) * share
+        sums += torch.stack([term.detach().float() for term in [*terms, *(further.values if further else ())]]) * share
     group.sum_step(model.parameters(), sums)
     for optimizer, _ in optimizers.parts:
         scaler.unscale_(optimizer)
     norm = clip(model.parameters(), config.grad_clip)
-    loss, recon, kl, interaction, grad_norm = torch.cat([sums, norm.reshape(1)]).tolist()
+    loss, recon, kl, interaction, *values_of, grad_norm = torch.cat([sums, norm.reshape(1)]).tolist()
     if math.isfinite(loss) and math.isfinite(grad_norm):  # asked of all: a scaler asks of each optimiser alone
         for optimizer, _ in optimizers.parts:
             scaler.step(optimizer)
@@ -174,4 +187,5 @@ def _step(
     normalized = interaction / model.slot_decoder.heads**2
     scaled = {"loss_scale": scale} if scaler.is_enabled() else {}
     values = {"loss": loss, "recon": recon, "kl": kl, "interaction": interaction, "interaction_normalized": normalized}
+    values |= dict(zip(losses, values_of, strict=True))
     return values | {"grad_norm": grad_norm, "lr": lr, "alpha": alpha, "beta": beta} | scaled

@@ -22,7 +22,7 @@ from fastslots.data.packed.features import FeatureDataset, Features, check_featu
 from fastslots.data.sources import open_source
 from fastslots.errors import UserError
 from fastslots.models.vit import load_vit
-from fastslots.train.loop import fit
+from fastslots.train import fit
 
 PATCH, WIDTH, HEADS, HIDDEN, DEPTH, GRID = 4, 12, 3, 20, 2, 5
 TINY = dict(channels=WIDTH, num_slots=3, slot_dim=4, token_hidden=16, encoder_heads=2, encoder_layers=1)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import as_torchrun
 from safetensors.torch import load_file
 from tiny import MODEL_16
 
@@ -51,17 +52,6 @@ def weights(folder: Path) -> torch.Tensor:
 
 def difference(a: Path, b: Path) -> float:
     return ((weights(a) - weights(b)).norm() / weights(a).norm()).item()
-
-
-def start(commands, size: int, argv: list[str], folder: Path):
-    """``size`` processes with the variables that torchrun sets; stderr of process r in err_r."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(size)}
-    return [
-        commands.start(argv, folder / f"err_{rank}", RANK=str(rank), LOCAL_RANK=str(rank), **env)
-        for rank in range(size)
-    ]
 
 
 def steps_done(out: Path) -> int:
@@ -150,7 +140,7 @@ def test_two_processes_train_as_one(one, two):
 @pytest.mark.long
 @pytest.mark.parametrize("size, accumulate", [(3, 1), (4, 1), (2, 7)])
 def test_more_processes_train_as_one(commands, tmp_path, one, size, accumulate):
-    processes = start(
+    processes = as_torchrun(
         commands, size, [*flags(small(accumulate=accumulate), tmp_path), f"--out={tmp_path / 'run'}"], tmp_path
     )
     assert [p.wait(250) for p in processes] == [0] * size, processes[0].said()
@@ -167,7 +157,7 @@ def test_resume_on_fewer_processes(one, two, tmp_path):
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(commands, tmp_path):
     argv = [*flags(small(steps=10**6, eval_every=0, checkpoint_every=0), tmp_path), f"--out={tmp_path / 'run'}"]
-    processes = start(commands, 2, argv, tmp_path)
+    processes = as_torchrun(commands, 2, argv, tmp_path)
     wait_for_steps(processes, tmp_path / "run", 3)
     processes[1].kill(signal.SIGTERM)
     assert [p.wait(60) for p in processes] == [143, 143]
@@ -181,7 +171,7 @@ def test_a_killed_process_ends_the_others_soon_and_is_named(commands, tmp_path, 
     """Within 20 s: gloo notices at once, the roll call takes two."""
     config = small(steps=10**6, eval_every=0, checkpoint_every=1 - lost)  # the first one saves what has been learnt
     argv = [*flags(config, tmp_path), f"--out={tmp_path / 'run'}"]
-    processes = start(commands, 2, argv, tmp_path)
+    processes = as_torchrun(commands, 2, argv, tmp_path)
     wait_for_steps(processes, tmp_path / "run", 3)
     deadline = time.monotonic() + 60  # a checkpoint is written behind the steps
     while lost == 0 and not latest_checkpoint(RunFolder(tmp_path / "run"))[0]:
@@ -232,7 +222,7 @@ def test_a_process_in_a_long_step_answers_the_roll_call():
 
 def test_nan_on_one_process_stops_all(commands, tmp_path):
     argv = [*flags(small(lr=1e30, steps=500, grad_clip=0.0, optimizer="sgd"), tmp_path), f"--out={tmp_path / 'run'}"]
-    processes = start(commands, 2, argv, tmp_path)
+    processes = as_torchrun(commands, 2, argv, tmp_path)
     assert [p.wait(60) for p in processes] == [1, 1]
     assert "stopped: step" in processes[0].said()
     assert (tmp_path / "run" / "nan_batch.safetensors").exists()
@@ -241,7 +231,7 @@ def test_nan_on_one_process_stops_all(commands, tmp_path):
 
 
 def test_what_the_first_process_refuses_all_refuse(commands, tmp_path, one):
-    processes = start(commands, 2, [*flags(small(), tmp_path), f"--out={one}"], tmp_path)
+    processes = as_torchrun(commands, 2, [*flags(small(), tmp_path), f"--out={one}"], tmp_path)
     assert [p.wait(60) for p in processes] == [2, 2]
     assert all("already holds a run: add --resume" in p.said() for p in processes)
 

@@ -133,7 +133,7 @@ def test_what_a_data_set_raises_leaves_a_checkpoint(tmp_path):
 
         def __getitem__(self, index: int) -> torch.Tensor:
             self.reads += 1
-            if self.reads > 12:
+            if self.reads > 60:
                 raise KeyError("a bug of the user's")
             return torch.zeros(3, 8, 8)
 

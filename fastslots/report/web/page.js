@@ -49,7 +49,8 @@ function navigation() {
 
 function scores() {
   if (!runs.some(run => run.evaluations.length)) return null;
-  const names = SCORES.filter(name => runs.some(run => run.evaluations.some(line => name in line)));
+  const known = [...SCORES, ...HIDDEN], own = new Set(runs.flatMap(run => Object.keys(run.scores)).filter(name => !known.includes(name)));  // metrics of one's own
+  const names = [...SCORES, ...own].filter(name => runs.some(run => run.evaluations.some(line => name in line)));
   const rows = several ? runs.map((run, i) => [i, run.evaluations.at(-1) || {}]) : runs[0].evaluations.map(line => [0, line]);
   const best = Object.fromEntries(names.map(name => {
     const values = rows.map(([, line]) => line[name]).filter(value => typeof value === "number");
@@ -57,7 +58,7 @@ function scores() {
   }));
   const head = h("tr", {}, several ? h("th", {}, "run") : null, ["step", ...names, "images", "seconds"].map(name => h("th", {}, name)));
   const body = rows.map(([i, line]) => h("tr", {}, several ? h("td", {}, dot(i), " ", runs[i].name) : null, h("td", {}, number(line.step)),
-    names.map(name => h(line[name] === best[name] && rows.length > 1 && !NEITHER.has(name) ? "td.best" : "td", {}, number(line[name]))),
+    names.map(name => h(line[name] === best[name] && rows.length > 1 && !NEITHER.has(name) && !own.has(name) ? "td.best" : "td", {}, number(line[name]))),
     h("td", {}, number(line.images)), h("td", {}, number(line.seconds))));
   const hidden = runs[0].count - runs[0].evaluations.length;
   const latents = [...new Set(rows.map(([, line]) => line.latent).filter(Boolean))].map(latent => latent === "mean" ? "the posterior mean" : "a sample");
