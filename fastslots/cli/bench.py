@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from fastslots.config.presets import preset_names
+from fastslots.config.run import MOST_THREADS
 from fastslots.errors import UserError
 
 CASES = ("op", "block", "layer", "step", "jacobian", "loader")
@@ -31,7 +32,9 @@ def add_parser(commands) -> None:
     parser.add_argument("what", metavar="WHAT", nargs="*", help="what to measure (default: op layer step jacobian)")
     parser.add_argument("--preset", choices=preset_names(), help="sizes (default clevr6; jacobian: sprites)")
     parser.add_argument("--batch", type=_at_least(1), default=0, help="images (default: 4 on a CPU, 1 for jacobian)")
-    parser.add_argument("--threads", type=_at_least(1), default=1, help="threads of torch on a CPU (default 1)")
+    parser.add_argument(
+        "--threads", type=_at_least(1, MOST_THREADS), default=1, help="threads of torch on a CPU (default 1)"
+    )
     parser.add_argument("--rounds", type=_at_least(1), default=5, help="interleaved rounds (default 5)")
     parser.add_argument("--tiny", action="store_true", help="16 pixels a side: that everything runs, not how fast")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU, if any")
@@ -46,10 +49,11 @@ def add_parser(commands) -> None:
     parser.set_defaults(run=run)
 
 
-def _at_least(least: int):
+def _at_least(least: int, most: float = float("inf")):
     def whole(text: str) -> int:
-        if not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+        if not text.isdigit() or not least <= int(text) <= most:
+            limit = f" and at most {most}" if most < float("inf") else ""
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}{limit}, got {text!r}")
         return int(text)
 
     return whole

@@ -23,6 +23,7 @@ SPAN = "steps, or a share of the run such as 8%"
 LATER_FIELDS = ("queries", "cnn_kernel", "plateau_end", "decay_steps", "model")
 """Fields that runs of earlier versions did not have. Where a run's file lacks one, the run had its default, whatever
 the preset has by now."""
+MOST_THREADS = 1024  # torch takes any number, and dies where the system makes no more
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 
 
@@ -90,6 +91,8 @@ class TrainConfig(SlotVAEConfig):
         for name in self.trackers():
             if name not in TRACKERS:
                 raise UserError(f"log_to must name {', '.join(TRACKERS)}, got {name!r}")
+        if self.threads > MOST_THREADS:
+            raise UserError(f"threads must be at most {MOST_THREADS}, got {self.threads}: 0 is one a core")
         self._at_least(1, "steps", "batch_size", "accumulate", "eval_batch", "keep_checkpoints", "log_every")
         for f in dataclasses.fields(self):
             if f.type == "int | str":

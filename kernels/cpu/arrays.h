@@ -62,6 +62,7 @@ class Arrays {
     if (!nb::try_cast(object, array, false)) throw_type<T>(name, "4-d");
     last_shape_.assign(array.shape_ptr(), array.shape_ptr() + 4);
     check_shape(name, shape);
+    if (!array.data() && array.size()) throw_type<T>(name, "materialised");
     if (array.stride(3) != 1 && array.shape(3) > 1) throw_type<T>(name, "last-axis contiguous");
     for (int i = 0; i < 3; ++i) strides[i] = array.stride(i);
     owners_.push_back(nb::borrow(object));
@@ -83,6 +84,7 @@ class Arrays {
     if (!nb::try_cast(object, array, false)) throw_type<E>(name, "C-contiguous");
     last_shape_.assign(array.shape_ptr(), array.shape_ptr() + array.ndim());
     check_shape(name, shape);
+    if (!array.data() && array.size()) throw_type<E>(name, "materialised");  // a lazy tensor that nothing has computed
     owners_.push_back(nb::borrow(object));
     return present(array.data());
   }

@@ -196,7 +196,7 @@ void slot_jacobian(const nb::dict& from, nb::list tangents, nb::handle slot_mask
     const Shape keys = arrays.shape_of(member(of_layer, "keys"), "keys", 4);
     if (layers.empty()) args.slot_width = keys[2], args.inner_width = keys[3];
     const int64_t Z = args.slot_width, I = args.inner_width;
-    if (I % args.heads) throw nb::value_error("keys: the last axis must be a multiple of the heads");
+    if (!args.heads || I % args.heads) throw nb::value_error("keys: the last axis must be a multiple of the heads");
     TangentArrays<T> layer;
     layer.query_weight = arrays.input(of_layer, "query_weight", {I, D});
     layer.query_bias = arrays.input(of_layer, "query_bias", {I});
