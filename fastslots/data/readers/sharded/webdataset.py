@@ -36,14 +36,17 @@ Sample = tuple[str, dict[str, bytes]]
 
 
 def looks_like_webdataset(path: Path) -> bool:
-    """Whether samples of a tar have a mask or several files; else it is an archive of a folder."""
+    """Whether samples of a tar have a mask or several files; else, and where names rather than extensions say what is
+    a mask (NAME_mask.png, ClevrTex's NAME_flat.png), it is an archive of a folder."""
+    found = False
     try:
-        for _, files in islice(_samples(path), 4):
-            if len(files) > 1 or any(_role(name) == "mask" for name in files):
-                return True
+        for key, files in islice(_samples(path), 4):
+            if set(re.split(r"[_/-]", key.lower())) & (MASK_WORDS | {"flat"}):
+                return False
+            found |= len(files) > 1 or any(_role(name) == "mask" for name in files)
     except UserError:
         pass
-    return False
+    return found
 
 
 def is_tar(path: Path) -> bool:

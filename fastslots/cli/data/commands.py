@@ -1,4 +1,4 @@
-"""fastslots data check | pack | generate | features"""
+"""fastslots data check | pack | generate, and the parsers of features and get."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from fastslots.cli import features
+from fastslots.cli.data import features, get
 from fastslots.config.presets import preset_names
 from fastslots.errors import UserError
 from fastslots.report.scenes import draw_scenes
@@ -53,6 +53,7 @@ def add_parser(commands) -> None:
     generate.set_defaults(run=_generate)
 
     features.add_parser(actions)
+    get.add_parser(actions)
 
 
 def _add_shape(parser: argparse.ArgumentParser) -> None:
