@@ -69,8 +69,16 @@ def main() -> int:
     if problems:
         print(f"\nmissing: {', '.join(problems)}")
         return 1
-    print("\nready: bench/gpu.sh" if arch else "\nready, but for a GPU: bench/gpu.sh --dry walks through on the CPU")
+    dry = _interpreter_fails() or "bench/gpu.sh --dry walks through on the CPU"
+    print("\nready: bench/gpu.sh" if arch else f"\nready, but for a GPU: {dry}")
     return 0
+
+
+def _interpreter_fails() -> str:
+    """Why Triton's interpreter can't stand in for a GPU; empty where it can."""
+    triton, numpy = (tuple(int(part) for part in version(name).split(".")[:2]) for name in ("triton", "numpy"))
+    old = triton < (3, 7) and numpy >= (2, 4)
+    return "Triton 3.6's interpreter, which --dry uses, needs NumPy below 2.4" if old else ""
 
 
 def _gpu(say: Callable[..., None]) -> str | None:

@@ -85,7 +85,7 @@ def test_the_check_of_a_gpu_machine_ends_well_without_one(tmp_path):
     code = "sys.argv = ['check']; runpy.run_module('fastslots.bench.check', run_name='__main__')"
     (tmp_path / "bench").mkdir()
     done = bare(code, tmp_path, ("rich", "google_crc32c", "fastslots._cpu"), CUDA_VISIBLE_DEVICES="")
-    assert "ready, but for a GPU: bench/gpu.sh --dry" in done.stdout, done.stdout + done.stderr
+    assert "ready, but for a GPU: " in done.stdout, done.stdout + done.stderr
     assert done.returncode == 0 and re.search(r"^without  rich +\S", done.stdout, re.M)
     done = bare(code, tmp_path, ("scipy",), CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1 and "MISSING  scipy" in done.stdout and done.stdout.endswith("missing: scipy\n")
