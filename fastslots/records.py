@@ -213,6 +213,30 @@ class EncoderInputs:
     eps: float = 1e-5
 
 
+class StatisticsInputs(NamedTuple):
+    """What ``cross_attention`` is handed where weights of the heads or statistics of the rows are asked for."""
+
+    q: Tensor  # [B, H, L, d]
+    k: Tensor  # [B, H, K, d]
+    v: Tensor  # [B, H, K, d]
+    slot_mask: Tensor | None  # [B, K] bool
+    head_weights: Tensor | None  # [H] of the slot map; None: ones
+    scale: float
+    rows: bool  # whether entropy and lse are wanted
+
+
+class Statistics(NamedTuple):
+    """What comes back, or the gradients of it; entropy and lse are empty where they are not wanted."""
+
+    out: Tensor  # [B, H, L, d]
+    slot_map: Tensor  # [B, L, K]
+    entropy: Tensor  # [B, H, L]
+    lse: Tensor  # [B, H, L]
+
+
+ONE_HEAD_AT_A_TIME = ("cross_attention", "attention_statistics", "slot_attention")
+
+
 class Call(NamedTuple):
     """A call as backends are asked about it: the op, where its tensors lie, and its sizes (1 where a size does not
     matter or is not known)."""
@@ -229,6 +253,11 @@ class Call(NamedTuple):
     chain: int = 1  # ``FoldedDecoder.longest_chain``
     needs_grad: bool = False  # of the first tensor
 
+    @property
+    def one_head_at_a_time(self) -> bool:
+        """Whether the op's products have the slots of one head as their columns."""
+        return self.op in ONE_HEAD_AT_A_TIME
+
 
 def describe(op: str, tensors: Sequence[Tensor], chain: int = 1) -> Call:
     """The call of ``op`` on its public arguments, in their order; fewer, or of other shapes, ask of what they say."""
@@ -240,7 +269,7 @@ def describe(op: str, tensors: Sequence[Tensor], chain: int = 1) -> Call:
         heads, slots = x.shape[1:3] if x.ndim == 4 else (1, 1)
     elif op not in ("token_attention", "encoder") and len(tensors) > 1 and tensors[1].ndim == 4:
         _, first, second, last = tensors[1].shape
-        heads, slots = (first, second) if op == "cross_attention" else (second, last)  # k [B,H,K,d], G [B,D,H,K]
+        heads, slots = (first, second) if op in ONE_HEAD_AT_A_TIME else (second, last)  # k [B,H,K,d], G [B,D,H,K]
     return Call(
         op,
         x.device,
@@ -249,7 +278,7 @@ def describe(op: str, tensors: Sequence[Tensor], chain: int = 1) -> Call:
         width=x.shape[-1] if x.ndim else 1,
         heads=heads,
         slots=slots,
-        columns=slots if op in ("cross_attention", "slot_attention") else heads * slots,
+        columns=slots if op in ONE_HEAD_AT_A_TIME else heads * slots,
         rows=x.shape[1] if op == "token_attention" and x.ndim == 3 else 1,
         chain=chain,
         needs_grad=x.requires_grad and torch.is_grad_enabled(),

@@ -31,36 +31,27 @@ from fastslots.records import (
     flatten,
 )
 
+from .cpu_attention import (
+    attention_statistics_bwd,
+    attention_statistics_fwd,
+    slot_attention_bwd,
+    slot_attention_fwd,
+)
 from .cpu_calls import ISAS, MAX_CHAIN, binding, isa, kernel, mask, plain, set_isa, torch_on_one_thread, unit_rows, wide
 from .cpu_encoder import encoder_bwd, encoder_fwd, encoder_saved_size
 
 MAX_SLOTS = 64
+MAX_KEYS = 128
 MAX_COLUMNS = 512
-"""Largest number of slots, and of heads x slots (or folded rows of the encoder): what the C++ tests cover."""
+"""Largest number of slots; of slots where heads are taken one at a time; of heads x slots, or of folded rows of the
+encoder: what the C++ tests cover."""
 
 __all__ = [
-    "ISAS",
-    "cross_attention_bwd",
-    "cross_attention_fwd",
-    "decoder_layer_bwd",
-    "decoder_layer_fwd",
-    "decoder_loss",
-    "encoder_bwd",
-    "encoder_fwd",
-    "encoder_saved_size",
-    "folded_cross_attention_bwd",
-    "folded_cross_attention_fwd",
-    "isa",
-    "muon",
-    "norm",
-    "set_isa",
-    "slot_attention_bwd",
-    "slot_attention_fwd",
-    "slot_jacobian",
-    "token_attention_bwd",
-    "token_attention_fwd",
-    "torch_on_one_thread",
-    "why_not",
+    "ISAS", "attention_statistics_bwd", "attention_statistics_fwd", "cross_attention_bwd", "cross_attention_fwd",
+    "decoder_layer_bwd", "decoder_layer_fwd", "decoder_loss", "encoder_bwd", "encoder_fwd", "encoder_saved_size",
+    "folded_cross_attention_bwd", "folded_cross_attention_fwd", "isa", "muon", "norm", "set_isa", "slot_attention_bwd",
+    "slot_attention_fwd", "slot_jacobian", "token_attention_bwd", "token_attention_fwd",
+    "torch_on_one_thread", "why_not",
 ]  # fmt: skip
 
 
@@ -78,8 +69,9 @@ def why_not(call: Call) -> str | None:
         return "the images need a gradient, which this kernel does not make"
     if call.rows > MAX_COLUMNS:
         return f"{call.rows} rows are more than {MAX_COLUMNS}"
-    if call.slots > MAX_SLOTS:
-        return f"{call.slots} slots are more than {MAX_SLOTS}"
+    most = MAX_KEYS if call.one_head_at_a_time else MAX_SLOTS
+    if call.slots > most:
+        return f"{call.slots} slots are more than {most}"
     if call.columns > MAX_COLUMNS:
         return f"{call.heads} heads x {call.slots} slots are more than {MAX_COLUMNS} columns"
     if call.chain > MAX_CHAIN:
@@ -104,8 +96,8 @@ def cross_attention_fwd(
     out = q.new_empty(q.shape, dtype=dtype)
     slot_map = q.new_empty(q.shape[0], q.shape[2], k.shape[2], dtype=dtype)
     kernel("cross_attention_fwd", dtype)(
-        q=unit_rows(q, dtype), k=unit_rows(k, dtype), v=unit_rows(v, dtype), slot_mask=mask(slot_mask), scale=scale,
-        out=out, slot_map=slot_map,
+        q=unit_rows(q, dtype), k=unit_rows(k, dtype), v=unit_rows(v, dtype), slot_mask=mask(slot_mask),
+        head_weights=None, scale=scale, out=out, slot_map=slot_map, entropy=None, lse=None,
     )  # fmt: skip
     return out.to(q.dtype), slot_map
 
@@ -117,44 +109,9 @@ def cross_attention_bwd(
     dtype = wide(q.dtype)
     dq, dk, dv = (t.new_empty(t.shape, dtype=dtype) for t in (q, k, v))
     kernel("cross_attention_bwd", dtype)(
-        q=unit_rows(q, dtype), k=unit_rows(k, dtype), v=unit_rows(v, dtype), slot_mask=mask(slot_mask), scale=scale,
-        out_grad=unit_rows(dout, dtype), slot_map_grad=plain(dslot_map, dtype), q_grad=dq, k_grad=dk, v_grad=dv,
-    )  # fmt: skip
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
-
-
-def slot_attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float, slot_mask: Tensor | None, return_map: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q [B,H,K,d], k, v [B,H,L,d], any strides -> updates [B,H,K,d], totals [B,H,K], map [B,L,K] (or [0])."""
-    dtype = wide(q.dtype)
-    B, _, K, _ = q.shape
-    updates, totals = q.new_empty(q.shape, dtype=dtype), q.new_empty(q.shape[:3], dtype=dtype)
-    slot_map = q.new_empty((B, k.shape[2], K) if return_map else (0,), dtype=dtype)
-    kernel("slot_attention_fwd", dtype)(
-        q=unit_rows(q, dtype), k=unit_rows(k, dtype), v=unit_rows(v, dtype), slot_mask=mask(slot_mask), scale=scale,
-        eps=eps, updates=updates, totals=totals, slot_map=slot_map if return_map else None,
-    )  # fmt: skip
-    return updates.to(q.dtype), totals, slot_map
-
-
-def slot_attention_bwd(
-    dupdates: Tensor,
-    dslot_map: Tensor | None,
-    inputs: tuple[Tensor, Tensor, Tensor],
-    saved: tuple[Tensor, Tensor],
-    scale: float,
-    eps: float,
-    slot_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """inputs: q, k, v; saved: updates and totals -> dq, dk, dv, contiguous."""
-    (q, k, v), (updates, totals) = inputs, saved
-    dtype = wide(q.dtype)
-    dq, dk, dv = (t.new_empty(t.shape, dtype=dtype) for t in inputs)
-    kernel("slot_attention_bwd", dtype)(
-        q=unit_rows(q, dtype), k=unit_rows(k, dtype), v=unit_rows(v, dtype), slot_mask=mask(slot_mask), scale=scale,
-        eps=eps, updates=plain(updates, dtype), totals=plain(totals, dtype), updates_grad=plain(dupdates, dtype),
-        slot_map_grad=None if dslot_map is None else plain(dslot_map, dtype), q_grad=dq, k_grad=dk, v_grad=dv,
+        q=unit_rows(q, dtype), k=unit_rows(k, dtype), v=unit_rows(v, dtype), slot_mask=mask(slot_mask),
+        head_weights=None, scale=scale, out_grad=unit_rows(dout, dtype), slot_map_grad=plain(dslot_map, dtype),
+        entropy_grad=None, lse_grad=None, q_grad=dq, k_grad=dk, v_grad=dv, head_weights_grad=None,
     )  # fmt: skip
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import overload
+
 import torch
 from torch import Tensor
 
-from fastslots.ops import autograd, autograd_slots, backends, checks, reference
-from fastslots.records import FeedForward, FoldedProjections, describe
+from fastslots.ops import autograd, autograd_slots, autograd_statistics, backends, checks, reference
+from fastslots.records import FeedForward, FoldedProjections, Statistics, StatisticsInputs, describe
 
 
 def _under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -17,6 +20,20 @@ def _under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
 
 
+@overload
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, backend: str = "auto", *,
+    slot_mask: Tensor | None = None, head_weights: Tensor | None = None, statistics: tuple[()] = (),
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, backend: str = "auto", *,
+    slot_mask: Tensor | None = None, head_weights: Tensor | None = None, statistics: Sequence[str],
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]: ...  # fmt: skip
+
+
 def cross_attention(
     q: Tensor,
     k: Tensor,
@@ -25,35 +42,61 @@ def cross_attention(
     backend: str = "auto",
     *,
     slot_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    head_weights: Tensor | None = None,
+    statistics: Sequence[str] = (),
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Attention of pixels to slots that also returns the weights summed over heads.
 
-    ``A = softmax_k(scale · q·k)``; ``out = A v``; ``slot_map = Σ_h A``, the smallest thing that the interaction
+    ``A = softmax_k(scale · q·k)``; ``out = A v``; ``slot_map = Σ_h c_h A``, the smallest thing that the interaction
     penalty needs (arXiv 2411.07784). Kernels never store A; the same call gives the same bits.
 
     Args:
-        q: [B, H, L, d] fp16, bf16, fp32 or fp64, any strides.
+        q: [B, H, L, d] fp16, bf16, fp32 or fp64, any strides (a [B, L, H, d] layout by ``transpose(1, 2)``).
         k, v: [B, H, K, d], dtype and device of q.
         scale: factor on the scores; None means d^-1/2.
         backend: "auto", "reference", "cpu" or "triton"; one named outright either serves or raises.
         slot_mask: [B, K] bool, True for a real slot; padded slots get weight 0. None means all are real.
+        head_weights: [H] float, the c_h of the slot map; None means ones (1/H: the mean; 0 and 1: chosen heads). They
+            may need a gradient.
+        statistics: any of "entropy" and "lse": what else of each head and row to return, with gradients.
 
     Returns:
-        out [B, H, L, d] in the dtype of q, slot_map [B, L, K] in fp32 (fp64 for fp64).
+        out [B, H, L, d] in the dtype of q, slot_map [B, L, K] in fp32 (fp64 for fp64); with ``statistics`` also a
+        dictionary of [B, H, L] in the dtype of the map: "entropy" −Σ_k A log A in nats, "lse" log Σ_k exp(scale · q·k).
+        A row whose slots are all masked has zeros everywhere, and gradients of zero.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or a backend that cannot serve.
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, a statistic that is none, or a
+            backend that cannot serve.
     """
     checks.qkv(q, k, v)
     checks.slot_mask(slot_mask, q, k.shape[0], k.shape[2])
+    checks.head_weights(head_weights, q)
+    unknown = sorted(set(statistics) - {"entropy", "lse"})
+    if unknown or isinstance(statistics, str):
+        raise ValueError(f"statistics must be a sequence of 'entropy' and 'lse', got {statistics!r}")
     if isinstance(scale, Tensor) and scale.requires_grad:
         raise ValueError("scale cannot have a gradient: multiply q by it, and pass scale=1.0")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if statistics or head_weights is not None:
+        inputs = StatisticsInputs(q, k, v, slot_mask, head_weights, scale, rows=bool(statistics))
+        found = _attention_statistics(inputs, backend)
+        rows = {"entropy": found.entropy, "lse": found.lse}
+        pair = found.out, found.slot_map
+        return (*pair, {name: rows[name] for name in statistics}) if statistics else pair
     name = backends.select(describe("cross_attention", (q, k, v)), backend)
     if name == "reference":
         return reference.cross_attention(q, k, v, scale, slot_mask)
     q, k, v = _under_autocast(q, k, v)
     return autograd.cross_attention(q, k, v, scale, slot_mask, name)
+
+
+def _attention_statistics(inputs: StatisticsInputs, backend: str) -> Statistics:
+    name = backends.select(describe("attention_statistics", inputs[:3]), backend)
+    if name == "reference":
+        return reference.attention_statistics(inputs)
+    q, k, v = _under_autocast(*inputs[:3])
+    return Statistics(*autograd_statistics.attention_statistics(q, k, v, *inputs[3:], name))
 
 
 def interaction_penalty(slot_map: Tensor) -> Tensor:

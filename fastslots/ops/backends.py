@@ -27,14 +27,16 @@ from fastslots.records import (
     LayerGrads,
     LossInputs,
     LossResult,
+    Statistics,
+    StatisticsInputs,
     Tangents,
     describe,
 )
 
 NAMES = ("reference", "cpu", "triton")
 OPS = (
-    "cross_attention", "folded_cross_attention", "decoder_layer", "decoder_loss", "token_attention", "slot_attention",
-    "encoder", "slot_jacobian", "muon",
+    "cross_attention", "attention_statistics", "folded_cross_attention", "decoder_layer", "decoder_loss",
+    "token_attention", "slot_attention", "encoder", "slot_jacobian", "muon",
 )  # fmt: skip
 
 
@@ -125,6 +127,17 @@ class OptimizerBackend(Backend, Protocol):
 
     def torch_on_one_thread(self) -> AbstractContextManager[None]:
         """Inside, kernels take the threads that torch had, and torch's own operators one."""
+
+
+class StatisticsBackend(Backend, Protocol):
+    """A backend that serves ``attention_statistics`` as well: ``cross_attention`` with more to give back."""
+
+    def attention_statistics_fwd(self, inputs: StatisticsInputs) -> Statistics: ...
+
+    def attention_statistics_bwd(
+        self, grads: Statistics, inputs: StatisticsInputs, need_head_weights: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """-> dq, dk, dv, and the gradient of the heads' weights, empty where it is not needed."""
 
 
 class EncoderBackend(Backend, Protocol):

@@ -54,6 +54,15 @@ def slot_mask(mask: Tensor | None, like: Tensor, batch: int, slots: int) -> None
         raise ValueError(f"slot_mask is on {mask.device}, but the others are on {like.device}: move one of them")
 
 
+def head_weights(weights: Tensor | None, q: Tensor) -> None:
+    """``q`` [B, H, L, d] of the call."""
+    if weights is None:
+        return
+    tensor("head_weights", weights, 1, "[H]")
+    shape("head_weights", weights, (q.shape[1],), f"(H, of q {list(q.shape)})")
+    same_place(q=q, head_weights=weights)
+
+
 def qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     tensor("q", q, 4, "[B, H, L, d]")
     tensor("k", k, 4, "[B, H, K, d]")

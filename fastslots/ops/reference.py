@@ -33,7 +33,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastslots.records import FeedForward, FoldedDecoder, FoldedProjections, OutputHead, QueryMlp
+from fastslots.records import (
+    FeedForward,
+    FoldedDecoder,
+    FoldedProjections,
+    OutputHead,
+    QueryMlp,
+    Statistics,
+    StatisticsInputs,
+)
 
 
 def linear_maps(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
@@ -69,6 +77,28 @@ def cross_attention(
     """q [B,H,L,d], k, v [B,H,K,d] -> out [B,H,L,d], slot_map [B,L,K] (fp32 or wider)."""
     attn = slot_softmax((q * scale) @ k.transpose(-1, -2), slot_mask)
     return attn.to(v.dtype) @ v, attn.sum(1)
+
+
+def attention_statistics(inputs: StatisticsInputs) -> Statistics:
+    """``cross_attention`` with slot_map = Σ_h c_h A, and of each head and row the entropy −Σ A log A and the
+    log-sum-exp of the scores, [B,H,L] in fp32 or wider (empty unless wanted). A row without slots has zeros."""
+    mask = inputs.slot_mask
+    scores = (inputs.q * inputs.scale) @ inputs.k.transpose(-1, -2)
+    attn = slot_softmax(scores, mask)
+    weights = inputs.head_weights
+    slot_map = attn.sum(1) if weights is None else torch.einsum("h,bhlk->blk", weights.to(attn.dtype), attn)
+    entropy = lse = attn.new_zeros(0)
+    if inputs.rows:
+        scores = scores.to(attn.dtype)
+        if mask is not None:
+            keep = mask[:, None, None, :]
+            kept = scores.masked_fill(~keep, torch.finfo(scores.dtype).min)
+            lse = torch.where(keep.any(-1), kept.logsumexp(-1), 0)
+            scores = scores.masked_fill(~keep, 0)
+        else:
+            lse = scores.logsumexp(-1)
+        entropy = lse - (attn * scores).sum(-1)  # log A = S − lse: no logarithm of a weight that is 0
+    return Statistics(attn.to(inputs.v.dtype) @ inputs.v, slot_map, entropy, lse)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:

@@ -125,11 +125,15 @@ struct CrossAttentionArgs {
   int64_t q_stride[3], k_stride[3], v_stride[3], out_grad_stride[3];
   double scale;
   const uint8_t* slot_mask;
+  const T* head_weights;   // [H] of the slot map's sum over heads; null: ones
   T* out;
   T* slot_map;
+  T *entropy, *lse;        // [B, H, L] of each head's weights and scores; both or neither (null)
   const T* out_grad;       // null: forward
   const T* slot_map_grad;  // [B, L, K]
+  const T *entropy_grad, *lse_grad;  // [B, H, L]; both or neither
   T *q_grad, *k_grad, *v_grad;
+  T* head_weights_grad;    // [H]; null: not asked for
   int threads;
 };
 

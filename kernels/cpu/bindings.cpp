@@ -284,22 +284,30 @@ CrossAttentionArgs<T> cross_attention_args(Arrays<T>& arrays, nb::handle q, nb::
   return args;
 }
 
+// head_weights, entropy and lse may be None, as may their gradients.
 template <typename T>
-void cross_attention_fwd(nb::handle q, nb::handle k, nb::handle v, nb::handle slot_mask, double scale, nb::handle out,
-                         nb::handle slot_map, const std::string& isa, int threads) {
+void cross_attention_fwd(nb::handle q, nb::handle k, nb::handle v, nb::handle slot_mask, nb::handle head_weights,
+                         double scale, nb::handle out, nb::handle slot_map, nb::handle entropy, nb::handle lse,
+                         const std::string& isa, int threads) {
   const Kernels<T>& kernels = kernels_for<T>(isa);
   Arrays<T> arrays;
   CrossAttentionArgs<T> args = cross_attention_args<T>(arrays, q, k, v, slot_mask, scale, threads);
   args.out = arrays.output(out, "out", {args.batch, args.heads, args.pixels, args.head_width});
   args.slot_map = arrays.output(slot_map, "slot_map", {args.batch, args.pixels, args.slots});
+  if (!head_weights.is_none()) args.head_weights = arrays.input(head_weights, "head_weights", {args.heads});
+  if (!entropy.is_none()) {
+    args.entropy = arrays.output(entropy, "entropy", {args.batch, args.heads, args.pixels});
+    args.lse = arrays.output(lse, "lse", {args.batch, args.heads, args.pixels});
+  }
   nb::gil_scoped_release release;
   kernels.cross_attention(args);
 }
 
 template <typename T>
-void cross_attention_bwd(nb::handle q, nb::handle k, nb::handle v, nb::handle slot_mask, double scale,
-                         nb::handle out_grad, nb::handle slot_map_grad, nb::handle q_grad, nb::handle k_grad,
-                         nb::handle v_grad, const std::string& isa, int threads) {
+void cross_attention_bwd(nb::handle q, nb::handle k, nb::handle v, nb::handle slot_mask, nb::handle head_weights,
+                         double scale, nb::handle out_grad, nb::handle slot_map_grad, nb::handle entropy_grad,
+                         nb::handle lse_grad, nb::handle q_grad, nb::handle k_grad, nb::handle v_grad,
+                         nb::handle head_weights_grad, const std::string& isa, int threads) {
   const Kernels<T>& kernels = kernels_for<T>(isa);
   Arrays<T> arrays;
   CrossAttentionArgs<T> args = cross_attention_args<T>(arrays, q, k, v, slot_mask, scale, threads);
@@ -310,6 +318,15 @@ void cross_attention_bwd(nb::handle q, nb::handle k, nb::handle v, nb::handle sl
   args.q_grad = arrays.output(q_grad, "q_grad", pixels);
   args.k_grad = arrays.output(k_grad, "k_grad", slots);
   args.v_grad = arrays.output(v_grad, "v_grad", slots);
+  if (!head_weights.is_none()) args.head_weights = arrays.input(head_weights, "head_weights", {args.heads});
+  if (!head_weights_grad.is_none()) {
+    args.head_weights_grad = arrays.output(head_weights_grad, "head_weights_grad", {args.heads});
+  }
+  if (!entropy_grad.is_none()) {
+    const Shape rows = {args.batch, args.heads, args.pixels};
+    args.entropy_grad = arrays.input(entropy_grad, "entropy_grad", rows);
+    args.lse_grad = arrays.input(lse_grad, "lse_grad", rows);
+  }
   nb::gil_scoped_release release;
   kernels.cross_attention(args);
 }
@@ -609,10 +626,12 @@ void bind(nb::module_& m, const std::string& suffix) {
   m.def(name("layer_bwd").c_str(), &layer_bwd<T>, nb::kw_only(), "x"_a, "weights"_a, "slot_mask"_a.none(), "eps"_a,
         "y_grad"_a, "slot_map_grad"_a, "x_grad"_a.none(), "grads"_a, "isa"_a, "threads"_a);
   m.def(name("cross_attention_fwd").c_str(), &cross_attention_fwd<T>, nb::kw_only(), "q"_a, "k"_a, "v"_a,
-        "slot_mask"_a.none(), "scale"_a, "out"_a, "slot_map"_a, "isa"_a, "threads"_a);
+        "slot_mask"_a.none(), "head_weights"_a.none(), "scale"_a, "out"_a, "slot_map"_a, "entropy"_a.none(),
+        "lse"_a.none(), "isa"_a, "threads"_a);
   m.def(name("cross_attention_bwd").c_str(), &cross_attention_bwd<T>, nb::kw_only(), "q"_a, "k"_a, "v"_a,
-        "slot_mask"_a.none(), "scale"_a, "out_grad"_a, "slot_map_grad"_a, "q_grad"_a, "k_grad"_a, "v_grad"_a, "isa"_a,
-        "threads"_a);
+        "slot_mask"_a.none(), "head_weights"_a.none(), "scale"_a, "out_grad"_a, "slot_map_grad"_a,
+        "entropy_grad"_a.none(), "lse_grad"_a.none(), "q_grad"_a, "k_grad"_a, "v_grad"_a,
+        "head_weights_grad"_a.none(), "isa"_a, "threads"_a);
   m.def(name("token_attention_fwd").c_str(), &token_attention_fwd<T>, nb::kw_only(), "rows"_a, "tokens"_a,
         "gathered"_a, "lse"_a, "isa"_a, "threads"_a);
   m.def(name("token_attention_bwd").c_str(), &token_attention_bwd<T>, nb::kw_only(), "rows"_a, "tokens"_a,

@@ -115,16 +115,30 @@ void forward_layer(const Layer<T>& layer, const TileShape<T>& s, LayerState<T>& 
   apply(layer.narrow, state.hidden, s.panels, true, x);
 }
 
-// dy (of A·U + b) -> gradients of U, b, G, g, and, unless dnormed is null, of the normed pixels.
+// dy (of A·U + b) -> gradients of U, b and the scores.
 template <typename T>
-void attend_backward(const Layer<T>& layer, const LayerSums<T>& sums, const TileShape<T>& s, const T* normed,
-                     const T* attention, const T* dy, const T* dmap, T* dscores, T* scratch, T* dnormed) {
+void attention_backward(const Layer<T>& layer, const LayerSums<T>& sums, const TileShape<T>& s, const T* attention,
+                        const T* dy, const T* dmap, T* dscores, T* scratch) {
   apply_transposed(layer.values, dy, s.panels, dscores);
   if (sums.values) accumulate_products<T>(attention, s.H * s.K, dy, s.D, s.panels, scratch, sums.values);
   if (sums.values_bias) accumulate_rows<T>(dy, s.D, s.panels, sums.values_bias);
   softmax_backward<T>(attention, dmap, s.share, s.H, s.K, s.panels, dscores);
+}
+
+// dscores -> gradients of G, g, and, unless dnormed is null, of the normed pixels.
+template <typename T>
+void scores_backward(const Layer<T>& layer, const LayerSums<T>& sums, const TileShape<T>& s, const T* normed,
+                     const T* dscores, T* scratch, T* dnormed) {
   accumulate(layer.scores, dscores, normed, s.panels, scratch, sums.scores);
   if (dnormed) apply_transposed(layer.scores, dscores, s.panels, dnormed);
+}
+
+// Both, one behind the other.
+template <typename T>
+void attend_backward(const Layer<T>& layer, const LayerSums<T>& sums, const TileShape<T>& s, const T* normed,
+                     const T* attention, const T* dy, const T* dmap, T* dscores, T* scratch, T* dnormed) {
+  attention_backward(layer, sums, s, attention, dy, dmap, dscores, scratch);
+  scores_backward(layer, sums, s, normed, dscores, scratch, dnormed);
 }
 
 // The feed-forward half. dx: gradient of the layer's output, replaced by that of the attention's.

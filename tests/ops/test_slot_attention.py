@@ -19,11 +19,11 @@ SHAPES = {  # B, H, K, L, d
     "many slots": (1, 1, 32, 100, 43),
     "long": (1, 1, 11, 5000, 64),
 }
-UNITS = 60
-"""Roundoffs of fp32, relative to the largest element: the worst seen is 18 (sums over 5,000 tokens)."""
-UNITS_OF = {"one token": 6000}
+UNITS = 40
+"""Roundoffs of fp32, relative to the largest element: the worst seen is 13.5 for the reference, 6.9 for C++ (Zen 5)."""
+UNITS_OF = {"one token": 1000}
 """A lone token's update is the token itself, so both terms of its attention's gradient cancel: what is left is small
-beside their roundoff."""
+beside their roundoff (244 seen)."""
 
 
 @pytest.fixture(params=BACKENDS)
@@ -181,9 +181,9 @@ def test_bad_arguments_are_named(change, says):
 
 
 def test_explain_names_the_limit():
-    q, k = torch.empty(1, 1, 65, 8), torch.empty(1, 1, 4, 8)
+    q, k = torch.empty(1, 1, 129, 8), torch.empty(1, 1, 4, 8)
     said = explain(q, k, k, op="slot_attention")
-    assert said.backend == "reference" and "65 slots are more than 64" in said.reasons["cpu"]
+    assert said.backend == "reference" and "129 slots are more than 128" in said.reasons["cpu"]
     assert explain(*inputs("minis"), op="slot_attention").backend == "cpu"
 
 
