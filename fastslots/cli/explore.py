@@ -67,16 +67,12 @@ def held_out(folder: RunFolder, config, allow_remote: bool = False):
 
     from fastslots.data import to_float
     from fastslots.data.packed.urls import check_allowed
-    from fastslots.data.sources import open_source
-    from fastslots.report.write import other_data
+    from fastslots.report.write import held_out_images
 
     try:
         check_allowed(config.data, folder.config, allow_remote)
-        source = open_source(config)
-        reason = other_data(folder, source)
+        images = held_out_images(folder, config)[:IMAGES].read()[0]
     except UserError as error:
-        reason = str(error)
-    if reason:
-        print(f"no images of the run to start from: {reason}", file=sys.stderr)
+        print(f"no images of the run to start from: {error}", file=sys.stderr)
         return torch.empty(0, config.channels, config.resolution, config.resolution)
-    return to_float(source.splits["val"][:IMAGES].read()[0])
+    return to_float(images)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from fastslots.config.code import check_trusted
 from fastslots.config.run import TrainConfig
 from fastslots.data import to_float
+from fastslots.data.dataset import Split
 from fastslots.data.packed.urls import check_allowed
 from fastslots.data.sources import Source, open_source, same_images
 from fastslots.errors import UserError
@@ -51,7 +55,8 @@ def write_report(
             check_allowed(config.data, folder.config, allow_remote)
             build = (model or config.model) if config.model else ""
             check_trusted(build, folder.config)
-            write_explorer(folder, config, progress=progress, build=build or None)
+            images = partial(held_out_images, folder, config)
+            write_explorer(folder, images, config.torch_device(), progress, build or None)
         facts.append(run_facts(run, reader))
     path = out or RunFolder(runs[0]).report
     write_atomic(path, render(facts).encode(errors="backslashreplace"))  # paths may be no text
@@ -60,33 +65,38 @@ def write_report(
 
 def write_explorer(
     folder: RunFolder,
-    config: TrainConfig,
-    source: Source | None = None,
+    held_out: Callable[[], Split],
+    device: torch.device,
     progress: Progress | None = None,
     build: Build | str | None = None,
 ) -> str:
     """Store the explorer's pictures of a run's best weights; returns why not, "" where they are there.
 
-    source: the run's data where they are open already. build: what builds a model of one's own, or its name.
+    held_out: gives the images to show; called where the pictures are not those of the weights yet. build: what builds
+    a model of one's own, or its name.
     """
-    if config.input != "pixels" or config.channels != 3:
-        return "the explorer shows models of images, and this one decodes features"
     try:
         weights = folder.weights("best")
         stamp = f"{weights.name} {weights.stat().st_mtime_ns}"
         if folder.read_json(folder.explorer).get("stamp") == stamp:
             return ""
-        if source is None:
-            source = open_source(config)
-            if reason := other_data(folder, source):
-                return reason
-        images, masks = source.splits["val"][:ENCODED].read()
-        model = SlotVAE.from_file(weights, build).to(config.torch_device())
+        model = SlotVAE.from_file(weights, build).to(device)
+        if model.config.input != "pixels" or model.config.channels != 3:
+            return "the explorer shows models of images, and this one decodes features"
+        images, masks = held_out()[:ENCODED].read()
     except UserError as error:
         return str(error)
     made_of = {"stamp": stamp, "weights": folder.which_weights(weights)}
     write_json(folder.explorer, made_of | explore(model, to_float(images), masks, progress))
     return ""
+
+
+def held_out_images(folder: RunFolder, config: TrainConfig) -> Split:
+    """The validation images of a run. UserError where they are not at hand, or others than it was trained on."""
+    source = open_source(config)
+    if reason := other_data(folder, source):
+        raise UserError(reason)
+    return source.splits["val"]
 
 
 def other_data(folder: RunFolder, source: Source) -> str:

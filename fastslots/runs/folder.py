@@ -103,10 +103,11 @@ class RunFolder:
         """
         try:
             self._make()
+            self._lock = lock = os.open(self.path, os.O_RDONLY)
         except OSError as error:
             raise UserError(f"{self.path} cannot be written ({error.strerror}): name another --out") from None
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.release()
             raise UserError(
@@ -121,18 +122,17 @@ class RunFolder:
         return os.fsencode(self.path)
 
     def _make(self) -> None:
-        while self._next_of is not None:
+        while (preset := self._next_of) is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 self.path.mkdir()
                 self._next_of = None
             except FileExistsError:  # another run has taken it meanwhile
-                self.locate(RunFolder.next_free(self._next_of, self.path.parent).path)
+                self.locate(RunFolder.next_free(preset, self.path.parent).path)
         for entry in self._entries():
             refuse_special(entry)
         for folder in (self.checkpoints, self.images):
             folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.path, os.O_RDONLY)
 
     def _entries(self) -> Iterator[Path]:
         """What a run would write over."""

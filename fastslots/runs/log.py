@@ -124,7 +124,8 @@ def _cut(log: BinaryIO, last_step: int) -> tuple[dict[str, Any], list[bytes]]:
     In place, so that a kill meanwhile, or a full disk, loses nothing; and a long log is never in memory.
     """
     place = end = 0
-    last, cut = b"{}", []
+    last = b"{}"
+    cut: list[bytes] = []
     with open(log.fileno(), "rb", closefd=False) as lines:
         lines.seek(0)
         for line in lines:

@@ -91,7 +91,7 @@ class Trainer:
             image, mask = self.source.splits["val"][:1].read()
             masks = None if mask is None else mask.long().to(self.device)
             try_once(self.model, self.extras, to_float(image.to(self.device)), masks)
-        self.optimizers = Optimizers(self.model, config)
+        self.optimizers = Optimizers(self.model, config.optimizer, config.lr, config.weight_decay)
         self.step, self.best = 0, -float("inf")
         self.scores: dict[str, Any] = {}
         damaged: dict[Path, str] = {}

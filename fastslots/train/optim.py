@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fastslots.config.run import TrainConfig, optimizer_class
+from fastslots.config.run import optimizer_class
 from fastslots.ops import backends
 from fastslots.records import describe
 from fastslots.train.muon import Muon
@@ -20,23 +20,23 @@ MUON_REST = 0.3
 class Optimizers:
     """One or two of torch's optimisers behind one rate."""
 
-    def __init__(self, model: nn.Module, config: TrainConfig):
-        decay = config.weight_decay
+    def __init__(self, model: nn.Module, name: str, lr: float, weight_decay: float):
+        """name: "muon", or a class of torch.optim in lower case."""
         parameters = list(model.parameters())
-        if config.optimizer == "muon":
+        if name == "muon":
             # Matrices of Transformers and MLPs; Muon makes their update orthogonal, scaled to the size of Adam's.
             matrices = [p for p in parameters if p.ndim == 2]
             rest = [p for p in parameters if p.ndim != 2]
             self.parts: list[tuple[torch.optim.Optimizer, float]] = []
             if matrices:
-                self.parts.append((Muon(matrices, lr=config.lr, weight_decay=decay), 1.0))
+                self.parts.append((Muon(matrices, lr=lr, weight_decay=weight_decay), 1.0))
             if rest:
-                adamw = torch.optim.AdamW(rest, lr=config.lr, weight_decay=decay, betas=(0.9, 0.99), fused=True)
+                adamw = torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
                 self.parts.append((adamw, MUON_REST))
         else:
-            cls = optimizer_class(config.optimizer)
+            cls = optimizer_class(name)
             assert cls is not None  # TrainConfig has checked it
-            self.parts = [(cls(parameters, lr=config.lr, weight_decay=decay), 1.0)]
+            self.parts = [(cls(parameters, lr=lr, weight_decay=weight_decay), 1.0)]
 
     def set_lr(self, lr: float) -> None:
         for optimizer, share in self.parts:

@@ -110,7 +110,7 @@ class Recorder:
         chain = max(config.decoder_layers, len(config.output_hidden) + 1)
         call = describe("decoder_loss", [torch.empty(1, device=self._device)], chain)
         name = backends.select(call, "auto")  # an explanation would import every backend
-        made_with = {"versions": versions(PACKAGES), "digest": source.digest, "warnings": warnings}
+        made_with: dict[str, Any] = {"versions": versions(PACKAGES), "digest": source.digest, "warnings": warnings}
         made_with |= {"processes": processes, "kernels": f"{name} {os.environ.get('FASTSLOTS_ISA', '')}".strip()}
         if step:
             changed = [*changes(earlier, json.loads(config.to_json())), *made_otherwise(made_before, facts | made_with)]
@@ -199,7 +199,7 @@ class Recorder:
             self.note(f"slot explorer: {images} of {total} images decoded")
 
         def write() -> None:
-            reason = write_explorer(self._folder, self._config, source, progress, build)
+            reason = write_explorer(self._folder, lambda: source.splits["val"], self._device, progress, build)
             if reason:
                 self.say(f"no slot explorer: {reason}")
             else:
@@ -239,5 +239,7 @@ def made_otherwise(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs between two machine.json, in words: packages, processor and threads, processes, kernels, data."""
     packages = before.get("versions")
     versions_differ = changes(packages, now["versions"]) if isinstance(packages, dict) else []
-    others = {name: before[name] for name in ("machine", "processes", "kernels", "digest") if name in before}
+    others: dict[str, Any] = {
+        name: before[name] for name in ("machine", "processes", "kernels", "digest") if name in before
+    }
     return [*versions_differ, *changes(others, now)]

@@ -240,7 +240,12 @@ def test_accumulation_equals_the_whole_batch():
         config = tiny(accumulate=parts, optimizer="sgd", lr=1e-3, pixels_per_step=20)
         model = SlotVAE(config)
         values = training_step(
-            model, Optimizers(model, config), Precision("fp32", torch.device("cpu")), config, 5, images
+            model,
+            Optimizers(model, config.optimizer, config.lr, config.weight_decay),
+            Precision("fp32", torch.device("cpu")),
+            config,
+            5,
+            images,
         )
         results.append((values["loss"], torch.cat([p.detach().flatten() for p in model.parameters()])))
     (loss_1, whole), (loss_2, halves) = results
@@ -372,7 +377,8 @@ def test_weights_do_not_depend_on_the_number_of_threads(preset, pixels):
     for threads in ((1,), (2,), (3,), (8,), (3, 1, 8)):
         torch.manual_seed(0)
         model = SlotVAE(config)
-        optimizers, precision = Optimizers(model, config), Precision("fp32", torch.device("cpu"))
+        optimizers = Optimizers(model, config.optimizer, config.lr, config.weight_decay)
+        precision = Precision("fp32", torch.device("cpu"))
         images = torch.rand(4, 14, 3, 16, 16, generator=torch.Generator().manual_seed(1))
         for step in range(4):
             torch.set_num_threads(threads[step % len(threads)])
