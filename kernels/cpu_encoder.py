@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import Any
 
@@ -59,6 +60,7 @@ def _encoder_arguments(inputs: EncoderInputs, dtype: torch.dtype) -> dict[str, A
         "strides": list(inputs.strides),
         "heads": inputs.heads,
         "eps": inputs.eps,
+        "winograd": os.environ.get("FASTSLOTS_WINOGRAD", "1") != "0",
     }
 
 

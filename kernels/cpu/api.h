@@ -192,6 +192,7 @@ struct EncoderArgs {
   T* queries_grad;
   T* const* grads;                             // one for each weight
   double eps;
+  bool winograd;                               // whether convolutions may take that form
   int threads;
 };
 

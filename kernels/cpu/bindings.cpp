@@ -506,14 +506,14 @@ struct EncoderArrays {
 // saved may be None; otherwise what the backward reads is written there, [B, encoder_saved_size].
 template <typename T>
 void encoder_fwd(nb::handle images, nb::handle queries, nb::handle grid, nb::handle picks, nb::list weights,
-                 const std::vector<int64_t>& strides, int64_t heads, double eps, nb::handle saved, nb::handle out,
-                 const std::string& isa, int threads) {
+                 const std::vector<int64_t>& strides, int64_t heads, double eps, bool winograd, nb::handle saved,
+                 nb::handle out, const std::string& isa, int threads) {
   const Kernels<T>& kernels = kernels_for<T>(isa);
   Arrays<T> arrays;
   EncoderArgs<T> args = {};
   EncoderArrays<T> encoder;
   encoder.take(arrays, images, queries, grid, picks, weights, strides, heads, args);
-  args.eps = eps, args.threads = threads;
+  args.eps = eps, args.winograd = winograd, args.threads = threads;
   if (!saved.is_none()) args.saved = arrays.output(saved, "saved", {args.batch, kernels.encoder_saved_size(args)});
   args.out = arrays.output(out, "out", {args.batch, args.slots, args.outputs ? args.outputs : args.width});
   nb::gil_scoped_release release;
@@ -523,14 +523,14 @@ void encoder_fwd(nb::handle images, nb::handle queries, nb::handle grid, nb::han
 // saved may be None: the forward runs again. grads: an array or None for each weight, in their order.
 template <typename T>
 void encoder_bwd(nb::handle images, nb::handle queries, nb::handle grid, nb::handle picks, nb::list weights,
-                 const std::vector<int64_t>& strides, int64_t heads, double eps, nb::handle saved, nb::handle out_grad,
-                 nb::handle queries_grad, nb::list grads, const std::string& isa, int threads) {
+                 const std::vector<int64_t>& strides, int64_t heads, double eps, bool winograd, nb::handle saved,
+                 nb::handle out_grad, nb::handle queries_grad, nb::list grads, const std::string& isa, int threads) {
   const Kernels<T>& kernels = kernels_for<T>(isa);
   Arrays<T> arrays;
   EncoderArgs<T> args = {};
   EncoderArrays<T> encoder;
   encoder.take(arrays, images, queries, grid, picks, weights, strides, heads, args);
-  args.eps = eps, args.threads = threads;
+  args.eps = eps, args.winograd = winograd, args.threads = threads;
   if (!saved.is_none()) args.saved = arrays.output(saved, "saved", {args.batch, kernels.encoder_saved_size(args)});
   args.out_grad =
       arrays.input(out_grad, "out_grad", {args.batch, args.slots, args.outputs ? args.outputs : args.width});
@@ -642,11 +642,11 @@ void bind(nb::module_& m, const std::string& suffix) {
         "slot_mask"_a.none(), "scale"_a, "eps"_a, "updates"_a, "totals"_a, "updates_grad"_a, "slot_map_grad"_a.none(),
         "q_grad"_a, "k_grad"_a, "v_grad"_a, "isa"_a, "threads"_a);
   m.def(name("encoder_fwd").c_str(), &encoder_fwd<T>, nb::kw_only(), "images"_a, "queries"_a, "grid"_a.none(),
-        "picks"_a.none(), "weights"_a, "strides"_a, "heads"_a, "eps"_a, "saved"_a.none(), "out"_a, "isa"_a,
-        "threads"_a);
+        "picks"_a.none(), "weights"_a, "strides"_a, "heads"_a, "eps"_a, "winograd"_a, "saved"_a.none(), "out"_a,
+        "isa"_a, "threads"_a);
   m.def(name("encoder_bwd").c_str(), &encoder_bwd<T>, nb::kw_only(), "images"_a, "queries"_a, "grid"_a.none(),
-        "picks"_a.none(), "weights"_a, "strides"_a, "heads"_a, "eps"_a, "saved"_a.none(), "out_grad"_a,
-        "queries_grad"_a.none(), "grads"_a, "isa"_a, "threads"_a);
+        "picks"_a.none(), "weights"_a, "strides"_a, "heads"_a, "eps"_a, "winograd"_a, "saved"_a.none(),
+        "out_grad"_a, "queries_grad"_a.none(), "grads"_a, "isa"_a, "threads"_a);
   m.def(name("encoder_saved_size").c_str(), &encoder_saved_size<T>, nb::kw_only(), "images"_a, "queries"_a,
         "grid"_a.none(), "picks"_a.none(), "weights"_a, "strides"_a, "heads"_a, "isa"_a);
   m.def(name("muon").c_str(), &muon<T>, nb::kw_only(), "params"_a, "grads"_a, "buffers"_a, "momentum"_a, "lr"_a,

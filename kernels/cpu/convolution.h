@@ -200,6 +200,12 @@ FASTSLOTS_INLINE void correlate_height(int height, Rest... rest) {
   }
 }
 
+template <typename T>
+void accumulate_bias(const Convolution<T>& c, const Picture<T>& dout, T* sums) {
+  const int64_t channels = whole_lanes<T>(c.out);
+  for (int64_t y = 0; y < dout.side; ++y) add_columns<T>(dout.at(y, 0), dout.side, channels, sums + c.bias_sum);
+}
+
 // Adds the gradients of the weight and the bias to the arena.
 template <typename T>
 void accumulate_convolution(const Convolution<T>& c, const Picture<T>& in, const Picture<T>& dout, T* sums) {
@@ -230,7 +236,7 @@ void accumulate_convolution(const Convolution<T>& c, const Picture<T>& in, const
       }
     }
   }
-  for (int64_t y = 0; y < dout.side; ++y) add_columns<T>(dout.at(y, 0), dout.side, channels, sums + c.bias_sum);
+  accumulate_bias<T>(c, dout, sums);
 }
 
 }  // namespace fastslots::FASTSLOTS_ISA

@@ -12,6 +12,7 @@
 #include "parallel.h"
 #include "query_transformer.h"
 #include "weights.h"
+#include "winograd.h"
 
 namespace fastslots::FASTSLOTS_ISA {
 
@@ -51,11 +52,13 @@ class Encoder {
       T* const to = sums.get() + group * sums_size_;
       std::memset(to, 0, size_t(sums_size_) * sizeof(T));
       Scratch w = carve_scratch(own, true);
+      begin_group(w);
       for (int64_t b = a.batch * group / groups; b < a.batch * (group + 1) / groups; ++b) {
         State s = carve_state(a.saved ? a.saved + b * measure_state() : own + scratch);
         if (!a.saved) forward_image(b, s, w, nullptr);
         backward_image(b, s, w, to);
       }
+      end_group(w, to);
     };
     parallel_for(groups, int(workers), body);
     add_partials<T>(sums.get(), groups, sums_size_, a.threads);
@@ -66,7 +69,14 @@ class Encoder {
   const EncoderArgs<T>& a;
   const int64_t K, S, L;
   int64_t tokens_ = 0, token_input_ = 0, sums_size_ = 0;
+  // How a convolution is computed: directly, or by Winograd's form with weights packed for it.
+  struct Form {
+    bool winograd = false, gradient = false;
+    const T *forward = nullptr, *backward = nullptr;
+  };
+
   Convolution<T> convs_[kMostMaps];
+  Form forms_[kMostMaps];
   int64_t sides_[kMostMaps + 1] = {};
   RowMap<T> position_, token1_, token2_, seed_, output_;
   RowNorm<T> norm_;
@@ -96,8 +106,15 @@ class Encoder {
     sides_[0] = a.side;
     for (int64_t i = 0; i < a.conv_count; channels = a.conv_rows[i], ++i) {
       const T* const weight = next();
+      Form& form = forms_[i];
+      form.winograd = a.winograd && i > 0 && winograd_pays(channels, a.conv_rows[i], a.conv_kernels[i],
+                                                           a.conv_strides[i], sides_[i]);
+      form.gradient = form.winograd && sides_[i] >= kWinogradGradientSide;
+      if (form.winograd) pack.forward = pack.backward = false;
       convs_[i] = pack_convolution<T>(weight, next(), channels, a.conv_rows[i], a.conv_kernels[i], a.conv_strides[i],
                                       i == 0, pack);
+      pack.forward = forward, pack.backward = backward;
+      if (form.winograd) pack_winograd_form(i, weight, pack);
       sides_[i + 1] = (sides_[i] + a.conv_strides[i] - 1) / a.conv_strides[i];
     }
     token_input_ = channels, tokens_ = sides_[a.conv_count] * sides_[a.conv_count];
@@ -119,6 +136,16 @@ class Encoder {
     query_sum_ = pack.sum(K * L);
     sums_size_ = pack.sums.used;
     return pack.weights.used;
+  }
+
+  void pack_winograd_form(int64_t i, const T* weight, Packer<T>& pack) {
+    with_kernel(convs_[i].kernel, [&](auto R) {
+      const auto packed = [&](bool turned) {
+        return pack_winograd<T, R>(weight, convs_[i].in, convs_[i].out, turned, pack.weights);
+      };
+      if (pack.forward) forms_[i].forward = packed(false);
+      if (pack.backward) forms_[i].backward = packed(true);
+    });
   }
 
   void make_positions(T* to) const {
@@ -179,6 +206,8 @@ class Encoder {
     typename QueryTransformer<T>::Workspace transformer;
     T *x, *picked, *dx, *out, *dtokens, *dhidden, *dinput;
     T* pictures[2];
+    T *tiles, *products;         // of a batch of tiles in Winograd's form
+    T* gradients[kMostMaps];     // sums of a group there
   };
 
   int64_t fill_scratch(Carver<T> c, Scratch& w, bool backward) const {
@@ -194,6 +223,14 @@ class Encoder {
       largest = p.size() > largest ? p.size() : largest;
     }
     for (T*& memory : w.pictures) memory = c.take(backward ? largest : 0);
+    int64_t channels = 0;
+    for (int64_t i = 0; i < a.conv_count; ++i) {
+      const int64_t in = whole_lanes<T>(convs_[i].in), out = whole_lanes<T>(convs_[i].out), most = in > out ? in : out;
+      if (forms_[i].winograd && most > channels) channels = most;
+      w.gradients[i] = c.take(backward && forms_[i].gradient ? kProducts * in * out : 0);
+    }
+    w.tiles = c.take(channels ? kProducts * winograd_stride(channels) : 0);
+    w.products = c.take(channels ? kProducts * winograd_stride(channels) : 0);
     return c.used;
   }
 
@@ -229,7 +266,7 @@ class Encoder {
     for (int64_t i = 0; i < a.conv_count; ++i) {
       const Picture<T>& to = s.pictures[i + 1];
       clear_border<T>(to);
-      convolve<T>(convs_[i], s.pictures[i], to);
+      convolve_forward(i, s.pictures[i], to, w);
       for (int64_t y = 0; y < to.side; ++y) {
         gelu<T>(to.at(y, 0), s.slopes[i] + y * to.side * to.stride, to.side * to.stride);
       }
@@ -259,6 +296,47 @@ class Encoder {
     if (a.outputs) apply_rows<T>(output_, rows, K, false, w.out), rows = w.out;
     for (int64_t k = 0; k < K; ++k) {
       std::memcpy(out + k * results(), rows + k * whole_lanes<T>(results()), size_t(results()) * sizeof(T));
+    }
+  }
+
+  void convolve_forward(int64_t i, const Picture<T>& in, const Picture<T>& out, Scratch& w) const {
+    const Convolution<T>& c = convs_[i];
+    if (!forms_[i].winograd) return convolve<T>(c, in, out);
+    with_kernel(c.kernel, [&](auto R) {
+      winograd_convolve<T, R>(forms_[i].forward, c.bias, c.in, c.out, in, out, w.tiles, w.products);
+    });
+  }
+
+  void convolve_back(int64_t i, const Picture<T>& dout, const Picture<T>& din, Scratch& w) const {
+    const Convolution<T>& c = convs_[i];
+    if (!forms_[i].winograd) return convolve_backward<T>(c, dout, din);
+    with_kernel(c.kernel, [&](auto R) {
+      winograd_convolve<T, R>(forms_[i].backward, nullptr, c.out, c.in, dout, din, w.tiles, w.products);
+    });
+  }
+
+  void accumulate_layer(int64_t i, const Picture<T>& in, const Picture<T>& dout, Scratch& w, T* sums) const {
+    const Convolution<T>& c = convs_[i];
+    if (!forms_[i].gradient) return accumulate_convolution<T>(c, in, dout, sums);
+    with_kernel(c.kernel, [&](auto R) {
+      winograd_correlate<T, R>(in, dout, c.in, c.out, w.tiles, w.products, w.gradients[i]);
+    });
+    accumulate_bias<T>(c, dout, sums);
+  }
+
+  // What a group has summed up for 64 products: cleared at its begin, and transformed into the arena at its end.
+  void begin_group(Scratch& w) const {
+    for (int64_t i = 0; i < a.conv_count; ++i) {
+      const int64_t size = kProducts * whole_lanes<T>(convs_[i].in) * whole_lanes<T>(convs_[i].out);
+      if (forms_[i].gradient) std::memset(w.gradients[i], 0, size_t(size) * sizeof(T));
+    }
+  }
+
+  void end_group(Scratch& w, T* sums) const {
+    for (int64_t i = 0; i < a.conv_count; ++i) {
+      const Convolution<T>& c = convs_[i];
+      if (!forms_[i].gradient) continue;
+      with_kernel(c.kernel, [&](auto R) { winograd_finish<T, R>(w.gradients[i], c.in, c.out, sums + c.weight_sum); });
     }
   }
 
@@ -381,11 +459,11 @@ class Encoder {
       for (int64_t y = 0; y < dout.side; ++y) {
         scale_by<T>(dout.at(y, 0), s.slopes[i] + y * dout.side * dout.stride, dout.side * dout.stride);
       }
-      accumulate_convolution<T>(convs_[i], s.pictures[i], dout, sums);
+      accumulate_layer(i, s.pictures[i], dout, w, sums);
       if (i == 0) return;
       Picture<T> din = picture(i);
       din.border = convs_[i - 1].kernel / 2, din.data = w.pictures[1 - at];
-      convolve_backward<T>(convs_[i], dout, din);
+      convolve_back(i, dout, din, w);
     }
   }
 

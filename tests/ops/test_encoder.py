@@ -27,6 +27,7 @@ CASES = {
     "odd widths": ("sprites-mini", ODD),
     "no output layer": ("sprites", dict(resolution=12, encoder_layers=1)),
     "plain autoencoder": ("sprites", dict(resolution=8, encoder_layers=1, beta=0.0)),
+    "Winograd": ("sprites", dict(resolution=17, encoder_layers=1, cnn_kernel=3)),
     "kernels of 3": ("sprites-mini", {**ODD, "cnn_kernel": 3, "cnn_stride": 4}),
     "features": ("clevrtex", dict(resolution=4, channels=20, encoder_layers=1)),
     "seeded": ("sprites-mini", dict(queries="seeded", encoder_layers=1, cnn_stride=4)),
