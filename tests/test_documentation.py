@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fastslots.cli import build_parser, main
+from fastslots.data import SpritesDataset
 from fastslots.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -81,10 +83,21 @@ def test_cheap_commands_run(page, tmp_path, monkeypatch):
     if cheap and not any("--out runs/clevr6" in c for c in cheap):
         data = ["--data", "clevr_with_masks_train.tfrecords"]
         assert main(["train", "sprites-mini", *SMALL, *data, "--out", "runs/clevr6"]) == 0
+    if any("my-scenes" in c for c in cheap):
+        own_scenes(Path("my-scenes"))
     if any("my_model:build" in c for c in cheap):
         Path("my_model.py").write_text(blocks(page, "python")[0])
     for command in cheap:
         assert main([*arguments(command), *CHEAP[_kind(command)]]) == 0, command
+
+
+def own_scenes(folder: Path) -> None:
+    """As docs/data.md asks for: pictures and masks of the same names, in two folders."""
+    images, masks, _ = SpritesDataset(0, 24, (2, 3)).scenes(range(40))
+    for name, kind, pictures in (("images", "jpg", images), ("masks", "png", masks)):
+        (folder / name).mkdir(parents=True)
+        for i, picture in enumerate(pictures):
+            Image.fromarray(picture).save(folder / name / f"{i:04}.{kind}")
 
 
 def _kind(command: str) -> tuple[str, ...] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def draw_scenes(path: str, out: Path, **options: Any) -> None:
         Image.fromarray(picture).save(out, "PNG")
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror or error}): name another place") from None
-    print(f"drew {len(rows)} scenes in {out}" + (", masks below" if masks is not None else ""))
+    print(f"drew {len(rows)} scenes in {out}" + (", masks below" if masks is not None else ""), file=sys.stderr)
 
 
 def _row(tiles: list[np.ndarray]) -> np.ndarray:
