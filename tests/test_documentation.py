@@ -25,7 +25,7 @@ SMALL = shlex.split(
     --batch_size 4 --threads 1 --pixels_per_step 0 --steps 2 --eval_images 4"""
 )
 # What makes a printed command cheap; commands without an entry are parsed alone
-CHEAP = {("train",): SMALL, ("eval",): ["--images", "20"], ("report",): [], ("data", "check"): [], ("data", "pack"): []}
+CHEAP = {("train",): SMALL, ("eval",): ["--images", "40"], ("report",): [], ("data", "check"): [], ("data", "pack"): []}
 ELSEWHERE = ("s3://", "clevrtex", "$", "torchrun")  # not on this machine
 
 
@@ -74,7 +74,7 @@ def test_cheap_commands_run(page, tmp_path, monkeypatch):
     printed = [c for block in blocks(page, "bash") for c in commands(block)]
     cheap = [c for c in printed if not any(word in c for word in ELSEWHERE) and _kind(c)]
     assert (
-        main(["data", "generate", "sprites", "clevr_with_masks_train.tfrecords", "--count", "400", "--size", "16"]) == 0
+        main(["data", "generate", "sprites", "clevr_with_masks_train.tfrecords", "--count", "900", "--size", "16"]) == 0
     )
     Path("clevr").mkdir()
     for name in ("1", "2"):  # formats are recognised by content
