@@ -24,6 +24,7 @@ from fastslots.runs.folder import RunFolder
 from fastslots.runs.log import MetricsLog, read_metrics
 from fastslots.train import NonFiniteLossError, TrainConfig, fit, loop, recorder
 from fastslots.train.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from fastslots.train.own_parts import initial_model
 from fastslots.train.step import LEAST_SCALE, Precision
 
 TINY = dict(
@@ -331,7 +332,7 @@ def test_steps_that_are_left_out_change_no_weights(tmp_path, scaled):
     before = {name: value.clone() for name, value in one.model.state_dict().items()}
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[0][0]["grad_norm"] is None
     torch.manual_seed(config_of().seed)
-    fresh = loop._initial_model(config_of()).state_dict()
+    fresh = initial_model(config_of()).state_dict()
     assert all(torch.equal(before[name], fresh[name]) for name in before)
 
 
@@ -351,7 +352,7 @@ def test_an_overflow_in_one_of_two_optimisers_leaves_the_step_out_of_both(tmp_pa
     monkeypatch.setattr(loop.Group, "sum_step", lambda self, parameters, values: _spoil(parameters, spoilt))
     model = fit(config, out=tmp_path / "run").model
     torch.manual_seed(config.seed)
-    fresh = loop._initial_model(config).state_dict()
+    fresh = initial_model(config).state_dict()
     assert all(torch.equal(value, fresh[name]) for name, value in model.state_dict().items())
     scales = [line["loss_scale"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")[0]]
     assert scales == [2.0**127, 2.0**126, 2.0**125]
