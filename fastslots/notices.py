@@ -9,12 +9,12 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import TextIO
 
 LOGGER = logging.getLogger("fastslots")
 
 
-class StderrHandler(logging.StreamHandler[Any]):
+class StderrHandler(logging.StreamHandler):  # a generic since Python 3.11 only
     """Writes to what ``sys.stderr`` is at the time, which a test or a notebook may have exchanged."""
 
     def __init__(self) -> None:
