@@ -51,9 +51,9 @@ bench() { # exit code 1: a provider was wrong; its row says so, and the others a
 
 say correctness
 if [ -n "$dry" ]; then
-  pytest -q -x tests/ops/test_triton_ops.py -k "one-pixel"
+  pytest -q -x tests/ops/test_decoder_layer.py -k "triton and one-pixel"
 else
-  pytest -q -x tests/ops/test_triton_ops.py tests/ops/test_ops_reference.py
+  pytest -q -x tests/ops/test_{cross_attention,folded_cross_attention,decoder_layer,decoder_loss,contract}.py
 fi
 
 say "16 bits, compiled peers included"

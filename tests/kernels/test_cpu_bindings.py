@@ -1,14 +1,19 @@
-"""What the C++ module is handed by mistake is refused: a fault there would end the process, and the run with it."""
+"""What the C++ module is handed by mistake is refused, since a fault there would end the process; its threads are
+torch's."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from fastslots.cli import main
 from fastslots.errors import UserError
+from fastslots.testing import SHAPES, random_layer
 from fastslots.train import TrainConfig
 
 cpu = pytest.importorskip("fastslots._cpu", reason="the C++ kernels are not built here")
@@ -75,3 +80,53 @@ def test_more_threads_than_any_machine_has_are_refused(tmp_path, monkeypatch, ca
         assert main([*command, "--threads", "100000"]) == 2
         assert "at most 1024" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_arrays_are_never_converted():
+    x, folded, _ = random_layer(SHAPES["one-slot"], torch.float32)
+    B, L, D = x.shape
+    named = folded._asdict()
+    good = [torch.empty(B, L, D), torch.empty(B, L, 1)]
+
+    def call(x=x, weights=named, outputs=good, isa="portable"):
+        y, slot_map = outputs
+        rest = dict(slot_mask=None, eps=0.0, isa=isa, threads=1)
+        cpu.layer_fwd_float32(x=x, weights=weights, y=y, slot_map=slot_map, **rest)
+
+    call()
+    with pytest.raises(TypeError, match="y must be a C-contiguous float32 array"):
+        call(outputs=[good[0].double(), good[1]])
+    with pytest.raises(TypeError, match="y must be a C-contiguous float32 array"):
+        call(outputs=[torch.empty(B, D, L).mT, good[1]])
+    with pytest.raises(TypeError, match="x must be a C-contiguous float32 array"):
+        call(x=x.double())
+    with pytest.raises(ValueError, match=r"slot_map has shape \[2, 9, 2\], expected \[2, 9, 1\]"):
+        call(outputs=[good[0], torch.empty(B, L, 2)])
+    with pytest.raises(ValueError, match="no array is named b"):
+        call(weights={name: getattr(folded, name) for name in "GgU"})
+    with pytest.raises(ValueError, match="unknown instruction set"):
+        call(isa="sse9")
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        cpu.layer_fwd_float32(x, folded._asdict(), None, 0.0, *good, "portable", 1)
+
+
+def test_one_pool_of_threads():
+    """The kernels run on torch's OpenMP threads: a process counts no more of them after a call than before."""
+    program = """
+import os, torch
+torch.set_num_threads(2)
+a = torch.randn(600, 600)
+a @ a; torch.relu(torch.randn(2_000_000))
+before = len(os.listdir("/proc/self/task"))
+from fastslots import ops
+q, k = torch.randn(2, 2, 500, 8), torch.randn(2, 2, 3, 8)
+for _ in range(3):
+    ops.cross_attention(q, k, k, backend="cpu")
+with open("/proc/self/maps") as maps:
+    pools = {line.split()[-1] for line in maps if "gomp" in line or "libomp" in line}
+print(before, len(os.listdir("/proc/self/task")), len(pools))
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    before, after, pools = map(int, done.stdout.split())
+    assert before == after and pools == 1

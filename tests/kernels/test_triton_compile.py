@@ -14,8 +14,6 @@ import sys
 import xml.etree.ElementTree as ET
 from importlib import metadata
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is first imported; the processes below unset it
-
 import pytest
 import torch
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from pathlib import Path
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is first imported
 
 import numpy as np
 import pytest

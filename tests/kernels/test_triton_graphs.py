@@ -5,10 +5,6 @@ Like a graph, the stand-in sees the buffers it was given at capture and no Pytho
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is first imported
-
 from dataclasses import replace
 
 import pytest

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from dataclasses import replace
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is first imported
 
 import pytest
 import torch

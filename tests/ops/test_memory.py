@@ -1,8 +1,7 @@
 """No path of the ``cpu`` and ``triton`` backends makes a tensor of all heads over all pixels, [B, H, L, K].
 
 K > d and H·K > D, so it would be larger than every input and output and no size coincides with it. For C++ the peak of
-the process is measured, which sees what its allocator gives; for Triton every tensor made around the launches is.
-"""
+the process is measured, which sees what its allocator gives; for Triton every tensor made around the launches is."""
 
 from __future__ import annotations
 
@@ -11,14 +10,16 @@ import os
 import subprocess
 import sys
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is first imported
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastslots.kernels.gpu import decoder_loss, launch
+from fastslots.kernels.gpu.cross_attention import cross_attention_bwd, cross_attention_fwd
+from fastslots.kernels.gpu.decoder_layer import decoder_layer_bwd, decoder_layer_fwd
+from fastslots.kernels.gpu.folded_cross_attention import folded_cross_attention_bwd, folded_cross_attention_fwd
+from fastslots.ops import reference
 from fastslots.records import FeedForward, FoldedDecoder, FoldedLayer, FoldedProjections, LossInputs, OutputHead
+from fastslots.testing import LargestTensor
 
 PROGRAM = """
 import json, sys, torch
@@ -85,23 +86,37 @@ def measured(backend: str) -> dict[str, list[int]]:
 needs_peak = pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no peak of memory to read")
 
 
-class Largest(TorchDispatchMode):
-    """Elements of the largest storage made inside."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(t, torch.Tensor):
-                self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size())
-        return out
+def test_triton_ops_make_none():
+    """K > d and H·K > D, so a tensor [B,H,L,K] is larger than every input and output: nothing may reach its size."""
+    B, L, H, K, d, D, units = 2, 2**16, 4, 20, 8, 32, 48
+    per_head = B * H * L * K
+    meta = {"device": "meta"}
+    q, dout = torch.empty(B, H, L, d, **meta), torch.empty(B, H, L, d, **meta)
+    k, v = torch.empty(B, H, K, d, **meta), torch.empty(B, H, K, d, **meta)
+    x, dy, dmap = torch.empty(B, L, D, **meta), torch.empty(B, L, D, **meta), torch.empty(B, L, K, **meta)
+    folded = FoldedProjections(*(torch.empty(s, **meta) for s in ((B, D, H, K), (B, H, K), (B, H, K, D), (D,))))
+    ff = FeedForward(*(torch.empty(s, **meta) for s in ((D,), (D,), (units, D), (units,), (D, units), (D,))))
+    calls = {
+        "cross_attention_fwd": lambda: cross_attention_fwd(q, k, v, 1.0),
+        "cross_attention_bwd": lambda: cross_attention_bwd(dout, dmap, q, k, v, 1.0),
+        "folded_cross_attention_fwd": lambda: folded_cross_attention_fwd(x, folded),
+        "folded_cross_attention_bwd": lambda: folded_cross_attention_bwd(dy, dmap, x, folded),
+        "decoder_layer_fwd": lambda: decoder_layer_fwd(x, folded, ff),
+        "decoder_layer_bwd": lambda: decoder_layer_bwd(dy, dmap, x, folded, ff),
+    }
+    for name, call in calls.items():
+        with launch.record("sm_90"), LargestTensor() as seen:
+            call()
+        assert 0 < seen.elements < per_head, f"{name} made a tensor {seen.shape}, as large as [B,H,L,K]"
+    with LargestTensor() as seen:  # the test can fail: the reference does make one
+        reference.cross_attention(q, k, v, 1.0)
+    assert seen.elements >= per_head
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared-queries", "own-queries"])
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "all-pixels"])
 def test_triton_loss_makes_none(shared, weighted):
-    """Its single ops are in test_triton_ops.py and test_triton_tokens.py. All pixels in one tile, on tensors without
+    """Token attention has its test in test_token_attention.py. All pixels in one tile, on tensors without
     memory; half of [B, H, L, K] is more than all heads of one of two images."""
     B, L, H, K, D, F = 2, 2**15, 4, 24, 32, 32
 
@@ -115,7 +130,7 @@ def test_triton_loss_makes_none(shared, weighted):
     x = make(1 if shared else B, L, D)
     decoder = FoldedDecoder(x, [FoldedLayer(folded, ff)] * 2, head)
     inputs = LossInputs(decoder, make(B, L, 3), weight, make(B, K) > 0, 1.0, 1.0)
-    with launch.record("sm_90") as launches, Largest() as seen:
+    with launch.record("sm_90") as launches, LargestTensor() as seen:
         decoder_loss._run(inputs, list(inputs.tensors()), 1.0, decoder_loss.Tiling(B * L, torch.float32))
     assert len(launches) == 2 * 6
     assert B * L * D <= seen.elements < B * H * L * K / 2

@@ -8,9 +8,6 @@ tail that is not masked, falls outside.
 from __future__ import annotations
 
 import contextlib
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is first imported
 
 import numpy as np
 import pytest
