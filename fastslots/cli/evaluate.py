@@ -50,6 +50,8 @@ def add_parser(commands) -> None:
         action="store_true",
         help="also scores of test images with and without the combination that the run's --holdout kept from it",
     )
+    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda:1 (default: auto)")
+    parser.add_argument("--threads", type=int, default=0, help="threads of torch on a CPU (default 0: torch's own)")
     add_code(parser)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object (null: a score that needs masks, or a slot map)"
@@ -58,12 +60,17 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.threads < 0:
+        raise UserError("--threads must be at least 0")
     if args.images < 0 or (args.batch_size is not None and args.batch_size < 1):
         raise UserError("--images must be at least 0 and --batch_size at least 1")
+    import torch
+
     from fastslots.data.packed.urls import check_allowed
     from fastslots.data.sources import open_source
     from fastslots.evaluation import analyses
     from fastslots.evaluation.evaluate import PAPER, WITH_MASKS, Scoring, evaluate
+    from fastslots.evaluation.kept import keep_evaluation
     from fastslots.models import SlotVAE
     from fastslots.runs.pretrained import hidden_by, is_shipped, run_folder
 
@@ -72,7 +79,10 @@ def run(args: argparse.Namespace) -> int:
     named = code_named(args, folder)
     model, weights = SlotVAE.from_file(path, named or None, args.trust_code), folder.which_weights(path)
     metrics, left_out = OwnCode.read(folder).load_metrics(folder)
-    recorded = folder.read_config(device="auto")
+    recorded = folder.read_config(device=args.device)
+    device = recorded.torch_device()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     if note := hidden_by(folder.path):
         say(f"warning   {note}")
     config = replace(recorded, data=args.data) if args.data else recorded
@@ -86,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         say(f"warning   {reason}")
     if weights != args.weights and not is_shipped(folder.path):
         say(f"warning   no evaluation has been, so there are no {args.weights} weights yet: scoring the {weights} ones")
-    model.to(config.torch_device())
+    model.to(device)
     paper_batch, counted = PAPER[args.split] if args.score_mode == "paper" else (0, 0)
     batch = args.batch_size or paper_batch or 10
     scoring = Scoring(args.latent, config.seed, args.score_mode, counted, metrics)
@@ -106,8 +116,13 @@ def run(args: argparse.Namespace) -> int:
     scores |= {"split": args.split, "weights": weights, "data": config.data, "split_note": source.split_note}
     own = config.resolved().data == recorded.resolved().data
     scores["evaluated_on_training_images"] = own and source.on_training_images(args.split)
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in scores.items()}
+    if not is_shipped(folder.path):
+        try:
+            keep_evaluation(folder, clean | {"fingerprint": source.digest})
+        except (UserError, OSError) as error:
+            say(f"warning   {error}; the scores are not kept in the run")
     if args.json:
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in scores.items()}
         print(json.dumps(clean))
         return 0
     width = max(map(len, scores))

@@ -39,6 +39,7 @@ class RunFolder:
         self.path = path
         self.config = path / "config.json"  # the resolved configuration
         self.data = path / "data.txt"  # what the images are, and their split
+        self.evaluations = path / "evaluations.json"  # what `fastslots eval` measured, the newest of each kind
         self.code = path / "code.json"  # code that is not ours, by its names (``runs.own_code``)
         self.machine = path / "machine.json"  # the device, how memory and energy are counted, versions
         self.metrics = path / "metrics.jsonl"  # a line a training step; evaluation lines carry "eval"
@@ -137,7 +138,7 @@ class RunFolder:
     def _entries(self) -> Iterator[Path]:
         """What a run would write over."""
         yield from (self.checkpoints, self.images, self.config, self.data, self.machine, self.metrics, self.machine_log)
-        yield from (self.last_weights, self.scores, self.explorer, self.report)
+        yield from (self.last_weights, self.scores, self.explorer, self.report, self.evaluations)
         for pattern in ("nan_batch*", "checkpoints/*", "images/*"):
             yield from self.path.glob(pattern)
 

@@ -13,6 +13,7 @@ from fastslots.cli import main
 from fastslots.config.run import read_config
 from fastslots.data import to_float
 from fastslots.data.sources import open_source
+from fastslots.evaluation.kept import read_evaluations
 from fastslots.metrics import JacobianMeter, slot_jacobian
 from fastslots.models import SlotVAE
 from fastslots.runs.folder import RunFolder
@@ -141,3 +142,19 @@ def test_a_run_stored_with_a_relative_path_goes_on(tmp_path, monkeypatch, capsys
     said = capsys.readouterr().err
     assert "resumed at step 2" in said and "other images" not in said
     assert read_config(run / "config.json").data == str(tmp_path / "data.npz")
+
+
+def test_what_was_measured_is_kept_in_the_run_by_kind(tmp_path, evaluated, capsys):
+    run = fit(config_of(), out=tmp_path / "run").out
+    first, _ = evaluated(run, "--images", "3", "--device", "cpu", "--threads", "1")
+    again, _ = evaluated(run, "--images", "3")
+    sampled, _ = evaluated(run, "--images", "3", "--latent", "sample")
+    kept = read_evaluations(RunFolder(run))
+    assert [entry["latent"] for entry in kept] == ["mean", "sample"] and again["recon"] == first["recon"]
+    assert kept[1]["recon"] == sampled["recon"] and kept[0]["j_ari"] == first["j_ari"]
+    for wrong, message in [
+        (["--device", "warp"], "device 'warp' cannot be used"),
+        (["--threads", "-1"], "--threads must"),
+    ]:
+        assert main(["eval", str(run), *wrong]) == 2
+        assert message in capsys.readouterr().err
