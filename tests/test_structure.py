@@ -14,7 +14,7 @@ ROOT = Path(fastslots.__file__).parent
 ROOMS = """
     errors threads notices files records
     kernels
-    ops nn
+    ops nn integrations
     config runs models interop
     metrics
     data features
