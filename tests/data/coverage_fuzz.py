@@ -19,7 +19,7 @@ import atheris
 with atheris.instrument_imports(
     include=["fastslots.data", "fastslots.models.weights", "fastslots.runs", "fastslots.train", "zipfile"]
 ):
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     from test_fuzz import TARGETS, run_case
 
 

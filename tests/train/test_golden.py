@@ -1,0 +1,59 @@
+"""The losses of golden.json are those of this program: a change that moves a bit must change that file."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from golden import FILE, STEPS, computed_by, losses, machine, ways
+
+from fastslots.config.presets import preset_names
+
+GOLDEN = json.loads(FILE.read_text())
+ROUNDING = 2e-4
+"""Relative: what other processors' and versions' products may differ by after so many steps of single precision."""
+
+
+def largest_difference(values: list[list[float]], golden: list[list[float]]) -> float:
+    a, b = torch.tensor(values, dtype=torch.float64), torch.tensor(golden, dtype=torch.float64)
+    return ((a - b).abs() / b.abs()).max().item()
+
+
+def test_the_file_holds_every_preset_on_every_path():
+    assert set(GOLDEN) == {"reference", "cpu avx512", "cpu avx2", "cpu portable"}
+    for way in GOLDEN.values():
+        assert set(way["losses"]) == set(preset_names())
+        assert all(len(values) == STEPS for values in way["losses"].values())
+
+
+LARGE = {"sprites", "clevr6", "clevrtex"}  # of the published widths: ten seconds each
+
+
+@pytest.mark.parametrize(
+    "preset", [pytest.param(n, marks=pytest.mark.long if n in LARGE else ()) for n in preset_names()]
+)
+def test_losses_are_those_of_the_file(preset):
+    """To the last bit on the machine that wrote it, within rounding on another."""
+    for way in ways():
+        if way not in GOLDEN:
+            continue
+        values, golden = losses(preset, way), GOLDEN[way]["losses"][preset]
+        if GOLDEN[way]["machine"] == machine():
+            assert values == golden, f"{way}: `python tests/golden.py` writes the file anew, if that is meant"
+        assert largest_difference(values, golden) < ROUNDING, way
+
+
+def test_the_paths_agree_within_rounding():
+    """The file's own values: no path has drifted from the reference."""
+    for way, of_way in GOLDEN.items():
+        for preset, values in of_way["losses"].items():
+            assert largest_difference(values, GOLDEN["reference"]["losses"][preset]) < ROUNDING, (way, preset)
+
+
+def test_another_path_is_really_taken():
+    """Else all rows would be the same one."""
+    if len(ways()) > 1:
+        assert losses("sprites-mini", "reference") != losses("sprites-mini", ways()[1])
+    with computed_by("reference"):
+        pass
