@@ -1,7 +1,7 @@
 """Losses that a change of numbers must change: 20 steps of each preset, per backend and instruction set.
 
-``python tests/golden.py`` writes golden.json, or fills in the instruction sets that this machine has. A commit
-that changes the file says why its numbers are others.
+``python tests/golden.py [PRESET ...]`` writes golden.json, of all presets or of some, on the paths that this machine
+has. A commit that changes the file says why its numbers are others.
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ def losses(preset: str, way: str) -> list[list[float]]:
         config = TrainConfig.preset(preset, **SMALL, resolution=16, pixels_per_step=64)
     torch.manual_seed(0)
     model = SlotVAE(config).train()
-    optimizers, precision = Optimizers(model, config), Precision("fp32", torch.device("cpu"))
+    optimizers, precision = (
+        Optimizers(model, config.optimizer, config.lr, config.weight_decay),
+        Precision("fp32", torch.device("cpu")),
+    )
     if features:
         images = torch.rand(STEPS, 2, config.channels, 16, 16, generator=torch.Generator().manual_seed(1))
     else:
@@ -86,18 +89,23 @@ def machine() -> str:
     return f"{name_of(torch.device('cpu')).rsplit(',', 1)[0]}, torch {torch.__version__}, {platform.machine()}"
 
 
-def main() -> None:
+def main(presets: list[str]) -> None:
     known = json.loads(FILE.read_text()) if FILE.exists() else {}
-    for way in ways():
-        print(way, file=sys.stderr)
-        of_way = {preset: losses(preset, way) for preset in preset_names()}
-        known[way] = {"machine": machine(), "losses": of_way}
-    rows = []
-    for way, one in sorted(known.items()):
-        presets = ",\n".join(f'"{preset}": {json.dumps(values)}' for preset, values in one["losses"].items())
-        rows.append(f'"{way}": {{"machine": {json.dumps(one["machine"])}, "losses": {{\n{presets}}}}}')
-    FILE.write_text("{" + ",\n".join(rows) + "}\n")
+    for preset in presets or preset_names():
+        for way in ways():
+            print(preset, way, file=sys.stderr)
+            known.setdefault(preset, {})[way] = {"machine": machine(), "losses": losses(preset, way)}
+    write(known)
+
+
+def write(known: dict) -> None:
+    """A line a preset and path."""
+    presets = []
+    for preset, paths in sorted(known.items()):
+        rows = (f"{json.dumps(way)}: {json.dumps(one)}" for way, one in sorted(paths.items()))
+        presets.append(f"{json.dumps(preset)}: {{\n" + ",\n".join(rows) + "}")
+    FILE.write_text("{" + ",\n".join(presets) + "}\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -75,7 +75,7 @@ def same_run(a: Path, b: Path) -> None:
 def killed_at_random(commands, config: TrainConfig, folder: Path, kills: int, seed: int) -> Path:
     """A run that is killed ``kills`` times: while it starts, between steps, or while a checkpoint is being written."""
     rng, out, hits = random.Random(seed), folder / "killed", {"start": 0, "step": 0, "write": 0}
-    argv = argv_of(config, folder, out)
+    argv, saved = argv_of(config, folder, out), False
     for number in range(kills):
         process, way = commands.start(argv, folder / "err"), ("write", "step", "start")[number % 3]
         done = last_step(out)  # of the log, which a resume cuts back to its checkpoint
@@ -88,17 +88,26 @@ def killed_at_random(commands, config: TrainConfig, folder: Path, kills: int, se
         process.kill(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, f"ended before kill {number}: {process.said()}"
         hits[way] += 1
+        good = (out / "checkpoints").is_dir() and latest_checkpoint(RunFolder(out))[0] is not None
+        assert good or not saved, f"after kill {number} no checkpoint can be read"
+        saved = saved or good
     process = commands.start(argv, folder / "err")
     assert process.wait(3600) == 0, process.said()
     print(f"{kills} kills: {hits}")
     return out
 
 
+LONG = [pytest.mark.long, pytest.mark.timeout(4 * 3600)]
+
+
 @pytest.mark.parametrize(
-    "kills, steps", [(3, 200), pytest.param(50, 3000, marks=[pytest.mark.long, pytest.mark.timeout(3600)])]
+    "kills, steps, threads, pixels",
+    [(3, 200, 1, 0), pytest.param(50, 3000, 1, 0, marks=LONG), pytest.param(200, 6000, 2, 40, marks=LONG)],
 )
-def test_kills_at_random_moments_change_nothing(commands, tmp_path, kills, steps):
-    config = config_of(steps=steps, checkpoint_every=3, eval_every=50)
+def test_kills_at_random_moments_change_nothing(commands, tmp_path, kills, steps, threads, pixels):
+    """Two threads and a part of the pixels: the first command as it is. FASTSLOTS_KILLS: so many in the long forms."""
+    kills = int(os.environ.get("FASTSLOTS_KILLS", kills)) if kills > 3 else kills
+    config = config_of(steps=steps, threads=threads, pixels_per_step=pixels, checkpoint_every=3, eval_every=50)
     whole = fit(replace(config, checkpoint_every=0), out=tmp_path / "whole").out
     same_run(killed_at_random(commands, config, tmp_path, kills, seed=kills), whole)
 
