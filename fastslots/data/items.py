@@ -17,6 +17,7 @@ from fastslots.errors import UserError
 ORIENTATION = 0x0112  # of EXIF: how a camera was held
 UNDO = "undo their scaling (x * std + mean) and give floats in [0, 1], or uint8"
 TRANSPARENT = "is transparent in places: lay it on a background (Image.alpha_composite), or drop the alpha channel"
+ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")  # Pillow's modes with an alpha channel
 MOST_LABEL = 255  # in a map of 8 bits
 FEATURES = 5  # channels and more: features of a network, of whatever values
 
@@ -36,9 +37,9 @@ def pixels_of(picture: Image.Image, name: str) -> np.ndarray:
         orientation = picture.getexif().get(ORIENTATION, 1)
     if orientation in range(2, 9):
         picture = ImageOps.exif_transpose(picture)
-    if picture.has_transparency_data:
+    if picture.mode in ALPHA or "transparency" in picture.info:
         picture = picture.convert("RGBA")
-        if picture.getchannel("A").getextrema()[0] < 255:
+        if np.asarray(picture.getchannel("A")).min(initial=255) < 255:
             raise UserError(f"{name} {TRANSPARENT}")
     return np.asarray(picture.convert("RGB"))
 

@@ -11,7 +11,8 @@ than the Jacobian (feature maps), P is resized bilinearly to theirs.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,7 +116,12 @@ class SegmentationMeter:
     ignore: the label of pixels that are not scored. grid: height and width of the slot map, as in ``ari``.
     """
 
-    SCORES = {"ari": ari, "fg_ari": fg_ari, "mbo": mean_best_overlap, "miou": mean_iou}  # noqa: RUF012
+    SCORES: ClassVar[dict[str, Callable[..., Tensor]]] = {
+        "ari": ari,
+        "fg_ari": fg_ari,
+        "mbo": mean_best_overlap,
+        "miou": mean_iou,
+    }
 
     def __init__(self, ignore: int | None = None, grid: Grid | None = None) -> None:
         self._ignore, self._grid = ignore, grid

@@ -86,8 +86,8 @@ class PackedShards:
             raise UserError(f"{path}: none of its files can be read")
         splits = None if lost else published_parts([part.info.path for part in parts])
         if splits:
-            order = sorted(range(len(parts)), key=lambda i: SPLITS.index(splits[i]))
-            parts, splits = [parts[i] for i in order], [splits[i] for i in order]
+            order = sorted(zip(splits, parts, strict=True), key=lambda one: SPLITS.index(one[0]))
+            splits, parts = [name for name, _ in order], [part for _, part in order]
         first = parts[0].info
         for part in parts:
             one, other = ((i.kind, i.size, i.has_masks or bool(splits)) for i in (first, part.info))

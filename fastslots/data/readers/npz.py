@@ -274,8 +274,14 @@ def _only_array(path: Path) -> Member:
 def read_npy(path: Path, data: bytes | None = None) -> np.ndarray:
     """The array of an npy file, mapped, or of its bytes. UserError where it is none, or holds pickled objects."""
     try:
-        if data is not None:
-            return np.load(io.BytesIO(data), allow_pickle=False)
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (*_DAMAGE, KeyError) as error:
+        if data is None:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        file = io.BytesIO(data)
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+        if dtype.hasobject:
+            raise ValueError("it holds pickled objects, which are never loaded")
+        return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if fortran else "C")
+    except _DAMAGE as error:
         raise UserError(f"{path} cannot be read as npy ({error}): save a plain array with numpy.save") from None

@@ -93,5 +93,5 @@ def _members(path: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
         return
     with tarfile.open(path, "r|*") as archive:
         for member in archive:
-            if member.isfile() and (file := archive.extractfile(member)):
-                yield member.name.removeprefix("./"), member.size, file
+            if member.isfile() and (content := archive.extractfile(member)):
+                yield member.name.removeprefix("./"), member.size, content
