@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import torch
@@ -15,6 +16,7 @@ from fastslots.bench.decoding import compiled, need
 from fastslots.metrics import slot_jacobian
 from fastslots.models import SlotVAE
 from fastslots.models.decoder import Decoder
+from fastslots.models.encoder import Encoder
 from fastslots.ops import explain, reference
 from fastslots.records import FoldedDecoder
 
@@ -43,6 +45,7 @@ def step_case(options: Options) -> Case:
         return run
 
     def folded(own: SlotVAE) -> tuple[Tensor, ...]:
+        own.encoder.forward = partial(Encoder.forward, own.encoder, backend="reference")  # plain PyTorch all through
         z, _, _, kl = own.encode(images, noise)
         decoder = cast(Decoder, own.decoder)
         pixels, slot_map = reference.decode(FoldedDecoder(decoder.queries(), decoder.layers(z), decoder.head()))
