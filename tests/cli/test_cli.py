@@ -160,7 +160,7 @@ def test_doctor(capsys):
         (["train", "sprites", "--config", "typo.json"], "typo.json has unknown fields: apha"),
         (["train", "--lr", "fast"], "argument --lr: 'fast' is no number"),
         (["train", "--alpha", "nan"], "alpha must be a number"),
-        (["train", "--resolution", "30"], "resolution 30 must be a multiple of cnn_stride 4"),
+        (["train", "--resolution", "31"], "resolution 31 must be a multiple of cnn_stride 2"),
         (["train", "--decoder_heads", "7"], "slot_width 64 must be a multiple of decoder_heads 7"),
         (["train", "--optimizer", "adamm"], "optimizer must be muon or a class of torch.optim"),
         (["train", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),

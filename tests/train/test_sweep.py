@@ -82,12 +82,14 @@ def test_cells_beside_the_grid(tmp_path):
     trials = make_trials("sprites-mini", {"alpha": [0.0, 2.0]}, {"beta": 0.3}, [0, 1], tmp_path, also)
     assert [trial.config.seed for trial in trials] == [0, 1] * 4
     cells = [trial.cell for trial in trials[::2]]
-    plain = {"encoder": "transformer", "beta": 0.3, "output_hidden": (64, 64), "decoder": "transformer"}
+    preset = TrainConfig.preset("sprites-mini")
+    usual = preset.alpha
+    plain = {name: getattr(preset, name) for name in ("encoder", "output_hidden", "decoder")} | {"beta": 0.3}
     assert cells == [
         plain | {"alpha": 0.0},
         plain | {"alpha": 2.0},
-        plain | {"alpha": 3.0, "encoder": "slot-attention", "beta": 0.2},
-        plain | {"alpha": 3.0, "output_hidden": (8, 9), "decoder": "broadcast"},
+        plain | {"alpha": usual, "encoder": "slot-attention", "beta": 0.2},
+        plain | {"alpha": usual, "output_hidden": (8, 9), "decoder": "broadcast"},
     ]
     assert all(getattr(t.config, name) == value for t in trials for name, value in t.cell.items())
 

@@ -287,7 +287,7 @@ def test_init_from_a_run(tmp_path):
     start = fit(tiny(steps=1, lr=1e-30, optimizer="sgd", init_from=str(tmp_path / "a")), out=tmp_path / "b")
     assert same(start.model.state_dict(), load_file(tmp_path / "a" / "checkpoints" / "best.safetensors"))
     with pytest.raises(UserError, match="do not fit this model"):
-        fit(tiny(num_slots=4, init_from=str(tmp_path / "a")), out=tmp_path / "c")
+        fit(tiny(slot_dim=7, init_from=str(tmp_path / "a")), out=tmp_path / "c")
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
