@@ -137,6 +137,8 @@ class Trainer:
                     last = time.perf_counter()
                 if done or stop or due(self.step, config.checkpoint_every):
                     self._checkpoint()
+            if not done and self.step >= config.steps:  # a resume of a run whose last files may not have been written
+                self._checkpoint()
             stop = stop or group.asked  # by now also during the last evaluation
             stop = self._finish(signals if done and not stop else None, stopped=bool(stop)) or stop
         if stop:

@@ -16,7 +16,7 @@ from fastslots.cli import main
 from fastslots.errors import UserError
 from fastslots.runs.folder import RunFolder
 from fastslots.runs.log import read_metrics
-from fastslots.train import TrainConfig, checkpoint, fit, loop
+from fastslots.train import TrainConfig, checkpoint, fit, loop, recorder
 
 TINY = dict(MODEL_8, batch_size=2, threads=1, eval_every=0, eval_images=2, checkpoint_every=2)
 
@@ -187,6 +187,24 @@ def test_without_a_readable_checkpoint_nothing_begins_by_itself(run, capsys):
     for name in ("metrics.jsonl", *(f"checkpoints/step_0000000{n}.safetensors" for n in (4, 6))):
         assert after[str(run / f"{name}.aside")] == before[str(run / name)]
     assert [line["step"] for line in read_metrics(run / "metrics.jsonl")[0]] == list(range(1, 9))
+
+
+def test_last_weights_that_were_not_written_are_by_the_next_resume(run, monkeypatch):
+    """The checkpoint of the last step is there, and model.safetensors is still of an earlier one."""
+    sound = fit(config_of(steps=8), out=shutil.copytree(run, run.parent / "sound"), resume=True).out
+    write = recorder.write_atomic
+
+    def full(path: Path, data: bytes) -> None:
+        if path.name == "model.safetensors":
+            raise UserError(f"{path} cannot be written (No space left on device)")
+        write(path, data)
+
+    monkeypatch.setattr(recorder, "write_atomic", full)
+    with pytest.raises(UserError, match=r"model.safetensors cannot be written"):
+        fit(config_of(steps=8), out=run, resume=True)
+    monkeypatch.undo()
+    fit(config_of(steps=8), out=run, resume=True)
+    assert (run / "model.safetensors").read_bytes() == (sound / "model.safetensors").read_bytes()
 
 
 def test_a_restart_without_need_is_refused(run, capsys):
