@@ -30,7 +30,12 @@ class Lines:
 
     def __init__(self, path: Path, last_step: int = 0):
         self._path, self._file = path, open_log(path)
-        self.last, self.cut = _cut(self._file, last_step)
+        try:
+            self.last, self.cut = _cut(self._file, last_step)
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be cut ({error.strerror}): mend the disk, then go on with --resume"
+            ) from None
         self._pending = b""
         self._lock = threading.Lock()  # lines come from the loop, ``sync`` from the thread that writes checkpoints
 

@@ -14,6 +14,7 @@ from tiny import MODEL_8
 
 from fastslots.cli import main
 from fastslots.errors import UserError
+from fastslots.runs import log as log_module
 from fastslots.runs.folder import RunFolder
 from fastslots.runs.log import read_metrics
 from fastslots.train import TrainConfig, checkpoint, fit, loop, recorder
@@ -187,6 +188,17 @@ def test_without_a_readable_checkpoint_nothing_begins_by_itself(run, capsys):
     for name in ("metrics.jsonl", *(f"checkpoints/step_0000000{n}.safetensors" for n in (4, 6))):
         assert after[str(run / f"{name}.aside")] == before[str(run / name)]
     assert [line["step"] for line in read_metrics(run / "metrics.jsonl")[0]] == list(range(1, 9))
+
+
+def test_a_log_that_cannot_be_cut_is_one_line(run, monkeypatch, capsys):
+    """The sweep of faults found a traceback."""
+
+    def failing(log, last_step):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(log_module, "_cut", failing)
+    assert main(["train", "--out", str(run), "--resume", "--steps", "8"]) == 2
+    assert "metrics.jsonl cannot be cut (Input/output error): mend the disk" in one_line(capsys)
 
 
 def test_last_weights_that_were_not_written_are_by_the_next_resume(run, monkeypatch):
