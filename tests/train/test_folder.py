@@ -270,9 +270,10 @@ def test_a_folder_that_is_removed_while_it_is_written_is_made_anew(tmp_path, mon
     assert fit(config_of(steps=7), out=out, resume=True).step == 7
 
 
-def test_a_path_that_is_no_text(tmp_path):
+def test_a_path_that_is_no_text(tmp_path, capfdbinary):
     out = Path(os.fsdecode(os.fsencode(tmp_path) + b"/run-\xff\xfe"))
     flags = [f"--{field}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for field, v in TINY.items()]
     assert main(["train", "--out", str(out), *flags, "--steps", "2"]) == 0
     assert main(["train", "--out", str(out), "--resume", "--steps", "4"]) == 0
     assert main(["eval", str(out)]) == 0 and main(["report", str(out)]) == 0
+    assert b"/run-" in capfdbinary.readouterr().out  # and out of the test's report, which must be text
