@@ -67,8 +67,8 @@ def test_a_tensor_that_is_not_computed_is_refused():
     q, k = torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 3, 2)
     with pytest.raises(TypeError, match="v must be a materialised float32 array on the CPU"):
         cpu.cross_attention_fwd_float32(
-            q=q, k=k, v=Lazy(1, 1, 3, 2), slot_mask=None, scale=1.0, out=torch.zeros(1, 1, 4, 2),
-            slot_map=torch.zeros(1, 4, 3), isa="portable", threads=1,
+            q=q, k=k, v=Lazy(1, 1, 3, 2), slot_mask=None, head_weights=None, scale=1.0, out=torch.zeros(1, 1, 4, 2),
+            slot_map=torch.zeros(1, 4, 3), entropy=None, lse=None, isa="portable", threads=1,
         )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ def peak() -> int:
         ({"query_width": 1 << 15, "query_hidden": 1 << 15}, "of a larger model than it has weights for"),
         ({"output_hidden": [40_000, 40_000]}, "of a larger model than it has weights for"),
         ({"cnn_channels": 1 << 13}, "of a larger model than it has weights for"),
-        ({"num_slots": 1 << 30}, "of a larger model than it has weights for"),
+        ({"num_slots": 1 << 30, "queries": "learned"}, "of a larger model than it has weights for"),
         ({"encoder_layers": 1_000}, "of a larger model than it has weights for"),
         ({"encoder_layers": 10**9}, "encoder_layers must be at most 1000"),
         ({"resolution": 4096, "octaves": 8}, "resolution 4096 with 8 octaves takes tables of 2,684,354,560 bytes"),
