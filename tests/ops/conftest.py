@@ -30,6 +30,12 @@ def backend(request: pytest.FixtureRequest) -> str:
     return _use(request.param)
 
 
+@pytest.fixture(params=[name for name in BACKENDS if name != "triton"])
+def host_backend(request: pytest.FixtureRequest) -> str:
+    """The same for ops that have no Triton kernel: the reference and C++."""
+    return _use(request.param)
+
+
 @pytest.fixture(params=BACKENDS[1:])
 def kernels(request: pytest.FixtureRequest) -> str:
     """The same of those that have kernels."""

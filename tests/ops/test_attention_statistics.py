@@ -6,10 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastslots.kernels import cpu_backend
 from fastslots.ops import cross_attention, explain
 
-BACKENDS = ["reference", *(f"cpu {isa}" for isa in cpu_backend.ISAS)]
 SHAPES = {  # B, H, L, K, d: those of diffusion models' text attention among them
     "decoder": (2, 3, 130, 7, 43),
     "one pixel": (1, 2, 1, 5, 16),
@@ -22,12 +20,9 @@ UNITS = 25
 """Roundoffs of fp32, relative to the largest element: the worst seen is 8.5 (Zen 5, all instruction sets)."""
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    name, _, isa = request.param.partition(" ")
-    cpu_backend.set_isa(isa or None)
-    yield name
-    cpu_backend.set_isa(None)
+@pytest.fixture
+def backend(host_backend):
+    return host_backend
 
 
 def inputs(name: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -164,14 +159,11 @@ def test_compiles_whole():
 
 @pytest.mark.parametrize("threads", [2, 3])
 def test_bits_do_not_depend_on_the_number_of_threads(threads):
-    tensors, before = inputs("text"), torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = results(tensors, "cpu", None)
-        torch.set_num_threads(threads)
-        many = results(tensors, "cpu", None)
-    finally:
-        torch.set_num_threads(before)
+    tensors = inputs("text")
+    torch.set_num_threads(1)
+    one = results(tensors, "cpu", None)
+    torch.set_num_threads(threads)
+    many = results(tensors, "cpu", None)
     assert all(torch.equal(one[what], many[what]) for what in one)
 
 
