@@ -18,6 +18,7 @@ from fastslots.errors import UserError, first_line
 SCHEDULES = ("constant", "cosine", "paper", "paper-clevrtex")
 BUILTIN = ("sprites", "sprites-textured", "scenes")
 """Names that ``data`` takes for data that are made, not read (``fastslots.data.builtin``)."""
+AUGMENTATIONS = ("mirror", "crop", "colour")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 SPAN = "steps, or a share of the run such as 8%"
 LATER_FIELDS = ("queries", "cnn_kernel", "plateau_end", "decay_steps", "model")
@@ -41,6 +42,11 @@ class TrainConfig(SlotVAEConfig):
     holdout: str = option(
         "combination of an object's factors that no image of the run shows, e.g. shape=square,hue=0.5:0.75", ""
     )
+    augment: str = option(
+        f"changes of training images, with commas between: {', '.join(AUGMENTATIONS)}; empty: none", ""
+    )
+    augment_crop: float = option("least side of augment's crops, as a share of the image's", 0.7)
+    augment_colour: float = option("how far augment's colours go, from 0 to 1 (any hue)", 0.2)
     on_bad_record: str = option("damaged records of the data: 'stop' at the first, or 'skip' and count them", "stop")
     steps: int = option("training steps", 500_000)
     batch_size: int = option("images a step, over all processes", 32)
@@ -91,6 +97,7 @@ class TrainConfig(SlotVAEConfig):
         for name in self.trackers():
             if name not in TRACKERS:
                 raise UserError(f"log_to must name {', '.join(TRACKERS)}, got {name!r}")
+        self._check_augmentations()
         if self.threads > MOST_THREADS:
             raise UserError(f"threads must be at most {MOST_THREADS}, got {self.threads}: 0 is one a core")
         self._at_least(1, "steps", "batch_size", "accumulate", "eval_batch", "keep_checkpoints", "log_every")
@@ -118,6 +125,23 @@ class TrainConfig(SlotVAEConfig):
             raise UserError(
                 f"optimizer must be muon or a class of torch.optim (adam, adamw, sgd, ...), got {self.optimizer!r}"
             )
+
+    def _check_augmentations(self) -> None:
+        for name in self.augmentations():
+            if name not in AUGMENTATIONS:
+                raise UserError(f"augment must name {', '.join(AUGMENTATIONS)}, got {name!r}")
+        if self.augmentations() and self.input != "pixels":
+            raise UserError("augment changes pictures, and this model reads features: leave it out")
+        if "colour" in self.augmentations() and self.channels != 3:
+            raise UserError(f"augment colour needs images of 3 channels, got channels {self.channels}")
+        if not 0 < self.augment_crop <= 1:
+            raise UserError(f"augment_crop must be above 0 and at most 1, got {self.augment_crop}")
+        if not 0 <= self.augment_colour <= 1:
+            raise UserError(f"augment_colour must be from 0 to 1, got {self.augment_colour}")
+
+    def augmentations(self) -> tuple[str, ...]:
+        """Names of ``augment``, each once."""
+        return tuple(dict.fromkeys(name.strip() for name in self.augment.split(",") if name.strip()))
 
     def in_steps(self, field: str) -> int:
         """A schedule's length in steps, where the field may give it as a share of the run."""

@@ -23,6 +23,7 @@ class Purpose(IntEnum):
     JACOBIAN = 3
     QUERIES = 4
     OWN_PARTS = 5  # dropout and the like in a model or a loss of the user's own
+    AUGMENTATION = 6
     TRAIN = 11  # built-in data of the splits
     VAL = 12
     TEST = 13

@@ -18,6 +18,7 @@ from safetensors.torch import load, save
 from fastslots.config.model import SlotVAEConfig
 from fastslots.config.run import TrainConfig
 from fastslots.data import Batch, Loader, to_float
+from fastslots.data.augment import Augmentation
 from fastslots.data.sources import looked_at, open_source
 from fastslots.distributed import Group, StoppedError, StopSignals
 from fastslots.errors import UserError
@@ -84,6 +85,7 @@ class Trainer:
             torch.set_num_threads(usable_processors())  # torch knows nothing of a container's quota
         self.source = looked_at(open_source(config, dataset), config)
         self.precision = Precision(config.precision, self.device)
+        self._augment = Augmentation.of(config)
         torch.manual_seed(config.seed)
         self.model = initial_model(config, self.extras.model, OwnCode.read(folder).model.folder).to(self.device).train()
         self._own = OwnCode.of(self.model.code, self.extras.losses, self.extras.metrics)
@@ -149,11 +151,12 @@ class Trainer:
     def _next(self, batches: Iterator[Batch]) -> torch.Tensor:
         """A step's images on the device; where the data have become unreadable, what was learnt is saved first."""
         try:
-            return to_float(next(batches).images.to(self.device, non_blocking=True))
+            images = to_float(next(batches).images.to(self.device, non_blocking=True))
         except Exception:  # a user's data set may raise anything
             if self.step:
                 self._checkpoint()
             raise
+        return self._augment(self.step + 1, images, start=self.group.share(self.config.batch_size).start)[0]
 
     def _train_on(self, images: torch.Tensor) -> dict[str, float]:
         """A step. Where it fails (another process is lost, say) the weights are those of the step before: saved, so
