@@ -21,6 +21,10 @@ def add_parser(commands) -> None:
     parser.add_argument("--data", help="another data set (default: the run's own)")
     add_allow_remote(parser)
     parser.add_argument("--split", choices=("val", "test"), default="val", help="default: val")
+    parser.add_argument("--objects", metavar="A-B", default="", help="of built-in scenes: with so many objects instead")
+    parser.add_argument(
+        "--slots", type=int, help="with another number of slots than was trained (queries seeded or sampled)"
+    )
     parser.add_argument("--latent", choices=("mean", "sample"), default="mean", help="z: its mean, or drawn")
     parser.add_argument("--weights", choices=("best", "last"), default="best", help="default: best")
     parser.add_argument("--images", type=int, default=0, help="how many (0, the default: all of the split)")
@@ -78,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
     path = folder.weights(args.weights)
     named = code_named(args, folder)
     model, weights = SlotVAE.from_file(path, named or None, args.trust_code), folder.which_weights(path)
+    if args.slots is not None:
+        model = model.with_slots(args.slots)
     metrics, left_out = OwnCode.read(folder).load_metrics(folder)
     recorded = folder.read_config(device=args.device)
     device = recorded.torch_device()
@@ -85,7 +91,9 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     if note := hidden_by(folder.path):
         say(f"warning   {note}")
-    config = replace(recorded, data=args.data) if args.data else recorded
+    config = replace(recorded, data=args.data, objects="") if args.data else recorded
+    if args.objects:
+        config = replace(config, objects=args.objects)
     check_allowed(config.data, folder.config, args.allow_remote or bool(args.data))
     source = open_source(config)
     split = source.splits[args.split][: args.images or None]
@@ -114,6 +122,8 @@ def run(args: argparse.Namespace) -> int:
         first = f", the first {counted} of each" if counted < batch else ""
         scores |= {"score_mode": "paper", "score_batches": f"J-ARI and JIS: means over batches of {batch}{first}"}
     scores |= {"split": args.split, "weights": weights, "data": config.data, "split_note": source.split_note}
+    scores |= {"objects": args.objects} if args.objects else {}
+    scores |= {"num_slots": args.slots} if args.slots is not None else {}
     own = config.resolved().data == recorded.resolved().data
     scores["evaluated_on_training_images"] = own and source.on_training_images(args.split)
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in scores.items()}

@@ -18,6 +18,9 @@ from fastslots.errors import UserError, first_line
 SCHEDULES = ("constant", "cosine", "paper", "paper-clevrtex")
 BUILTIN = ("sprites", "sprites-textured", "scenes")
 """Names that ``data`` takes for data that are made, not read (``fastslots.data.builtin``)."""
+SCENE_OBJECTS = (3, 6)
+"""Of built-in rendered scenes, as in CLEVR6."""
+MOST_OBJECTS = 10
 AUGMENTATIONS = ("mirror", "crop", "colour")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 SPAN = "steps, or a share of the run such as 8%"
@@ -39,6 +42,10 @@ class TrainConfig(SlotVAEConfig):
     model: str = option("a model of your own: package.module:build, where build(config) gives a SlotVAE", "")
     data: str = option(f"built-in data ({', '.join(BUILTIN)}), or the path of a data set", "sprites")
     max_objects: int = option("drop scenes with more objects than this; 0 keeps all", 0)
+    objects: str = option(
+        "objects of a built-in scene, A-B such as 2-3; empty: 2 to one fewer than num_slots, at most 4 (scenes: 3-6)",
+        "",
+    )
     holdout: str = option(
         "combination of an object's factors that no image of the run shows, e.g. shape=square,hue=0.5:0.75", ""
     )
@@ -97,6 +104,7 @@ class TrainConfig(SlotVAEConfig):
         for name in self.trackers():
             if name not in TRACKERS:
                 raise UserError(f"log_to must name {', '.join(TRACKERS)}, got {name!r}")
+        self.builtin_objects()
         self._check_augmentations()
         if self.threads > MOST_THREADS:
             raise UserError(f"threads must be at most {MOST_THREADS}, got {self.threads}: 0 is one a core")
@@ -138,6 +146,19 @@ class TrainConfig(SlotVAEConfig):
             raise UserError(f"augment_crop must be above 0 and at most 1, got {self.augment_crop}")
         if not 0 <= self.augment_colour <= 1:
             raise UserError(f"augment_colour must be from 0 to 1, got {self.augment_colour}")
+
+    def builtin_objects(self) -> tuple[int, int]:
+        """Least and most objects of a built-in scene. UserError for an ``objects`` that names no two such numbers."""
+        if not self.objects:
+            return SCENE_OBJECTS if self.data == "scenes" else (2, max(2, min(self.num_slots - 1, 4)))
+        if self.data and self.data not in BUILTIN:
+            raise UserError(f"objects {self.objects} is of built-in data, and data is {self.data}: leave it out")
+        least, dash, most = self.objects.partition("-")
+        if not (dash and least.isascii() and least.isdigit() and most.isascii() and most.isdigit()):
+            raise UserError(f"objects must be A-B, such as 2-3, got {self.objects!r}")
+        if not 1 <= int(least) <= int(most) <= MOST_OBJECTS:
+            raise UserError(f"objects must be A-B with 1 <= A <= B <= {MOST_OBJECTS}, got {self.objects!r}")
+        return int(least), int(most)
 
     def augmentations(self) -> tuple[str, ...]:
         """Names of ``augment``, each once."""

@@ -23,7 +23,6 @@ from fastslots.data.packed.features import FeatureDataset, is_features
 from fastslots.data.sampling import Purpose, step_seed
 from fastslots.errors import UserError
 
-SCENE_OBJECTS = (3, 6)  # of built-in rendered scenes, as in CLEVR6
 HELD_OUT = 1_000  # built-in images in val and in test
 ON_THE_FLY = ("sprites", "sprites-textured")  # built-in data that cost less than a step
 SEARCH = 100  # scenes that are looked through for each with a held-out combination
@@ -103,7 +102,7 @@ def check_named(config: TrainConfig) -> None:
 
 def _builtin(config: TrainConfig) -> Source:
     """Scenes made on the fly. Validation and test scenes are the same for every seed of a run."""
-    objects = _objects(config)
+    objects = config.builtin_objects()
     avoid = _avoidable(config) if config.holdout else None
 
     def sprites(seed: int, count: int) -> Split:
@@ -123,7 +122,7 @@ def _builtin(config: TrainConfig) -> Source:
 
 def _sprites(config: TrainConfig, seed: int, count: int, avoid: Holdout | None = None) -> SpritesDataset:
     kind = TexturedSpritesDataset if config.data == "sprites-textured" else SpritesDataset
-    return kind(seed, config.resolution, _objects(config), count, avoid)
+    return kind(seed, config.resolution, config.builtin_objects(), count, avoid)
 
 
 def _made_once(config: TrainConfig) -> str:
@@ -132,7 +131,7 @@ def _made_once(config: TrainConfig) -> str:
     from fastslots.notices import Progress
 
     with Progress(lambda done: done / CACHED) as progress:
-        return str(cached(config.data, 0, config.resolution, SCENE_OBJECTS, progress))
+        return str(cached(config.data, 0, config.resolution, config.builtin_objects(), progress))
 
 
 def unseen(config: TrainConfig, count: int) -> Split:
@@ -168,7 +167,7 @@ def _builtin_holdout(config: TrainConfig) -> Holdout:
 
 def _avoidable(config: TrainConfig) -> Holdout:
     """The holdout of a run on scenes made on the fly. UserError where ``SpritesDataset`` could not redraw them all."""
-    holdout, scenes = _builtin_holdout(config), SpritesDataset(0, 16, _objects(config))
+    holdout, scenes = _builtin_holdout(config), SpritesDataset(0, 16, config.builtin_objects())
     if holdout.matches(*numbered_objects(Split(scenes, range(HELD_OUT)))).mean() > 0.9:
         raise UserError(f"holdout {config.holdout!r}: more than 9 in 10 scenes have such an object: narrow it")
     return holdout
@@ -180,10 +179,6 @@ def _held_out(split: Split, holdout: str) -> np.ndarray:
     if not factors:
         raise UserError("holdout needs data that tell factors of their objects (shape, colour, ...): leave it out")
     return Holdout.parse(holdout, tuple(factors), factor_format(split.dataset).words).matches(factors, present)
-
-
-def _objects(config: TrainConfig) -> tuple[int, int]:
-    return 2, max(2, min(config.num_slots - 1, 4))  # a slot is left for the background
 
 
 def _split(dataset: SceneDataset, description: str, holdout: str, info: DatasetInfo | None = None) -> Source:

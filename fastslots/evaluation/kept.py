@@ -6,7 +6,7 @@ from typing import Any
 
 from fastslots.runs.folder import RunFolder, write_json
 
-KIND = ("split", "latent", "weights", "images", "fingerprint", "score_mode")
+KIND = ("split", "latent", "weights", "images", "fingerprint", "score_mode", "objects", "num_slots")
 """Two evaluations that agree in these are of one kind: the newer one replaces the older."""
 
 

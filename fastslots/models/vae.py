@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -105,6 +105,24 @@ class SlotVAE(nn.Module):
         except (RuntimeError, ValueError, TypeError, MemoryError) as error:
             raise unreadable(Path(path), error) from None
         return built.eval()
+
+    def with_slots(self, num_slots: int) -> SlotVAE:
+        """The same weights with another number of slots K, in the same mode and on the same device.
+
+        For models whose slots share one first query (``queries`` "seeded" or "sampled"): each further slot starts as
+        those before it do. Raises UserError for learned queries, which are as many as the slots that were trained,
+        and for a model with parts of its own, which may be made for one K.
+        """
+        if self.config.queries == "learned":
+            raise UserError(
+                f"queries 'learned' are {self.config.num_slots}, one a slot, and there are none for other slots: train "
+                "with queries seeded or sampled"
+            )
+        if self.code.name or type(self.encoder) not in (Encoder, SlotAttentionEncoder):
+            raise UserError("a model with parts of its own keeps the number of slots that it was made for")
+        other = type(self)(replace(self.config, num_slots=num_slots))
+        other.load_state_dict(self.state_dict())
+        return other.to(next(self.parameters()).device).train(self.training)
 
     def weights_bytes(self, scores: dict[str, object] | None = None) -> bytes:
         """The weights, their configuration and what built the model as ``from_file`` reads them: a safetensors file.

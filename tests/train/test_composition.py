@@ -245,3 +245,67 @@ def test_shards_hold_out_as_one_set_does(on_disk, tmp_path, capsys):
 
 def _low_hue(factors: dict[str, np.ndarray]) -> bool:
     return ((factors["shape"] > 0) & (factors["hue"] < 0.2)).any()
+
+
+@pytest.fixture(scope="module", params=["seeded", "sampled"])
+def trained(request, tmp_path_factory):
+    run = tmp_path_factory.mktemp("slots") / "run"
+    few = [*TINY, "--queries", request.param, "--objects", "1-2"]
+    assert main(["train", *few, "--out", str(run)]) == 0
+    return run
+
+
+def test_objects_of_a_built_in_scene_are_as_many_as_asked(trained):
+    config = read_config(trained / "config.json")
+    for split in open_source(config).splits.values():
+        counts = (split[:200].factors()["shape"] > 0).sum(1)
+        assert set(counts.tolist()) == {1, 2}
+    assert set((open_source(TrainConfig.preset("sprites-mini")).splits["val"].factors()["shape"] > 0).sum(1)) == {2, 3}
+    images = open_source(TrainConfig.preset("sprites-mini", objects="2-3")).splits["train"][:20].read()[0]
+    assert torch.equal(images, open_source(TrainConfig.preset("sprites-mini")).splits["train"][:20].read()[0])
+
+
+def test_more_objects_are_scored_with_more_slots(trained, capsys):
+    asked = ["--objects", "3-4", "--slots", "6", "--images", "10", "--weights", "last", "--json"]
+    capsys.readouterr()
+    assert main(["eval", str(trained), *asked]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert (scores["objects"], scores["num_slots"], scores["images"]) == ("3-4", 6, 10)
+    model = SlotVAE.from_run(trained, "last")
+    more = model.with_slots(6)
+    config = read_config(trained / "config.json", objects="3-4")
+    split = open_source(config).splits["val"][:10]
+    assert set((split.factors()["shape"] > 0).sum(1)) == {3, 4}
+    expected = evaluate(more, split).scores()
+    for score in ("recon", "j_ari", "jis", "kl"):
+        assert scores[score] == pytest.approx(expected[score], rel=1e-4, abs=1e-6)
+    assert scores["recon"] != pytest.approx(evaluate(model, split).scores()["recon"], rel=1e-4)
+    images = split[:4].read()[0].permute(0, 3, 1, 2).float() / 255
+    assert more(images, torch.zeros(4, 6, 4)).slots.shape == (4, 6, 4)
+    same = model.with_slots(4)
+    assert torch.equal(same(images, torch.zeros(4, 4, 4)).recon, model(images, torch.zeros(4, 4, 4)).recon)
+    kept = json.loads((trained / "evaluations.json").read_text())["evaluations"]
+    main(["eval", str(trained), "--images", "10", "--weights", "last"])
+    assert len(json.loads((trained / "evaluations.json").read_text())["evaluations"]) == len(kept) + 1
+
+
+def test_slots_that_were_learned_one_by_one_stay_as_many(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["train", *TINY, "--queries", "learned", "--out", str(run)]) == 0
+    capsys.readouterr()
+    assert main(["eval", str(run), "--slots", "6"]) == 2
+    assert "queries 'learned' are 4, one a slot" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"objects": "three"}, "objects must be A-B, such as 2-3, got 'three'"),
+        ({"objects": "3-2"}, "objects must be A-B with 1 <= A <= B <= 10"),
+        ({"objects": "0-2"}, "objects must be A-B with 1 <= A"),
+        ({"objects": "2-3", "data": "my.npz"}, "objects 2-3 is of built-in data, and data is my.npz: leave it out"),
+    ],
+)
+def test_bad_numbers_of_objects_are_named(fields, words):
+    with pytest.raises(UserError, match=words):
+        TrainConfig.preset("sprites-mini", **fields)
