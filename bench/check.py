@@ -118,7 +118,8 @@ def _op() -> str:
     results = []
     for tensors, backend in ((inputs, "auto"), ([t.double() for t in inputs], "reference")):
         leaves = [t.detach().requires_grad_() for t in tensors]
-        out, slot_map = cross_attention(*leaves, backend=backend)
+        q, k, v = leaves
+        out, slot_map = cross_attention(q, k, v, backend=backend)
         results.append([out, slot_map, *torch.autograd.grad(out.square().sum() + slot_map.square().sum(), leaves)])
     worst = max(errors(ours.detach().cpu(), exact.detach().cpu())[0] for ours, exact in zip(*results, strict=True))
     if not worst < EXPECTED_ERROR:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastslots import ops
 from fastslots.bench import peers, published
 from fastslots.bench.case import Case, Options, Provider, Run, Tensors, model_axes
-from fastslots.kernels.tools.cost import eager_cost
+from fastslots.kernels.tools.cost import eager_cost, eager_ops
 from fastslots.models import SlotVAEConfig
 from fastslots.models.decoder import Decoder, DecoderLayer
 from fastslots.ops import backends, reference
@@ -175,7 +175,7 @@ def block_case(options: Options) -> Case:
 
 def _layer_flops(config: SlotVAEConfig, images: int, method: str) -> float:
     D, F, H, d, K = (model_axes(config, images)[name] for name in ("D", "F", "H", "d", "K"))
-    return eager_cost(method, images * config.resolution**2, D, F, H, d, K, element=4)[1]
+    return eager_cost(eager_ops(method, D, F, H, d, K), images * config.resolution**2, element=4)[1]
 
 
 # ---- layer -----------------------------------------------------------------------------------------------------------

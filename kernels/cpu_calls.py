@@ -12,7 +12,7 @@ from typing import Any
 import torch  # before _cpu, which takes its OpenMP symbols from the runtime that torch has loaded
 from torch import Tensor
 
-from fastslots import _cpu  # type: ignore[attr-defined]
+from fastslots import _cpu
 from fastslots.errors import UserError
 
 MAX_CHAIN: int = _cpu.most_maps

@@ -63,7 +63,7 @@ def _shared_memory(device: torch.device) -> int | None:
 
 # Dynamo calls these, on constants, and traces the rest, on shapes that may be dynamic (ops.backends.under_transform).
 for _answer in (_unserved, _fits_memory, _shared_memory):
-    _answer._dynamo_marked_constant = True  # type: ignore[attr-defined, union-attr]
+    _answer._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
 def _too_large(call: Call) -> str | None:

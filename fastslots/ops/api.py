@@ -23,7 +23,7 @@ def _under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 @overload
 def cross_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, backend: str = "auto", *,
-    slot_mask: Tensor | None = None, head_weights: Tensor | None = None, statistics: tuple[()] = (),
+    slot_mask: Tensor | None = None, head_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -80,9 +80,9 @@ def cross_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if statistics or head_weights is not None:
         inputs = StatisticsInputs(q, k, v, slot_mask, head_weights, scale, rows=bool(statistics))
-        found = _attention_statistics(inputs, backend)
-        rows = {"entropy": found.entropy, "lse": found.lse}
-        pair = found.out, found.slot_map
+        result = _attention_statistics(inputs, backend)
+        rows = {"entropy": result.entropy, "lse": result.lse}
+        pair = result.out, result.slot_map
         return (*pair, {name: rows[name] for name in statistics}) if statistics else pair
     name = backends.select(describe("cross_attention", (q, k, v)), backend)
     if name == "reference":
@@ -158,7 +158,8 @@ def folded_cross_attention(
     name = backends.select(describe("folded_cross_attention", (x, *folded)), backend)
     if name == "reference":
         return reference.folded_cross_attention(x, folded, slot_mask)
-    y, slot_map = autograd.folded_cross_attention(*_under_autocast(x), list(folded), slot_mask, name)
+    (rows,) = _under_autocast(x)
+    y, slot_map = autograd.folded_cross_attention(rows, list(folded), slot_mask, name)
     return y.to(x.dtype), slot_map
 
 
@@ -183,7 +184,9 @@ def token_attention(rows: Tensor, tokens: Tensor, backend: str = "auto") -> Tens
     name = backends.select(describe("token_attention", (rows, tokens)), backend)
     if name == "reference":
         return reference.token_attention(rows, tokens)
-    return autograd.token_attention(*_under_autocast(rows, tokens), name)[0]
+    rows, tokens = _under_autocast(rows, tokens)
+    gathered, _ = autograd.token_attention(rows, tokens, name)
+    return gathered
 
 
 def slot_attention(
@@ -268,5 +271,6 @@ def decoder_layer(
     name = backends.select(describe("decoder_layer", (x, *folded, *ff)), backend)
     if name == "reference":
         return reference.decoder_layer(x, folded, ff, slot_mask, eps)
-    y, slot_map = autograd.decoder_layer(*_under_autocast(x), list(folded), list(ff), slot_mask, eps, name)
+    (rows,) = _under_autocast(x)
+    y, slot_map = autograd.decoder_layer(rows, list(folded), list(ff), slot_mask, eps, name)
     return y.to(x.dtype), slot_map

@@ -17,6 +17,7 @@ from fastslots.ops import backends
 from fastslots.records import FeedForward, FoldedProjections
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+"""Both decorators hand back what they are handed, or what stands in its place with the same parameters."""
 
 
 def operator(function: Function) -> Function:
@@ -32,6 +33,13 @@ def operator(function: Function) -> Function:
     if name.endswith("_backward"):
         torch.library.register_autograd(name, _refuse)
     return cast(Function, getattr(torch.ops.fastslots, function.__name__).default)
+
+
+def shapes_of(function: Callable[..., Any]) -> Callable[[Function], Function]:
+    """Register what makes empty outputs for an operator, from its own arguments: one that names the first of them takes
+    the rest as ``*_``."""
+    name = cast(Any, function)._schema.name
+    return cast(Callable[[Function], Function], torch.library.register_fake(name))
 
 
 def _refuse(ctx: Any, *grads: Tensor) -> None:
@@ -61,8 +69,8 @@ def cross_attention(
     return backends.load(backend).cross_attention_fwd(q, k, v, scale, slot_mask)
 
 
-@torch.library.register_fake("fastslots::cross_attention")
-def _(q: Tensor, k: Tensor, v: Tensor, scale: float, slot_mask: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+@shapes_of(cross_attention)
+def _(q: Tensor, k: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return contiguous_like(q), map_like(q, q.shape[0], q.shape[2], k.shape[2])
 
 
@@ -80,17 +88,8 @@ def cross_attention_backward(
     return backends.load(backend).cross_attention_bwd(dout, dslot_map, q, k, v, scale, slot_mask)
 
 
-@torch.library.register_fake("fastslots::cross_attention_backward")
-def _(
-    dout: Tensor,
-    dslot_map: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    slot_mask: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+@shapes_of(cross_attention_backward)
+def _(dout: Tensor, dmap: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     return contiguous_like(q), contiguous_like(k), contiguous_like(v)
 
 
@@ -120,8 +119,8 @@ def folded_cross_attention(
     return backends.load(backend).folded_cross_attention_fwd(x, FoldedProjections(*folded), slot_mask)
 
 
-@torch.library.register_fake("fastslots::folded_cross_attention")
-def _(x: Tensor, folded: list[Tensor], slot_mask: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+@shapes_of(folded_cross_attention)
+def _(x: Tensor, folded: list[Tensor], *_: object) -> tuple[Tensor, Tensor]:
     return _layer_like(x, FoldedProjections(*folded))
 
 
@@ -132,13 +131,12 @@ def folded_cross_attention_backward(
     """-> dx, then the gradients of folded in order."""
     run = backends.load(backend).folded_cross_attention_bwd
     dx, dfolded = run(dy, dslot_map, x, FoldedProjections(*folded), slot_mask)
+    assert dfolded is not None  # they are left out on request alone
     return [dx, *dfolded]
 
 
-@torch.library.register_fake("fastslots::folded_cross_attention_backward")
-def _(
-    dy: Tensor, dslot_map: Tensor, x: Tensor, folded: list[Tensor], slot_mask: Tensor | None, backend: str
-) -> list[Tensor]:
+@shapes_of(folded_cross_attention_backward)
+def _(dy: Tensor, dslot_map: Tensor, x: Tensor, folded: list[Tensor], *_: object) -> list[Tensor]:
     return [contiguous_like(t) for t in (x, *folded)]
 
 
@@ -167,10 +165,8 @@ def decoder_layer(
     return run(x, FoldedProjections(*folded), FeedForward(*ff), slot_mask, eps)
 
 
-@torch.library.register_fake("fastslots::decoder_layer")
-def _(
-    x: Tensor, folded: list[Tensor], ff: list[Tensor], slot_mask: Tensor | None, eps: float, backend: str
-) -> tuple[Tensor, Tensor]:
+@shapes_of(decoder_layer)
+def _(x: Tensor, folded: list[Tensor], *_: object) -> tuple[Tensor, Tensor]:
     return _layer_like(x, FoldedProjections(*folded))
 
 
@@ -192,17 +188,8 @@ def decoder_layer_backward(
     return [grads.x, *grads.folded, *grads.ff]
 
 
-@torch.library.register_fake("fastslots::decoder_layer_backward")
-def _(
-    dy: Tensor,
-    dslot_map: Tensor,
-    x: Tensor,
-    folded: list[Tensor],
-    ff: list[Tensor],
-    slot_mask: Tensor | None,
-    eps: float,
-    backend: str,
-) -> list[Tensor]:
+@shapes_of(decoder_layer_backward)
+def _(dy: Tensor, dmap: Tensor, x: Tensor, folded: list[Tensor], ff: list[Tensor], *_: object) -> list[Tensor]:
     return [contiguous_like(t) for t in (x, *folded, *ff)]
 
 
@@ -231,8 +218,8 @@ def token_attention(rows: Tensor, tokens: Tensor, backend: str) -> tuple[Tensor,
     return backends.load(backend).token_attention_fwd(rows, tokens)
 
 
-@torch.library.register_fake("fastslots::token_attention")
-def _(rows: Tensor, tokens: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+@shapes_of(token_attention)
+def _(rows: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return contiguous_like(rows), rows.new_empty(rows.shape[:2], dtype=torch.promote_types(rows.dtype, torch.float32))
 
 
@@ -243,10 +230,8 @@ def token_attention_backward(
     return backends.load(backend).token_attention_bwd(dgathered, rows, tokens, gathered, lse)
 
 
-@torch.library.register_fake("fastslots::token_attention_backward")
-def _(
-    dgathered: Tensor, rows: Tensor, tokens: Tensor, gathered: Tensor, lse: Tensor, backend: str
-) -> tuple[Tensor, Tensor]:
+@shapes_of(token_attention_backward)
+def _(dgathered: Tensor, rows: Tensor, tokens: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return contiguous_like(rows), contiguous_like(tokens)
 
 

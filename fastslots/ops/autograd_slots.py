@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastslots.ops import backends
-from fastslots.ops.autograd import contiguous_like, map_like, operator
+from fastslots.ops.autograd import contiguous_like, map_like, operator, shapes_of
 
 
 def _kernels(name: str) -> backends.SlotAttentionBackend:
@@ -30,11 +30,11 @@ def slot_attention(
     return _kernels(backend).slot_attention_fwd(q, k, v, scale, eps, slot_mask, return_map)
 
 
-@torch.library.register_fake("fastslots::slot_attention")
+@shapes_of(slot_attention)
 def _(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float, slot_mask: Tensor | None, return_map: bool, backend: str
+    q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float, slot_mask: Tensor | None, return_map: bool, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
-    B, H, K, _ = q.shape
+    B, H, K = q.shape[:3]
     wide = torch.promote_types(q.dtype, torch.float32)
     updates = contiguous_like(q)
     slot_map = map_like(q, B, k.shape[2], K) if return_map else q.new_empty(0, dtype=wide)
@@ -60,19 +60,9 @@ def slot_attention_backward(
     )
 
 
-@torch.library.register_fake("fastslots::slot_attention_backward")
+@shapes_of(slot_attention_backward)
 def _(
-    dupdates: Tensor,
-    dslot_map: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    updates: Tensor,
-    totals: Tensor,
-    scale: float,
-    eps: float,
-    slot_mask: Tensor | None,
-    backend: str,
+    dupdates: Tensor, dslot_map: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     return contiguous_like(q), contiguous_like(k), contiguous_like(v)
 
@@ -87,9 +77,10 @@ def _slot_attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> Non
 
 
 def _slot_attention_vjp(ctx: Any, dupdates: Tensor, _dtotals: Tensor, dslot_map: Tensor) -> tuple[Any, ...]:
-    *tensors, slot_mask = ctx.saved_tensors
+    q, k, v, updates, totals, slot_mask = ctx.saved_tensors
     dmap = dslot_map if ctx.return_map else None
-    grads = slot_attention_backward(dupdates, dmap, *tensors, ctx.scale, ctx.eps, slot_mask, ctx.backend)
+    numbers = ctx.scale, ctx.eps
+    grads = slot_attention_backward(dupdates, dmap, q, k, v, updates, totals, *numbers, slot_mask, ctx.backend)
     return *grads, None, None, None, None, None
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastslots.ops import backends
-from fastslots.ops.autograd import contiguous_like, map_like, operator
+from fastslots.ops.autograd import contiguous_like, map_like, operator, shapes_of
 from fastslots.records import Statistics, StatisticsInputs
 
 
@@ -32,15 +32,18 @@ def attention_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> out, slot_map, entropy, lse; the last two are empty unless ``rows``."""
     inputs = StatisticsInputs(q, k, v, slot_mask, head_weights, scale, rows)
-    return tuple(_kernels(backend).attention_statistics_fwd(inputs))  # type: ignore[return-value]
+    out, slot_map, entropy, lse = _kernels(backend).attention_statistics_fwd(inputs)
+    return out, slot_map, entropy, lse
 
 
-@torch.library.register_fake("fastslots::attention_statistics")
-def _(q, k, v, slot_mask, head_weights, scale, rows, backend):  # type: ignore[no-untyped-def]
+@shapes_of(attention_statistics)
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = StatisticsInputs(*arguments[:-1])
+    q = inputs.q
     B, H, L, _ = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
-    of_rows = [q.new_empty((B, H, L) if rows else (0,), dtype=wide) for _ in range(2)]
-    return contiguous_like(q), map_like(q, B, L, k.shape[2]), *of_rows
+    entropy, lse = (q.new_empty((B, H, L) if inputs.rows else (0,), dtype=wide) for _ in range(2))
+    return contiguous_like(q), map_like(q, B, L, inputs.k.shape[2]), entropy, lse
 
 
 @operator
@@ -61,8 +64,11 @@ def attention_statistics_backward(
     return _kernels(backend).attention_statistics_bwd(Statistics(*grads), inputs, need_head_weights)
 
 
-@torch.library.register_fake("fastslots::attention_statistics_backward")
-def _(grads, q, k, v, slot_mask, head_weights, scale, rows, need_head_weights, backend):  # type: ignore[no-untyped-def]
+@shapes_of(attention_statistics_backward)
+def _(grads: list[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *of_inputs, need_head_weights, _backend = arguments
+    inputs = StatisticsInputs(*of_inputs)
+    q, k, v = inputs.q, inputs.k, inputs.v
     wide = torch.promote_types(q.dtype, torch.float32)
     weights = q.new_empty(q.shape[1] if need_head_weights else 0, dtype=wide)
     return contiguous_like(q), contiguous_like(k), contiguous_like(v), weights
@@ -78,9 +84,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _vjp(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     q, k, v, slot_mask, head_weights = ctx.saved_tensors
     need = head_weights is not None and ctx.needs_input_grad[4]
-    given = list(grads) if ctx.rows else [*grads[:2], q.new_empty(0), q.new_empty(0)]
+    cotangents = list(grads) if ctx.rows else [*grads[:2], q.new_empty(0), q.new_empty(0)]
     *dqkv, dweights = attention_statistics_backward(
-        given, q, k, v, slot_mask, head_weights, ctx.scale, ctx.rows, need, ctx.backend
+        cotangents, q, k, v, slot_mask, head_weights, ctx.scale, ctx.rows, need, ctx.backend
     )
     return *dqkv, None, dweights.to(head_weights.dtype) if need else None, None, None, None
 

@@ -65,7 +65,7 @@ class Backend(Protocol):
 
     def folded_cross_attention_bwd(
         self, dy: Tensor, dslot_map: Tensor, x: Tensor, folded: FoldedProjections, slot_mask: Tensor | None = None
-    ) -> tuple[Tensor, FoldedProjections]: ...
+    ) -> tuple[Tensor, FoldedProjections | None]: ...
 
     def decoder_layer_fwd(
         self, x: Tensor, folded: FoldedProjections, ff: FeedForward, slot_mask: Tensor | None = None, eps: float = 1e-5

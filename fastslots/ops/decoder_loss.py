@@ -70,7 +70,7 @@ def reference_decoder_loss(
         recon += tile_recon.detach()
         interaction += share * tile_pairs.detach()
         if need:
-            total.backward()  # type: ignore[no-untyped-call]
+            total.backward()
         if "queries" in grads:
             grads["queries"][:, pixels] = _gradient(tensors["queries"])
     grads |= {name: _gradient(leaf) for name, leaf in leaves.items() if leaf.requires_grad and leaf is not queries}
@@ -148,4 +148,5 @@ def decoder_loss(inputs: LossInputs, grad_scale: float | Tensor = 1.0, backend: 
     if serving != "reference" and not getattr(backends.load(serving), "MAKES_QUERIES", False):
         queries = reference.made_queries(inputs.decoder.queries)
         inputs = replace(inputs, decoder=inputs.decoder._replace(queries=queries))
-    return DecoderLossTerms(*_TiledLoss.apply(inputs, grad_scale, serving, *inputs.tensors().values()))
+    terms = _TiledLoss.apply(inputs, grad_scale, serving, *inputs.tensors().values())  # type: ignore[no-untyped-call]
+    return DecoderLossTerms(*terms)

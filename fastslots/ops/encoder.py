@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastslots.ops import backends
-from fastslots.ops.autograd import contiguous_like, operator
+from fastslots.ops.autograd import contiguous_like, operator, shapes_of
 from fastslots.ops.backends import is_traced
 from fastslots.records import EncoderInputs
 
@@ -47,23 +47,14 @@ def encoder(
     return _encoder_backend(backend).encoder_fwd(inputs, keep)
 
 
-@torch.library.register_fake("fastslots::encoder")
-def _(
-    images: Tensor,
-    queries: Tensor,
-    grid: Tensor | None,
-    picks: Tensor | None,
-    weights: list[Tensor],
-    strides: list[int],
-    heads: int,
-    eps: float,
-    keep: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    inputs = EncoderInputs(images, queries, grid, picks, weights, strides, heads, eps)
+@shapes_of(encoder)
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *of_inputs, keep, backend = arguments
+    inputs = EncoderInputs(*of_inputs)
     size = _encoder_backend(backend).encoder_saved_size(inputs) if keep else 0
+    images = inputs.images
     dtype = torch.promote_types(images.dtype, torch.float32)
-    out = images.new_empty(images.shape[0], queries.shape[1], weights[-1].shape[0])
+    out = images.new_empty(images.shape[0], inputs.queries.shape[1], inputs.weights[-1].shape[0])
     return out, images.new_empty(images.shape[0], size, dtype=dtype)
 
 
@@ -87,21 +78,10 @@ def encoder_backward(
     return [dqueries, *dweights]
 
 
-@torch.library.register_fake("fastslots::encoder_backward")
-def _(
-    dout: Tensor,
-    saved: Tensor,
-    images: Tensor,
-    queries: Tensor,
-    grid: Tensor | None,
-    picks: Tensor | None,
-    weights: list[Tensor],
-    strides: list[int],
-    heads: int,
-    eps: float,
-    backend: str,
-) -> list[Tensor]:
-    return [contiguous_like(t) for t in (queries, *weights)]
+@shapes_of(encoder_backward)
+def _(dout: Tensor, saved: Tensor, *arguments: Any) -> list[Tensor]:
+    inputs = EncoderInputs(*arguments[:-1])
+    return [contiguous_like(t) for t in (inputs.queries, *inputs.weights)]
 
 
 def _encoder_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -115,7 +95,7 @@ def _encoder_vjp(ctx: Any, dout: Tensor, _dsaved: Tensor) -> tuple[Any, ...]:
     images, queries, grid, picks, saved, *weights = ctx.saved_tensors
     arguments = (images, queries, grid, picks, weights, ctx.strides, ctx.heads, ctx.eps, ctx.backend)
     dqueries, *dweights = encoder_backward(dout, saved, *arguments)
-    no_strides = None if ctx.strides else []  # torch takes an empty list for one of tensors
+    no_strides: list[Tensor] | None = None if ctx.strides else []  # torch takes an empty list for one of tensors
     return None, dqueries, None, None, dweights, no_strides, None, None, None, None
 
 

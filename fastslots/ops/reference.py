@@ -101,7 +101,7 @@ def attention_statistics(inputs: StatisticsInputs) -> Statistics:
     return Statistics(attn.to(inputs.v.dtype) @ inputs.v, slot_map, entropy, lse)
 
 
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """A context in which products keep their operands' type. A device that autocast does not know (meta) needs none."""
     known = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()

@@ -23,7 +23,7 @@ class LargestTensor(TorchDispatchMode):
     """Elements and shape of the largest tensor made inside; a view or an expanded tensor counts what it occupies."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.elements = 0
         self.shape: tuple[int, ...] = ()
 
@@ -40,7 +40,7 @@ class Operations(TorchDispatchMode):
     """Names of the operations inside, such as ``native_layer_norm`` and ``fastslots::cross_attention``."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.names: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

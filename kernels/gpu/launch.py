@@ -9,6 +9,7 @@ block sizes; ``fastslots kernels tune`` rewrites it on a real GPU.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
@@ -23,6 +24,8 @@ from triton.runtime.errors import OutOfResources
 
 TABLE = Path(__file__).with_name("launches.json")
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+Table = dict[str, dict[str, dict[str, dict[str, int]]]]
+"""Architecture, kernel, dtype and width class -> fields of a ``LaunchConfig``."""
 WIDTH_CLASSES = (64, 192, 384)
 """Largest row width of each class of the table: a tile holds whole rows, so the width sets its register use."""
 
@@ -87,12 +90,14 @@ def override(config: LaunchConfig) -> Iterator[None]:
 
 def kernel_name(kernel: Any) -> str:
     """``_folded_attention_fwd_kernel`` -> ``folded_attention_fwd``."""
-    return kernel.fn.__name__.removeprefix("_").removesuffix("_kernel")
+    name: str = kernel.fn.__name__
+    return name.removeprefix("_").removesuffix("_kernel")
 
 
 @cache
-def _table() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
-    return json.loads(TABLE.read_text())
+def _table() -> Table:
+    table: Table = json.loads(TABLE.read_text())
+    return table
 
 
 def reload_table() -> None:
@@ -100,7 +105,7 @@ def reload_table() -> None:
     _table.cache_clear()
 
 
-def save_table(table: dict[str, dict[str, dict[str, dict[str, int]]]]) -> None:
+def save_table(table: Table) -> None:
     """Write the table, one configuration a line."""
     lines = ["{"]
     for arch, kernels in sorted(table.items()):
@@ -115,9 +120,9 @@ def save_table(table: dict[str, dict[str, dict[str, dict[str, int]]]]) -> None:
     reload_table()
 
 
-def table() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+def table() -> Table:
     """The table, as a copy that may be changed and saved."""
-    return json.loads(json.dumps(_table()))
+    return copy.deepcopy(_table())
 
 
 @cache

@@ -11,6 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ MULTIPROCESSORS = {
 class Compiled:
     """One kernel's machine code and what was read from it. Absent figures (AMD) are None."""
 
-    asm: dict[str, Any]  # "ptx", "cubin", ... as Triton names them
+    asm: dict[str, str | bytes]  # "ptx", "cubin", ... as Triton names them
     registers: int | None  # per thread
     spills: int | None  # local-memory instructions (LDL, STL); None where they can't be read
     loop_spills: int | None  # those of them inside a loop, which run once a trip
@@ -123,11 +124,19 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
         return _compiled(kernel.asm, opcodes, used, spills, stack, shared, occupancy)
     text = kernel.asm["amdgcn"]
     opcodes = Counter(re.findall(r"^\s+([a-z]\w+)", text, re.M))
-    vgprs, spills, private = (_number(rf"\.{name}:\s+(\d+)", text) for name in _AMD_USAGE)
-    return _compiled(kernel.asm, opcodes, vgprs, (spills, None), private, shared, None)
+    vgprs, local, private = (_number(rf"\.{name}:\s+(\d+)", text) for name in _AMD_USAGE)
+    return _compiled(kernel.asm, opcodes, vgprs, (local, None), private, shared, None)
 
 
-def _compiled(asm, opcodes, registers, spills: tuple[int | None, int | None], stack, shared, occupancy) -> Compiled:
+def _compiled(
+    asm: Mapping[str, str | bytes],
+    opcodes: Counter[str],
+    registers: int | None,
+    spills: tuple[int | None, int | None],
+    stack: int | None,
+    shared: int,
+    occupancy: float | None,
+) -> Compiled:
     return Compiled(
         asm=dict(asm),
         registers=registers,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -69,15 +68,19 @@ class _Terms:
         self.D, self.BL = self.consts["D"], self.consts.get("BLOCK_L", 0)  # 0: a kernel without tiles of rows
         self.W = -(-self.D // self.consts["BLOCK_D"]) * self.consts["BLOCK_D"]
 
-    def of(self, name: str) -> Any:
-        return self.args[name]
+    def of(self, name: str) -> Tensor:
+        tensor: Tensor = self.args[name]
+        return tensor
+
+    def number(self, name: str) -> int:
+        return int(self.args[name])
 
     def size(self, *names: str) -> int:
         """Bytes of whole tensors."""
-        return sum(self.args[n].numel() * self.args[n].element_size() for n in names)
+        return sum(t.numel() * t.element_size() for t in map(self.of, names))
 
     def element(self, name: str) -> int:
-        return self.args[name].element_size()
+        return self.of(name).element_size()
 
 
 def _cross_attention_fwd(t: _Terms) -> tuple[int, int, int]:
@@ -89,7 +92,7 @@ def _cross_attention_fwd(t: _Terms) -> tuple[int, int, int]:
 
 def _cross_attention_bwd(t: _Terms) -> tuple[int, int, int]:
     B, H, L, d = t.of("q_ptr").shape
-    K, KP, visits = t.consts["K"], t.consts["KP"], t.grid[0] * t.of("blocks")
+    K, KP, visits = t.consts["K"], t.consts["KP"], t.grid[0] * t.number("blocks")
     # k is loaded for the scores and again for dq.
     loads = t.size("q_ptr", "dout_ptr") + H * t.size("dmap_ptr")
     loads += visits * (2 * t.size("k_ptr") + t.size("v_ptr") + H * t.size("bias_ptr"))
@@ -101,7 +104,7 @@ def _attention_columns(t: _Terms) -> tuple[int, int, int, int, int]:
     columns = t.consts["COLUMNS"]
     real = columns // t.consts["KP"] * t.consts["K"]
     B = t.of("w_in_ptr").shape[0]
-    return B, t.of("L"), real, columns, t.size("w_in_ptr", "w_out_ptr", "b_in_ptr") // B
+    return B, t.number("L"), real, columns, t.size("w_in_ptr", "w_out_ptr", "b_in_ptr") // B
 
 
 def _folded_attention_fwd(t: _Terms) -> tuple[int, int, int]:
@@ -123,38 +126,38 @@ def _folded_attention_dw(t: _Terms) -> tuple[int, int, int]:
     groups, parts, _ = t.grid
     rows = B * L * t.D * t.element("x_ptr") + t.size("dy_ptr", "dmap_ptr")
     requested = groups * rows + parts * B * weights + t.size("dw_in_ptr", "dw_out_ptr", "db_in_ptr")
-    tiles = parts * t.of("blocks") * B
+    tiles = parts * t.number("blocks") * B
     return requested, 8 * B * L * real * t.D, 8 * tiles * t.BL * columns * t.W
 
 
 def _decoder_layer_fwd(t: _Terms) -> tuple[int, int, int]:
     requested, flops, issued = _folded_attention_fwd(t)
-    rows, units = t.grid[1] * t.of("L"), t.consts["UNITS"]
+    rows, units = t.grid[1] * t.number("L"), t.consts["UNITS"]
     requested += t.programs * t.size("w1_ptr", "w2_ptr", "b1_ptr", "b2_ptr")
     return requested, flops + 4 * rows * units * t.D, issued + 4 * t.programs * t.BL * units * t.W
 
 
 def _feed_forward_dx(t: _Terms) -> tuple[int, int, int]:
-    rows, units = t.of("rows"), t.consts["UNITS"]
+    rows, units = t.number("rows"), t.consts["UNITS"]
     requested = t.size("z_ptr", "dy_ptr", "dz_ptr", "db2_ptr") + t.programs * t.size("w1_ptr", "w2_ptr", "b1_ptr")
     return requested, 6 * rows * units * t.D, 6 * t.programs * t.BL * units * t.W
 
 
 def _feed_forward_dw(t: _Terms) -> tuple[int, int, int]:
-    rows, units = t.of("rows"), t.consts["UNITS"]
+    rows, units = t.number("rows"), t.consts["UNITS"]
     groups, parts = t.grid
     requested = groups * t.size("z_ptr", "dy_ptr") + parts * t.size("w1_ptr", "w2_ptr", "b1_ptr")
     requested += t.size("dw1_ptr", "dw2_ptr", "db1_ptr")
-    return requested, 8 * rows * units * t.D, 8 * parts * t.of("blocks") * t.BL * units * t.W
+    return requested, 8 * rows * units * t.D, 8 * parts * t.number("blocks") * t.BL * units * t.W
 
 
 _PARTS = ("part_sum_ptr", "part_top_ptr", "part_total_ptr")
 
 
 def _token_attention_fwd(t: _Terms) -> tuple[int, int, int]:
-    (B, M, S), T = t.of("rows_ptr").shape, t.of("T")
-    requested = t.size("tokens_ptr", *_PARTS) + t.grid[0] * t.of("blocks") * t.size("rows_ptr")
-    issued = 4 * t.programs * t.of("blocks") * t.BL * t.consts["BLOCK_M"] * t.W
+    (B, M, S), T = t.of("rows_ptr").shape, t.number("T")
+    requested = t.size("tokens_ptr", *_PARTS) + t.grid[0] * t.number("blocks") * t.size("rows_ptr")
+    issued = 4 * t.programs * t.number("blocks") * t.BL * t.consts["BLOCK_M"] * t.W
     return requested, 4 * B * M * T * S, issued
 
 
@@ -164,11 +167,11 @@ def _token_attention_combine(t: _Terms) -> tuple[int, int, int]:
 
 
 def _token_attention_bwd(t: _Terms) -> tuple[int, int, int]:
-    (B, M, S), T = t.of("rows_ptr").shape, t.of("T")
+    (B, M, S), T = t.of("rows_ptr").shape, t.number("T")
     requested = t.size("tokens_ptr", "dtokens_ptr", "drows_ptr")
     requested += t.grid[0] * t.size("dgathered_ptr", "gathered_ptr", "lse_ptr")
-    requested += t.grid[0] * t.of("blocks") * t.size("rows_ptr", "dgathered_ptr")
-    issued = 10 * t.programs * t.of("blocks") * t.BL * t.consts["BLOCK_M"] * t.W
+    requested += t.grid[0] * t.number("blocks") * t.size("rows_ptr", "dgathered_ptr")
+    issued = 10 * t.programs * t.number("blocks") * t.BL * t.consts["BLOCK_M"] * t.W
     return requested, 10 * B * M * T * S, issued
 
 
@@ -232,13 +235,6 @@ def eager_ops(method: str, D: int, F: int, H: int, d: int, K: int) -> list[Eager
     return {"published": published, "folded": folded}[method] + feed_forward
 
 
-def eager_cost(
-    method: str, pixels: int, D: int, F: int, H: int, d: int, K: int, element: int, backward: bool = True
-) -> tuple[int, int]:
-    """Bytes and FLOPs of one decoder layer in plain PyTorch, forward or forward and backward."""
-    return _total(eager_ops(method, D, F, H, d, K), pixels, element, backward)
-
-
 def eager_token_cost(method: str, tokens: int, S: int, M: int, K: int, layers: int, element: int) -> tuple[int, int]:
     """Bytes and FLOPs on the tokens' side of ``layers`` encoder cross-attentions, forward and backward.
 
@@ -251,12 +247,15 @@ def eager_token_cost(method: str, tokens: int, S: int, M: int, K: int, layers: i
         ops = [norm, EagerOp(S, 2 * S, 2 * S * S), EagerOp(S, M, K * S), softmax, EagerOp(M + S, 0, K * S)] * layers
     else:
         ops = [norm, *[EagerOp(S, M, M * S), softmax, EagerOp(M + S, 0, M * S)] * layers]
-    return _total(ops, tokens, element, backward=True)
+    return eager_cost(ops, tokens, element)
 
 
-def _total(ops: list[EagerOp], rows: int, element: int, backward: bool) -> tuple[int, int]:
-    """Bytes and FLOPs. The backward of an operation reads the gradient and what the forward read, and writes a gradient
-    of that; a product reads the gradient once more (two products) and does twice the operations."""
+def eager_cost(ops: list[EagerOp], rows: int, element: int, backward: bool = True) -> tuple[int, int]:
+    """Bytes and FLOPs of operations on so many rows of elements of so many bytes, forward or forward and backward.
+
+    The backward of an operation reads the gradient and what the forward read, and writes a gradient of that; a product
+    reads the gradient once more (two products) and does twice the operations.
+    """
     values = macs = 0
     for op in ops:
         values += op.reads + op.writes

@@ -79,4 +79,4 @@ def roofline_svg(rows: Sequence[Row], arch: str, preset: str = "clevr6", precisi
 
 
 def _intensity(row: Row) -> float:
-    return row["model"]["flops"] / row["model"]["bytes"]
+    return float(row["model"]["flops"] / row["model"]["bytes"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -122,7 +122,7 @@ def record_shipped(arch: str, shape: Shape, precision: str) -> list[tuple[str, L
 
     The first layer of a decoder has the same queries for every image: ``shared`` launches.
     """
-    found: dict[tuple, tuple[str, Launch]] = {}
+    distinct: dict[Hashable, tuple[str, Launch]] = {}
     for op in OPS:
         for shared in (False, True) if op == "decoder_layer" else (False,):
             tensors = inputs(shape, PRECISIONS[precision], shared=shared)
@@ -135,5 +135,5 @@ def record_shipped(arch: str, shape: Shape, precision: str) -> list[tuple[str, L
                 scalars = tuple(v == 1 for v in launch.args.values() if not isinstance(v, Tensor))
                 types = tuple(v.dtype for v in launch.args.values() if isinstance(v, Tensor))
                 key = (launch.name, tuple(launch.constexprs.items()), launch.config, scalars, types)
-                found.setdefault(key, (name, launch))
-    return list(found.values())
+                distinct.setdefault(key, (name, launch))
+    return list(distinct.values())

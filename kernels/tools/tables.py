@@ -124,10 +124,10 @@ FUSED = ("fp32", "tf32", "bf16")
 
 def step_costs(shape: Shape, layers: int) -> list[Method]:
     """One training step of the decoder's layers; the first has the same queries for every image."""
-    sizes = (shape.B * shape.L, shape.D, shape.F, shape.H, shape.d, shape.K)
     out: list[Method] = []
     for method, element, precision in EAGER:
-        bytes_, flops = cost.eager_cost(method, *sizes, element)
+        layer = cost.eager_ops(method, shape.D, shape.F, shape.H, shape.d, shape.K)
+        bytes_, flops = cost.eager_cost(layer, shape.B * shape.L, element)
         out.append((f"{method}, {precision}", layers * bytes_, layers * flops, precision))
     for precision in FUSED:
         costs = [_recorded_cost("decoder_layer", shape, precision, shared=layer == 0) for layer in range(layers)]
@@ -152,7 +152,7 @@ class _Traffic(TorchDispatchMode):
     """Bytes that torch's own operations inside read and write: packing of weights, sums of partials, bias gradients."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 
 import torch
 import triton
 import triton.testing
+from torch import Tensor
 from triton.errors import TritonError
 
 from ..gpu import launch
@@ -37,10 +39,11 @@ Measure = Callable[[Launch], float | None]
 def milliseconds(item: Launch) -> float | None:
     """Median time with a cold L2."""
     try:
-        return triton.testing.do_bench(
+        median: float = triton.testing.do_bench(
             lambda: launch.run(item.kernel, item.grid, item.args, item.constexprs, item.config, as_given=True),
             return_mode="median",
         )
+        return median
     except (TritonError, RuntimeError):
         pass
     torch.cuda.synchronize()  # raises where the launch has broken the device, which would fail every later one too
@@ -93,7 +96,6 @@ class Entry:
 
 def entries(arch: str, presets: Sequence[str], precisions: Sequence[str], device: str) -> Iterator[Entry]:
     """Every entry once, by the first preset and op that reads it; a decoder layer's variants before the plain ones."""
-    served = launch.table()[launch.table_arch(arch)]
     done: set[tuple[str, str]] = set()
     for shape, precision in product((PRESETS[name] for name in presets), precisions):
         tensors = inputs(shape, PRECISIONS[precision], device)
@@ -102,18 +104,25 @@ def entries(arch: str, presets: Sequence[str], precisions: Sequence[str], device
                 if not serves(op, shape, tensors):
                     continue
 
-            def launches(config: LaunchConfig | None, op=op, precision=precision, tensors=tensors) -> dict[str, Launch]:
-                forced = launch.override(config) if config else nullcontext()
-                with matmul_precision(precision), launch.record(arch) as found, forced:
-                    run_op(op, tensors)
-                return {item.name: item for item in found if item.name in served}
-
+            launches = partial(_recorded, arch, op, precision, tensors)
             for name, start in launches(None).items():
                 with matmul_precision(precision):
                     key = launch.table_key(PRECISIONS[precision], shape.row_width(name))
                 if (name, key) not in done:
                     done.add((name, key))
                     yield Entry(shape, precision, key, start, launches)
+
+
+def _recorded(
+    arch: str, op: str, precision: str, tensors: dict[str, Tensor], config: LaunchConfig | None
+) -> dict[str, Launch]:
+    """The launches of an op by their kernels' names, those that the table serves; with ``config`` in place of its
+    own configurations."""
+    served = launch.table()[launch.table_arch(arch)]
+    forced = launch.override(config) if config else nullcontext()
+    with matmul_precision(precision), launch.record(arch) as launches, forced:
+        run_op(op, tensors)
+    return {item.name: item for item in launches if item.name in served}
 
 
 def _search(entry: Entry, measure: Measure) -> tuple[LaunchConfig, float | None]:
