@@ -179,3 +179,33 @@ def test_what_cannot_be_seeded_is_named():
     assert torch.isfinite(full(torch.rand(2, 3, 2, 2)).recon).all()  # a slot for every patch
     sampled = SlotVAEConfig.preset("clevrtex", queries="sampled", resolution=4, channels=8, encoder_layers=1)
     assert SlotVAE(sampled).eval().encode(torch.rand(2, 8, 4, 4)).slots.shape == (2, 11, 64)
+
+
+def test_pictures_of_one_colour_train_and_are_scored(tmp_path):
+    """There is no object to start at: seeds lie anywhere, no pixel is an edge, and nothing becomes infinite."""
+    pictures = [{"image": np.full((16, 16, 3), 7 * i, np.uint8), "mask": np.zeros((16, 16), np.uint8)} for i in range(24)]
+    few = dict(MODEL_16, pixels_per_step=32, batch_size=4, steps=5, eval_images=1, data="sprites")
+    for queries in ("seeded", "sampled", "learned"):
+        run = TrainConfig.preset("sprites-mini", **few, queries=queries)
+        result = fit(run, out=tmp_path / queries, dataset=pictures)
+        assert all(torch.isfinite(value).all() for value in result.model.state_dict().values())
+        assert result.scores["j_ari"] == 1.0 and np.isfinite(result.scores["recon"])  # no foreground, nothing missed
+        assert result.scores["foreground_pixels"] == 0
+
+
+def test_seeds_that_cannot_be_end_the_command_in_one_line(tmp_path, capsys):
+    for flags, words in (
+        (["--resolution", "4", "--cnn_stride", "4", "--num_slots", "5"], "ask for fewer slots"),
+        (["clevrtex", "--data", "anything", "--queries", "seeded"], "features have none: choose learned"),
+    ):
+        assert main(["train", *flags, "--out", str(tmp_path / "run")]) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and words in lines[0] and not (tmp_path / "run").exists()
+
+
+def test_more_slots_than_patches_are_refused_of_a_trained_model():
+    net = model(queries="seeded")  # 8 x 8 patches
+    images, _ = scenes(2)
+    assert net.with_slots(64).encode(images, torch.zeros(2, 64, 4)).slots.isfinite().all()
+    with pytest.raises(UserError, match="has 64: ask for fewer slots"):
+        net.with_slots(65)
