@@ -183,7 +183,9 @@ def test_what_cannot_be_seeded_is_named():
 
 def test_pictures_of_one_colour_train_and_are_scored(tmp_path):
     """There is no object to start at: seeds lie anywhere, no pixel is an edge, and nothing becomes infinite."""
-    pictures = [{"image": np.full((16, 16, 3), 7 * i, np.uint8), "mask": np.zeros((16, 16), np.uint8)} for i in range(24)]
+    pictures = [
+        {"image": np.full((16, 16, 3), 7 * i, np.uint8), "mask": np.zeros((16, 16), np.uint8)} for i in range(24)
+    ]
     few = dict(MODEL_16, pixels_per_step=32, batch_size=4, steps=5, eval_images=1, data="sprites")
     for queries in ("seeded", "sampled", "learned"):
         run = TrainConfig.preset("sprites-mini", **few, queries=queries)
