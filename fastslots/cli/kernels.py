@@ -9,6 +9,8 @@ from pathlib import Path
 from fastslots.errors import UserError
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+MODELLED = ("sm_80", "sm_90", "sm_100")
+"""Architectures for which the step's model has a device: A100, H100, B200."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -21,9 +23,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     compile_.add_argument("--all", action="store_true", help="every preset and fp16 too, not clevr6 alone")
     compile_.set_defaults(run=_compile)
 
-    report = commands.add_parser("report", help="table and roofline of what `compile` wrote")
-    report.add_argument("dir", type=Path, help="the folder given to `compile`")
+    report = commands.add_parser(
+        "report", help="model of a whole training step (--preset), or table and roofline of what `compile` wrote (DIR)"
+    )
+    report.add_argument("dir", type=Path, nargs="?", help="the folder given to `compile`")
     report.add_argument("--out", type=Path, help="folder for report.md and roofline-*.svg (default: DIR)")
+    report.add_argument("--preset", help="model one training step of this preset, by machine code; nothing is run")
+    report.add_argument("--batch", type=int, help="images of the step (default: the preset's)")
+    report.add_argument("--precision", choices=("bf16", "fp16", "tf32", "fp32"), default="bf16")
+    report.add_argument("--target", choices=MODELLED, default="sm_90", help="architecture (default: %(default)s)")
+    report.add_argument("--json", action="store_true", help="the step as JSON")
     report.set_defaults(run=_report)
 
     tune = commands.add_parser("tune", help="time the candidates on this GPU and rewrite the launch table")
@@ -73,8 +82,29 @@ def _compile(args: argparse.Namespace) -> int:
     return 0
 
 
+def _step_report(args: argparse.Namespace) -> int:
+    from fastslots.bench.gpu_step.report import preset_report
+    from fastslots.config.presets import PRESETS
+    from fastslots.kernels.gpu import _tiles
+
+    if args.preset not in PRESETS:
+        raise UserError(f"--preset {args.preset}: there is {', '.join(PRESETS)}")
+    if args.batch is not None and args.batch < 1:
+        raise UserError(f"--batch {args.batch}: give at least 1")
+    if _tiles.INTERPRETED.value:
+        raise UserError("TRITON_INTERPRET is set, so there is no machine code to read: unset it")
+    batch = args.batch or PRESETS[args.preset]["batch_size"]
+    report = preset_report(args.preset, batch, args.precision, args.target)
+    print(report.as_json() if args.json else report.as_text())
+    return 0
+
+
 def _report(args: argparse.Namespace) -> int:
     _need_triton()
+    if args.preset is not None:
+        return _step_report(args)
+    if args.dir is None:
+        raise UserError("name a preset (--preset clevr6) or the folder that `fastslots kernels compile` wrote")
     from fastslots.kernels.tools import roofline
     from fastslots.kernels.tools import tables as report
 

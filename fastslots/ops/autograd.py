@@ -19,6 +19,9 @@ from fastslots.records import FeedForward, FoldedProjections
 Function = TypeVar("Function", bound=Callable[..., Any])
 """Both decorators hand back what they are handed, or what stands in its place with the same parameters."""
 
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+"""What each operator of ours runs, by its name: for a model that follows a call down to its launches."""
+
 
 def operator(function: Function) -> Function:
     """Register ``function`` as an operator of its name -> what calls it.
@@ -30,6 +33,7 @@ def operator(function: Function) -> Function:
     schema = torch.library.infer_schema(function, mutates_args=())
     torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(name, "default", function)
+    IMPLEMENTATIONS[function.__name__] = function
     if name.endswith("_backward"):
         torch.library.register_autograd(name, _refuse)
     return cast(Function, getattr(torch.ops.fastslots, function.__name__).default)

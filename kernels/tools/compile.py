@@ -178,7 +178,7 @@ def _disassemble(cubin: bytes) -> tuple[str, int, int]:
 
 
 def _opcodes(sass: str) -> Counter[str]:
-    return Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", sass, re.M))
+    return Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]+)", sass, re.M))
 
 
 def spilled(sass: str) -> tuple[int, int]:
