@@ -77,6 +77,7 @@ class Group:
                 f"process {group.local_rank} of this machine has no GPU of its own, there are "
                 f"{torch.cuda.device_count()}: set --nproc-per-node to that, or --device cpu"
             )
+        from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
         # gloo also on GPUs, for what is exchanged outside the steps
@@ -84,7 +85,7 @@ class Group:
         try:
             store, group.rank, _ = next(iter(rendezvous("env://", timeout=TIMEOUT)))
             store = own_store(store, group.rank, size)
-            group._store = dist.PrefixStore("fastslots", store)
+            group._store = PrefixStore("fastslots", store)
             group._store.set(f"who/{group.rank}", f"host {socket.gethostname()}, process id {os.getpid()}")
             if device.type == "cuda":
                 torch.cuda.set_device(group.local_rank)
@@ -215,16 +216,18 @@ def own_store(store: Any, rank: int, size: int) -> Any:
     of new ones that are slower to start, and who answered an earlier roll call seems to answer the next. Its count of
     restarts would not do: it may differ between machines.
     """
+    from torch.distributed.distributed_c10d import PrefixStore
+
     if rank == 0:
         name = uuid.uuid4().hex
-        own = dist.PrefixStore(name, store)
+        own = PrefixStore(name, store)
         store.set("fastslots/start", name)
         for other in range(1, size):
             own.set(f"welcome/{own.get(f'here/{other}').decode()}", "")
         return own
     nonce, deadline = uuid.uuid4().hex, time.monotonic() + TIMEOUT.total_seconds()
     while time.monotonic() < deadline:
-        own = dist.PrefixStore(store.get("fastslots/start").decode(), store)  # perhaps that of an earlier start
+        own = PrefixStore(store.get("fastslots/start").decode(), store)  # perhaps that of an earlier start
         own.set(f"here/{rank}", nonce)
         look_again = time.monotonic() + LISTEN
         while time.monotonic() < look_again:

@@ -64,9 +64,11 @@ def encode(vit: VisionTransformer, images: Tensor, grid: int) -> Tensor:
     side = grid * vit.patch
     if images.shape[-1] != side:
         images = F.interpolate(images, (side, side), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-    return vit(images)
+    tokens: Tensor = vit(images)
+    return tokens
 
 
 def _objects(dataset: Any, max_objects: int | None) -> np.ndarray:
     """Objects of the scenes that the filter leaves."""
-    return dataset.objects[dataset.objects <= max_objects] if max_objects else dataset.objects
+    counts: np.ndarray = dataset.objects
+    return counts[counts <= max_objects] if max_objects else counts

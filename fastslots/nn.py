@@ -30,7 +30,8 @@ class AttentionProjections(nn.Module):
 
     def split_heads(self, x: Tensor) -> Tensor:
         """[B, n, H·d] -> [B, H, n, d]"""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        heads: Tensor = x.unflatten(-1, (self.heads, -1))
+        return heads.transpose(1, 2)
 
     def key_value_weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """Key weight [H·d, source], value weight [H·d, source], value bias [H·d]."""

@@ -9,12 +9,18 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 LOGGER = logging.getLogger("fastslots")
 
 
-class StderrHandler(logging.StreamHandler):  # a generic since Python 3.11 only
+if TYPE_CHECKING:
+    _Handler = logging.StreamHandler[TextIO]
+else:  # a generic since Python 3.11 only
+    _Handler = logging.StreamHandler
+
+
+class StderrHandler(_Handler):
     """Writes to what ``sys.stderr`` is at the time, which a test or a notebook may have exchanged."""
 
     def __init__(self) -> None:

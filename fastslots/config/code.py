@@ -99,7 +99,8 @@ def load_code(name: str, folder: str = "") -> Callable[..., Any]:
         raise UserError(f"{name} is a {type(value).__name__}, and no function")
     if name not in _loaded:
         _loaded[name] = _look_at(name)
-    return value
+    function: Callable[..., Any] = value
+    return function
 
 
 def name_of(function: Callable[..., Any]) -> str:

@@ -176,7 +176,7 @@ class SlotVAEConfig:
                 f"{self.resolution} with cnn_stride {self.cnn_stride} has {self.patch_side**2}: ask for fewer slots"
             )
 
-    def _choice(self, name: str, allowed: tuple) -> None:
+    def _choice(self, name: str, allowed: tuple[object, ...]) -> None:
         if getattr(self, name) not in allowed:
             raise UserError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
 

@@ -124,7 +124,8 @@ def _predict(x: Tensor, target: Tensor, fit: Tensor, kind: str, classes: int = 0
     with torch.enable_grad():
         optimizer.step(loss)
     with torch.no_grad():
-        return network(x)
+        predicted: Tensor = network(x)
+        return predicted
 
 
 def _network(kind: str, fan_in: int, fan_out: int, like: Tensor) -> nn.Module:

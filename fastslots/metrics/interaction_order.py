@@ -14,13 +14,12 @@ derivative gives that at every pixel. ``exact`` runs through all D² pairs of un
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastslots.models.slot_decoder import as_slot_decoder
+from fastslots.models.slot_decoder import AnyDecoder, as_slot_decoder
 from fastslots.ops.second_order import second_order
 
 PIXELS = 1 << 17
@@ -45,7 +44,7 @@ class InteractionOrder:
 
 
 def interaction_order(
-    decoder: Callable,
+    decoder: AnyDecoder,
     slots: Tensor,
     samples: int = 4,
     *,
@@ -93,16 +92,18 @@ def interaction_order(
     return InteractionOrder(2 * (squares.sum((0, 1)) - within), within, K)
 
 
-def _second_derivative(decoder: Callable, slots: Tensor, u: Tensor, v: Tensor) -> Tensor:
+def _second_derivative(decoder: AnyDecoder, slots: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """uᵀ H v at every pixel and channel, [B, C, R, R]; u, v [B, K, D]."""
 
     def first(z: Tensor) -> Tensor:
-        return torch.func.jvp(lambda y: _recon(decoder, y), (z,), (u,))[1]
+        tangent: Tensor = torch.func.jvp(lambda y: _recon(decoder, y), (z,), (u,))[1]
+        return tangent
 
-    return torch.func.jvp(first, (slots,), (v,))[1]
+    second: Tensor = torch.func.jvp(first, (slots,), (v,))[1]
+    return second
 
 
-def _recon(decoder: Callable, slots: Tensor) -> Tensor:
+def _recon(decoder: AnyDecoder, slots: Tensor) -> Tensor:
     return as_slot_decoder(decoder).decode(slots).recon
 
 

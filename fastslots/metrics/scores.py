@@ -11,7 +11,7 @@ than the Jacobian (feature maps), P is resized bilinearly to theirs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -159,6 +159,6 @@ def _one_batch(jacobian: Tensor, masks: Tensor, ignore: int | None) -> JacobianS
     return meter.result()
 
 
-def _mean(values) -> float:
+def _mean(values: Iterable[float]) -> float:
     values = list(values)
     return sum(values) / len(values) if values else 0.0

@@ -168,7 +168,8 @@ def _by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     if torch.is_grad_enabled() or x.device.type != "cpu" or is_traced():
         return function(x)
     parts = [function(part) for part in x.flatten(0, -2).split(CACHED_ROWS)]
-    return torch.cat(parts).unflatten(0, x.shape[:-1])
+    out: Tensor = torch.cat(parts).unflatten(0, x.shape[:-1])
+    return out
 
 
 def _linear_maps(mlp: nn.Sequential) -> tuple[list[Tensor], list[Tensor]]:

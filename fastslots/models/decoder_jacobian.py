@@ -140,7 +140,8 @@ def _key_value_jacobians(decoder: Decoder, slots: Tensor) -> list[tuple[Tensor, 
 
     def derivative(direction: Tensor) -> list[tuple[Tensor, Tensor]]:
         # A slot's key depends on that slot alone, so one direction serves all slots of all images at once.
-        return torch.func.jvp(keys_values, (slots,), (direction.expand_as(slots),))[1]
+        tangents: list[tuple[Tensor, Tensor]] = torch.func.jvp(keys_values, (slots,), (direction.expand_as(slots),))[1]
+        return tangents
 
     return torch.func.vmap(derivative)(torch.eye(slots.shape[2], dtype=slots.dtype, device=slots.device))
 

@@ -16,9 +16,9 @@ from fastslots.models.layers import FeedForwardLayer, grid, mlp, xavier_
 from fastslots.models.queries import KINDS
 from fastslots.nn import AttentionProjections
 from fastslots.ops import backends, token_attention
-from fastslots.ops.encoder import EncoderInputs, encode
+from fastslots.ops.encoder import encode
 from fastslots.ops.reference import feed_forward
-from fastslots.records import describe
+from fastslots.records import EncoderInputs, describe
 
 
 class TokenAttention(nn.Module):
@@ -50,7 +50,8 @@ class TokenAttention(nn.Module):
         gathered = token_attention((rows * gamma).flatten(1, 2).to(tokens.dtype), tokens)  # [B, H·K, S]
         gathered = gathered.unflatten(1, (heads, -1)) * gamma + beta  # [B, H, K, S]
         out = torch.einsum("bhks,hds->bkhd", gathered.to(wv.dtype), wv).flatten(2) + bv
-        return p.to_out(out)
+        attended: Tensor = p.to_out(out)
+        return attended
 
 
 class SelfAttention(nn.Module):
@@ -72,7 +73,8 @@ class SelfAttention(nn.Module):
         qkv = F.linear(self.norm(x), self.to_qkv.weight, bias)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         attn = torch.softmax((q * self.scale) @ k.transpose(-1, -2), -1)
-        return self.to_out((attn.to(v.dtype) @ v).transpose(1, 2).flatten(2))
+        out: Tensor = self.to_out((attn.to(v.dtype) @ v).transpose(1, 2).flatten(2))
+        return out
 
 
 class EncoderLayer(nn.Module):
@@ -92,6 +94,8 @@ class EncoderLayer(nn.Module):
 
 class TokenEncoder(nn.Module):
     """The part that every encoder shares: images [B, 3, R, R] in [0, 1] (or features [B, C, R, R]) to tokens."""
+
+    grid: Tensor
 
     def __init__(self, config: SlotVAEConfig):
         super().__init__()
@@ -143,7 +147,8 @@ class Encoder(TokenEncoder):
         queries = self.first_queries(self.queries, images, tokens, query_noise)
         for layer in self.transformer:
             queries = layer(queries, tokens)
-        return self.output(self.norm(queries))
+        out: Tensor = self.output(self.norm(queries))
+        return out
 
     def serving_backend(self, images: Tensor, backend: str = "auto") -> str:
         """Name of the backend that takes these images. ValueError where one named outright cannot."""
@@ -183,11 +188,12 @@ def operator_inputs(encoder: Encoder, images: Tensor, query_noise: Tensor | None
     parts: list[nn.Module] = [*convolutions, *([encoder.position] if convolutions else []), *maps]
     queries, picks, seed = encoder.first_queries.before_tokens(encoder.queries, images, query_noise)
     weights = _weights(parts) + ([] if seed is None else [seed])
-    for layer in encoder.transformer:
-        cross, own, ff = layer.cross, layer.self_attention, layer.ff
+    layers = cast("list[EncoderLayer]", list(encoder.transformer))
+    for layer in layers:
+        cross, among, ff = layer.cross, layer.self_attention, layer.ff
         p = cross.projections
         weights += _weights([cross.norm_q, cross.norm_tokens, p.to_q, p.to_kv, p.to_out])
-        weights += _weights([own.norm, own.to_qkv, own.to_out, ff.norm, ff.w1, ff.w2])
+        weights += _weights([among.norm, among.to_qkv, among.to_out, ff.norm, ff.w1, ff.w2])
     weights += _weights([encoder.norm, *([encoder.output] if isinstance(encoder.output, nn.Linear) else [])])
     return EncoderInputs(
         images=images,
@@ -196,7 +202,7 @@ def operator_inputs(encoder: Encoder, images: Tensor, query_noise: Tensor | None
         picks=picks,
         weights=weights,
         strides=[module.stride[0] for module in convolutions],
-        heads=encoder.transformer[0].self_attention.heads,
+        heads=layers[0].self_attention.heads,
         eps=encoder.norm.eps,
     )
 

@@ -8,19 +8,18 @@ Each decoder knows its own way to it (``SlotDecoder.jacobian``); what stands her
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from fastslots.models.slot_decoder import JacobianRequest, as_slot_decoder
+from fastslots.models.slot_decoder import AnyDecoder, JacobianRequest, as_slot_decoder
 from fastslots.ops.reference import interaction_penalty
 
 
 def slot_jacobian(
-    decoder: Callable,
+    decoder: AnyDecoder,
     slots: Tensor,
     chunk: int | None = None,
     *,
@@ -89,7 +88,7 @@ def slot_share(jacobian: Tensor) -> Tensor:
     return jacobian / jacobian.sum(1, keepdim=True).clamp_min(torch.finfo(jacobian.dtype).tiny)
 
 
-def jacobian_penalty(decoder: Callable, slots: Tensor, pixels: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
+def jacobian_penalty(decoder: AnyDecoder, slots: Tensor, pixels: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
     """How much slots share pixels, by the Jacobian itself rather than by attention: a scalar with a gradient.
 
     With P = each slot's share of a pixel's Jacobian (Σ_c Σ_d |∂x̂/∂z|, normalised over slots), the mean over the given

@@ -49,7 +49,8 @@ def rows_at(x: Tensor, index: Tensor) -> Tensor:
     """
     if x.device.type != "cpu":
         return x[index]
-    return x.index_select(0, index.flatten()).unflatten(0, index.shape)
+    rows: Tensor = x.index_select(0, index.flatten()).unflatten(0, index.shape)
+    return rows
 
 
 def grid(side: int) -> Tensor:

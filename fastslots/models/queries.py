@@ -109,7 +109,8 @@ class SeededQueries(nn.Module):
         # on GPUs, in any order.
         under = self.token_of[seeds][..., None] == torch.arange(tokens.shape[1], device=tokens.device)
         picked = under.to(tokens.dtype) @ tokens  # [B, K, S]
-        return learned + self.projection(torch.cat([picked, seen.to(picked.dtype)], -1))
+        of_places: Tensor = self.projection(torch.cat([picked, seen.to(picked.dtype)], -1))
+        return learned + of_places
 
     def before_tokens(
         self, learned: Tensor, images: Tensor, noise: Tensor | None

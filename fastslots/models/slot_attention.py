@@ -49,7 +49,8 @@ class SlotAttentionEncoder(TokenEncoder):
         tokens = tokens * self.norm_tokens.weight + self.norm_tokens.bias
         for _ in range(self.iterations):
             slots = self.refine(slots, tokens)
-        return self.output(self.norm(slots))
+        out: Tensor = self.output(self.norm(slots))
+        return out
 
     def refine(self, slots: Tensor, tokens: Tensor) -> Tensor:
         """One iteration: slots [B, K, S], tokens [B, T, S] -> slots."""
@@ -58,4 +59,5 @@ class SlotAttentionEncoder(TokenEncoder):
         n = tokens[:, None]
         updates = self.to_v(slot_attention(rows.to(tokens.dtype)[:, None], n, n, scale=1.0, eps=EPSILON)[:, 0])
         slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
-        return slots + self.mlp(slots)
+        change: Tensor = self.mlp(slots)
+        return slots + change

@@ -38,6 +38,10 @@ class Decoded(NamedTuple):
     slot_map: Tensor | None  # [B, R·R, K]; None: the decoder has none
 
 
+AnyDecoder = Callable[..., Any]
+"""A ``SlotDecoder``, or any callable slots -> recon (or (recon, ...)) as ``ForeignDecoder`` takes it."""
+
+
 class JacobianRequest(NamedTuple):
     """What is asked of a Jacobian besides decoder and slots; see ``fastslots.metrics.slot_jacobian``."""
 
@@ -159,7 +163,8 @@ class SlotDecoder(nn.Module):
 
         with FlopCounterMode(display=False) as counter:
             self.decode(slots)
-        return counter.get_total_flops() // 2
+        flops: int = counter.get_total_flops()
+        return flops // 2
 
     def _name(self) -> str:
         return type(self).__name__
@@ -168,7 +173,7 @@ class SlotDecoder(nn.Module):
 class ForeignDecoder(SlotDecoder):
     """Any callable from slots to images (or to images and a slot map) as a ``SlotDecoder``."""
 
-    def __init__(self, function: Callable):
+    def __init__(self, function: AnyDecoder):
         super().__init__()
         self.function = function
 
@@ -184,7 +189,7 @@ class ForeignDecoder(SlotDecoder):
         return type(self.function).__name__
 
 
-def as_slot_decoder(decoder: Callable) -> SlotDecoder:
+def as_slot_decoder(decoder: AnyDecoder) -> SlotDecoder:
     """A decoder as what this package asks of one; ``torch.compile``'s wrapper is looked through."""
     decoder = getattr(decoder, "_orig_mod", decoder)
     return decoder if isinstance(decoder, SlotDecoder) else ForeignDecoder(decoder)
@@ -198,7 +203,8 @@ def check_forward_derivative(decoder: SlotDecoder, slots: Tensor) -> None:
     directions = torch.randn(2, *slots.shape, generator=generator).to(slots)
 
     def derivative(direction: Tensor) -> Tensor:
-        return torch.func.jvp(lambda z: decoder.decode(z).recon, (slots,), (direction,))[1]
+        tangent: Tensor = torch.func.jvp(lambda z: decoder.decode(z).recon, (slots,), (direction,))[1]
+        return tangent
 
     name = decoder._name()
     try:
@@ -281,14 +287,16 @@ def _forward_jacobian(decode: Callable[[Tensor], Tensor], slots: Tensor, request
 
     def influence(index: Tensor) -> Tensor:
         direction = F.one_hot(index, K * D).to(slots.dtype).view(1, K, D).expand_as(slots)
-        tangent = torch.func.jvp(recon, (slots,), (direction,))[1]  # [B, C, P]
+        tangent: Tensor = torch.func.jvp(recon, (slots,), (direction,))[1]  # [B, C, P]
         return tangent.abs().sum(1) if request.reduce else tangent
 
     with torch.set_grad_enabled(request.differentiable), second_order() if request.differentiable else nullcontext():
         indices = torch.arange(K * D, device=slots.device).split(request.chunk or TANGENTS)
         parts = torch.cat([torch.func.vmap(influence)(some) for some in indices]).unflatten(0, (K, D))
         if request.reduce:
-            jacobian = parts.sum(1).transpose(0, 1).contiguous()
+            jacobian: Tensor = parts.sum(1).transpose(0, 1).contiguous()
         else:
             jacobian = parts.permute(2, 3, 4, 0, 1)
-    return jacobian if request.pixels is not None else jacobian.unflatten(2, side)
+        if request.pixels is None:
+            jacobian = jacobian.unflatten(2, side)
+    return jacobian

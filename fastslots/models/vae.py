@@ -289,7 +289,7 @@ def build_model(config: SlotVAEConfig, name: str = "", folder: str = "") -> Slot
     if not name:
         return SlotVAE(config)
     build = load_code(name, folder)
-    model = build(SlotVAEConfig(**{f.name: getattr(config, f.name) for f in fields(SlotVAEConfig)}))
+    model: SlotVAE = build(SlotVAEConfig(**{f.name: getattr(config, f.name) for f in fields(SlotVAEConfig)}))
     check_model(model, config, name)
     model.code = code_of(name)
     return model

@@ -65,7 +65,8 @@ class VisionTransformer(nn.Module):
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).mT], 1) + positions
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)[:, 1:]
+        tokens: Tensor = self.norm(x)
+        return tokens[:, 1:]
 
     def _positions(self, side: int) -> Tensor:
         """[1, 1 + side², width]: those of the file, resized bicubically (antialiased) where its grid is another."""

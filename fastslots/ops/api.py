@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -187,6 +187,20 @@ def token_attention(rows: Tensor, tokens: Tensor, backend: str = "auto") -> Tens
     rows, tokens = _under_autocast(rows, tokens)
     gathered, _ = autograd.token_attention(rows, tokens, name)
     return gathered
+
+
+@overload
+def slot_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, eps: float = 1e-8, backend: str = "auto", *,
+    slot_mask: Tensor | None = None, return_map: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def slot_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, eps: float = 1e-8, backend: str = "auto", *,
+    slot_mask: Tensor | None = None, return_map: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def slot_attention(

@@ -7,11 +7,14 @@ import json
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 POINTS = 512
 """Most stretches that a curve keeps: it ends with POINTS/2 to POINTS of them, whatever the length of the run."""
 BLOCK = 4096  # lines between two thinnings: bounds the memory of a pass
 LARGEST = 1e300
+Line = dict[str, Any]
+"""A line of metrics.jsonl: its step, and numbers, texts or tables by their names."""
 TAIL = 64  # bytes before the place of the last pass that must be as they were, or the file was rewritten
 
 
@@ -49,11 +52,11 @@ class Curve:
         unfinished = [sum(self._values) / len(self._values)] if self._values else []
         return [stretch[1] for stretch in self._stretches] + unfinished
 
-    def table(self) -> dict[str, list]:
+    def table(self) -> dict[str, list[float]]:
         """{"step", "mean"}, and where a point stands for several also {"low", "high"}: numbers of 5 digits."""
         rows = [*self._stretches, *([_stretch(self._steps, self._values)] if self._values else [])]
         names = ("step", "mean", "low", "high") if self.size > 1 else ("step", "mean")
-        table: dict[str, list] = {name: [float(f"{row[i]:.5g}") for row in rows] for i, name in enumerate(names)}
+        table: dict[str, list[float]] = {name: [float(f"{row[i]:.5g}") for row in rows] for i, name in enumerate(names)}
         table["step"] = [row[0] for row in rows]
         return table
 
@@ -71,8 +74,8 @@ class MetricsReader:
 
     def _reset(self) -> None:
         self.training: dict[str, Curve] = {}
-        self.evaluations: list[dict] = []
-        self.last: dict = {}  # the newest training line
+        self.evaluations: list[Line] = []
+        self.last: Line = {}  # the newest training line
         self._place, self._tail = 0, b""
 
     def update(self) -> MetricsReader:
@@ -91,7 +94,7 @@ class MetricsReader:
             self._tail = file.read(min(TAIL, self._place))
         return self
 
-    def _absorb(self, lines: list[dict]) -> None:
+    def _absorb(self, lines: list[Line]) -> None:
         self.evaluations += [line for line in lines if "eval" in line]
         lines = [line for line in lines if "eval" not in line]
         for name in dict.fromkeys(name for line in lines for name in line):
@@ -102,7 +105,7 @@ class MetricsReader:
         self.last = lines[-1] if lines else self.last
 
 
-def evaluation_curves(evaluations: Sequence[dict]) -> dict[str, Curve]:
+def evaluation_curves(evaluations: Sequence[Line]) -> dict[str, Curve]:
     """The numbers of evaluation lines as curves; counts, seconds and settings are no scores."""
     curves: dict[str, Curve] = {}
     for line in evaluations:
@@ -117,7 +120,7 @@ def is_number(value: object) -> bool:
     return (type(value) is float or type(value) is int) and -LARGEST < value < LARGEST  # no subclass but bool
 
 
-def _parse(lines: list[bytes]) -> list[dict]:
+def _parse(lines: list[bytes]) -> list[Line]:
     """The lines' objects that have a step; whatever else a crash or an editor has left is passed over."""
     try:
         values = json.loads(b"[" + b",".join(lines) + b"]")  # at once: a third faster than line by line

@@ -17,7 +17,7 @@ from PIL.Image import Image
 
 from fastslots.errors import UserError
 from fastslots.files import open_log
-from fastslots.runs.curves import is_number
+from fastslots.runs.curves import Line, is_number
 from fastslots.runs.folder import RunFolder
 from fastslots.runs.repeat import MOST_LINES
 
@@ -152,7 +152,7 @@ def _step_of(line: bytes) -> float:
     return step if type(step) is int else math.inf
 
 
-def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
+def read_metrics(path: Path) -> tuple[list[Line], list[Line]]:
     """(training lines, evaluation lines) of a metrics.jsonl; a torn last line is left out."""
     lines = []
     for line in path.read_bytes().splitlines() if path.exists() else []:

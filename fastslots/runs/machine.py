@@ -87,7 +87,7 @@ def _nvml(device: torch.device) -> tuple[Joules | None, str]:
         boards = [pynvml.nvmlDeviceGetHandleByUUID(name) for name in ids]
 
         def joules() -> float:
-            return sum(map(pynvml.nvmlDeviceGetTotalEnergyConsumption, boards)) / 1e3
+            return float(sum(map(pynvml.nvmlDeviceGetTotalEnergyConsumption, boards))) / 1e3
 
         joules()
     except (AttributeError, pynvml.NVMLError) as error:

@@ -22,7 +22,12 @@ class OwnCode:
     metrics: Mapping[str, str] = field(default_factory=dict)  # name -> its code
 
     @classmethod
-    def of(cls, model: Code, losses: Mapping[str, tuple[float, Callable]], metrics: Mapping[str, Callable]) -> OwnCode:
+    def of(
+        cls,
+        model: Code,
+        losses: Mapping[str, tuple[float, Callable[..., Any]]],
+        metrics: Mapping[str, Callable[..., Any]],
+    ) -> OwnCode:
         weighted = {name: (float(weight), name_of(function)) for name, (weight, function) in losses.items()}
         return cls(model, weighted, {name: name_of(function) for name, function in metrics.items()})
 
