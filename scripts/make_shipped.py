@@ -1,6 +1,6 @@
 """Makes a model that ships with the package, from a seed, and the scores of further seeds beside it.
 
-    python scripts/make_shipped.py sprites-mini --seeds 0,1,2 [--data DATA]
+    python scripts/make_shipped.py sprites-mini --seeds 0,1,2 [--steps N] [--data DATA]
 
 Trains the preset with each seed on one thread (the same version, processor and torch give the same bits), scores
 the last weights on the test split with mean latents, and writes into fastslots/runs/shipped/PRESET
@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastslots.config.run import TrainConfig
+from fastslots.config.run import BUILTIN, TrainConfig
 from fastslots.data.sources import open_source
 from fastslots.evaluation.evaluate import evaluate
 from fastslots.files import write_atomic
@@ -63,7 +63,8 @@ def main(preset: str, seeds: list[int], runs: Path, out: Path, data: str = "", i
         config = TrainConfig.preset(preset, preset_name=preset, seed=seed, threads=1, **given)
         folders.append(trained(config, runs / f"{preset}-seed-{seed}"))
     scores = [scored(folder, images) for folder in folders]
-    kept = replace(folders[0].read_config(), data="" if data else "sprites", threads=0, init_from="")
+    data = folders[0].read_config().data
+    kept = replace(folders[0].read_config(), data=data if data in BUILTIN else "", threads=0, init_from="")
     made = RunFolder(out / preset)
     write_atomic(made.last_weights, SlotVAE.from_run(folders[0].path, "last").weights_bytes(scores[0]))
     write_atomic(made.config, f"{kept.to_json()}\n".encode())
@@ -76,9 +77,11 @@ if __name__ == "__main__":
     parser.add_argument("preset")
     parser.add_argument("--seeds", default="0,1,2", help="the first one's weights ship (default 0,1,2)")
     parser.add_argument("--data", default="", help="for presets of data that are not built in")
+    parser.add_argument("--steps", type=int, help="default: the preset's")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept (default runs/)")
     parser.add_argument("--out", type=Path, default=SHIPPED, help="default: the package's own folder")
     args = parser.parse_args()
     args.out.joinpath(args.preset).mkdir(parents=True, exist_ok=True)
-    made = main(args.preset, [int(seed) for seed in args.seeds.split(",")], args.runs, args.out, args.data)
+    fields = {"steps": args.steps} if args.steps else {}
+    made = main(args.preset, [int(seed) for seed in args.seeds.split(",")], args.runs, args.out, args.data, **fields)
     print(f"{made}: {sum(path.stat().st_size for path in made.iterdir()):,} bytes")

@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     if args.objects:
         config = replace(config, objects=args.objects)
     check_allowed(config.data, folder.config, args.allow_remote or bool(args.data))
-    source = open_source(config)
+    source = open_source(config, few=True)
     split = source.splits[args.split][: args.images or None]
     say(f"data      {source.description}")
     for warning in source.warnings:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastslots.config.run import GIVEN, TrainConfig
 from fastslots.data import SpritesDataset, split_indices, to_float
-from fastslots.data.builtin import BUILTIN, TexturedSpritesDataset
+from fastslots.data.builtin import BUILTIN, TexturedSpritesDataset, generate
 from fastslots.data.builtin.sprites import FACTORS
 from fastslots.data.dataset import SceneDataset, Split
 from fastslots.data.factors import factor_format, numbered_objects
@@ -44,8 +44,11 @@ class Source:
         return asked.dataset is trained.dataset and len(asked) > 0 and asked.rows[0] in trained.rows
 
 
-def open_source(config: TrainConfig, dataset: Any = None) -> Source:
+def open_source(config: TrainConfig, dataset: Any = None, few: bool = False) -> Source:
     """The images of ``config.data``, or of ``dataset`` (any map-style data set; see ``fastslots.data.read_batch``).
+
+    few: not many of them will be read, so that built-in scenes that are not in the cache are made when they are asked
+    for; the pixels are the same.
 
     Raises UserError where training would fail: unreadable data, or images of another shape than the model's.
     """
@@ -68,6 +71,11 @@ def open_source(config: TrainConfig, dataset: Any = None) -> Source:
         return replace(source, digest=features.info.digest)
     if config.data in ON_THE_FLY:
         return _builtin(config)
+    if few and config.data in BUILTIN and not config.holdout and not _in_cache(config).exists():
+        scenes = BUILTIN[config.data](0, config.resolution, config.builtin_objects(), generate.CACHED)
+        least, most = config.builtin_objects()
+        about = f"{least} to {most} objects at {config.resolution} x {config.resolution}"
+        return _split(scenes, f"built-in {config.data}, made as they are read: {about}", "")
     from fastslots.data import open_dataset
     from fastslots.data.check import check
     from fastslots.data.packed.urls import is_remote
@@ -125,13 +133,16 @@ def _sprites(config: TrainConfig, seed: int, count: int, avoid: Holdout | None =
     return kind(seed, config.resolution, config.builtin_objects(), count, avoid)
 
 
+def _in_cache(config: TrainConfig) -> Path:
+    return generate.cache_folder(config.data, 0, config.resolution, config.builtin_objects())
+
+
 def _made_once(config: TrainConfig) -> str:
     """The folder in the cache of built-in scenes that cost more than a step each."""
-    from fastslots.data.builtin.generate import CACHED, cached
     from fastslots.notices import Progress
 
-    with Progress(lambda done: done / CACHED) as progress:
-        return str(cached(config.data, 0, config.resolution, config.builtin_objects(), progress))
+    with Progress(lambda done: done / generate.CACHED) as progress:
+        return str(generate.cached(config.data, 0, config.resolution, config.builtin_objects(), progress))
 
 
 def unseen(config: TrainConfig, count: int) -> Split:

@@ -93,7 +93,7 @@ def write_explorer(
 
 def held_out_images(folder: RunFolder, config: TrainConfig) -> Split:
     """The validation images of a run. UserError where they are not at hand, or others than it was trained on."""
-    source = open_source(config)
+    source = open_source(config, few=not folder.described_data())  # a model that ships has none
     if reason := other_data(folder, source):
         raise UserError(reason)
     return source.splits["val"]

@@ -15,6 +15,7 @@ from fastslots.data.builtin.scenes import GAP, HALF_SIZES, MIN_PIXELS
 from fastslots.data.factors import factor_format, numbered_objects, object_factors
 from fastslots.data.given import as_split
 from fastslots.data.holdout import Holdout
+from fastslots.data.sources import open_source
 
 EYE = np.array([7.38, -6.53, 5.34], np.float32)
 
@@ -166,3 +167,18 @@ def test_training_on_built_in_scenes(tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache").glob("scenes-*"))) == 1
     assert main([*command, "sprites-textured", "--resolution", "32", "--out", str(tmp_path / "other")]) == 0
     assert "built-in sprites-textured" in (tmp_path / "other" / "data.txt").read_text()
+
+
+def test_a_few_scenes_are_made_without_the_cache_and_are_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTSLOTS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(generate, "CACHED", 40)
+    config = run.TrainConfig.preset("clevr6-mini", data="scenes", resolution=32)
+    few = open_source(config, few=True)
+    assert not (tmp_path / "cache").exists()
+    whole = open_source(config)
+    assert (tmp_path / "cache").exists()
+    for name, split in whole.splits.items():
+        assert list(few.splits[name].rows) == list(split.rows)
+        for a, b in zip(few.splits[name][:3].read(), split[:3].read(), strict=True):
+            assert a.equal(b)
+    assert open_source(config, few=True).description == whole.description  # now they are there

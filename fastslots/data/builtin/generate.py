@@ -54,10 +54,15 @@ def pack(
     write_packed(out, lambda done: _scenes(dataset, done), dataset.KIND, f"seed {seed}", settings, progress=progress)
 
 
+def cache_folder(name: str, seed: int, size: int, objects: tuple[int, int]) -> Path:
+    """Where ``cached`` keeps its scenes."""
+    key = json.dumps([name, seed, size, objects, CACHED])
+    return cache_root() / f"{name}-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
+
+
 def cached(name: str, seed: int, size: int, objects: tuple[int, int], progress: Callable[[int], None]) -> Path:
     """The packed folder of ``CACHED`` scenes in the user's cache, made where it is not there yet."""
-    key = json.dumps([name, seed, size, objects, CACHED])
-    folder = cache_root() / f"{name}-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
+    folder = cache_folder(name, seed, size, objects)
     folder.parent.mkdir(parents=True, exist_ok=True)
     if not folder.exists():
         pack(name, folder, seed, size, objects, CACHED, progress)
