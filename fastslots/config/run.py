@@ -24,9 +24,10 @@ MOST_OBJECTS = 10
 AUGMENTATIONS = ("mirror", "crop", "colour")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 SPAN = "steps, or a share of the run such as 8%"
-LATER_FIELDS = ("queries", "cnn_kernel", "plateau_end", "decay_steps", "model")
+LATER_FIELDS = ("queries", "cnn_kernel", "plateau_end", "decay_steps", "model", "generator")
 """Fields that runs of earlier versions did not have. Where a run's file lacks one, the run had its default, whatever
-the preset has by now."""
+the preset has by now, or what ``BEFORE`` says."""
+BEFORE = {"generator": "torch"}
 MOST_THREADS = 1024  # torch takes any number, and dies where the system makes no more
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 
@@ -84,6 +85,10 @@ class TrainConfig(SlotVAEConfig):
     device: str = option("auto (a GPU where there is one), cpu, cuda, cuda:1, ...", "auto")
     threads: int = option("threads of torch on a CPU; 0: its default", 0)
     seed: int = option("of the initial weights, batches, noise and pixel subsets", 0)
+    generator: str = option(
+        "of noise and pixel subsets: 'counter' (the same numbers on every device) or 'torch' (runs before 0.2)",
+        "counter",
+    )
     eval_every: int = option("steps between evaluations; 0: at the end alone", 10_000)
     eval_images: int = option("held-out images of an evaluation; 0: all of the split", 500)
     eval_batch: int = option("images that an evaluation computes at once", 10)
@@ -101,6 +106,7 @@ class TrainConfig(SlotVAEConfig):
         self._choice("precision", PRECISIONS)
         self._choice("on_bad_record", ("stop", "skip"))
         self._choice("pixel_sampling", ("uniform", "foreground", "edges"))
+        self._choice("generator", ("counter", "torch"))
         for name in self.trackers():
             if name not in TRACKERS:
                 raise UserError(f"log_to must name {', '.join(TRACKERS)}, got {name!r}")
@@ -231,7 +237,8 @@ def read_config(
     if unknown:
         raise UserError(f"{path} has unknown fields: {', '.join(unknown)}")
     if "preset_name" in values:  # a run wrote it, with all fields of its time
-        values = {f.name: f.default for f in dataclasses.fields(TrainConfig) if f.name in LATER_FIELDS} | values
+        later = {f.name: f.default for f in dataclasses.fields(TrainConfig) if f.name in LATER_FIELDS}
+        values = later | BEFORE | values
     given = {key: value for key, value in values.items() if key in known} | overrides
     if not preset:
         return cls(**given)

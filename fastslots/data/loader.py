@@ -32,7 +32,9 @@ def to_float(images: Tensor) -> Tensor:
     """uint8 [b, R, R, 3] -> fp32 [b, 3, R, R] in [0, 1]; float [b, C, R, R] passes through as fp32."""
     if images.dtype == torch.uint8:
         # Channels first while a pixel is a byte, then in place: half the time of a strided conversion and a quotient.
-        return images.permute(0, 3, 1, 2).contiguous().to(torch.float32).div_(255)
+        # A tensor, for a GPU multiplies by the reciprocal of a number: the last bit would differ from a CPU's.
+        white = torch.full((), 255.0, device=images.device)
+        return images.permute(0, 3, 1, 2).contiguous().to(torch.float32).div_(white)
     return images.float()
 
 

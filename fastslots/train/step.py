@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,55 +19,14 @@ from fastslots.models.decoder import Decoder
 from fastslots.models.encoder import Encoder
 from fastslots.ops import backends
 from fastslots.records import describe
+from fastslots.train.draws import Draws, draw
 from fastslots.train.extras import FurtherLosses, Loss
 from fastslots.train.optim import Optimizers, clip
-from fastslots.train.pixels import pixel_probabilities
 from fastslots.train.schedule import alpha_at, beta_at, jacobian_weight_at, lr_at
 
 LEAST_SCALE = 2.0**-20
 """Of the fp16 loss scaler, which starts at 2^16 and halves where gradients overflow: below, they do so for another
 reason, and the run would go on without learning."""
-
-
-class Draws(NamedTuple):
-    """All of a step's random numbers but its batch; they follow from (seed, step)."""
-
-    noise: Tensor  # [B, K, D]
-    query_noise: Tensor | None  # [B, K, S], where the first queries are sampled
-    pixels: Tensor | None  # [B, P]
-    pixel_weight: Tensor | None  # [B, P]
-    jacobian_pixels: Tensor | None  # [B, P'], uniform: those that the Jacobian's penalty looks at
-
-
-def draw(config: TrainConfig, step: int, images: Tensor, start: int = 0) -> Draws:
-    """Noise and the pixel subset of a step, made on the CPU so that they are the same on every device.
-
-    images: [b, C, R, R], those of the global batch from ``start`` on; drawn are the numbers of the whole batch, so that
-    image i gets its own whichever process computes it.
-    """
-    B, L, P = config.batch_size, config.resolution**2, config.pixels_per_step
-    device, ours = images.device, slice(start, start + len(images))
-    generator = torch.Generator().manual_seed(step_seed(config.seed, step, Purpose.NOISE))
-    noise = torch.randn(B, config.num_slots, config.slot_dim, generator=generator)[ours].to(device)
-    query_noise = jacobian_pixels = None
-    if config.queries == "sampled":
-        generator.manual_seed(step_seed(config.seed, step, Purpose.QUERIES))
-        query_noise = torch.randn(B, config.num_slots, config.token_width, generator=generator)[ours].to(device)
-    if config.jacobian_weight:
-        generator.manual_seed(step_seed(config.seed, step, Purpose.JACOBIAN))
-        jacobian_pixels = torch.randint(L, (B, config.jacobian_pixels), generator=generator)[ours].to(device)
-    if not P:
-        return Draws(noise, query_noise, None, None, jacobian_pixels)
-    generator.manual_seed(step_seed(config.seed, step, Purpose.PIXELS))
-    if config.pixel_sampling == "uniform":
-        pixels = torch.randint(L, (B, P), generator=generator)[ours].to(device)
-        return Draws(noise, query_noise, pixels, None, jacobian_pixels)
-    probability = pixel_probabilities(images, config.pixel_sampling).cpu()
-    # Every row takes P numbers from the generator: rows before this process's stand in for images it has not read.
-    probabilities = torch.cat([probability.new_full((start, L), 1 / L), probability])
-    pixels = torch.multinomial(probabilities, P, replacement=True, generator=generator)[start:]
-    weight = 1 / (L * probability.gather(1, pixels))
-    return Draws(noise, query_noise, pixels.to(device), weight.to(device), jacobian_pixels)
 
 
 class Precision:

@@ -15,7 +15,7 @@ from fastslots.models import SlotVAE, SlotVAEConfig
 from fastslots.models.layers import grid
 from fastslots.models.queries import farthest_patches, patch_features
 from fastslots.train import TrainConfig, fit
-from fastslots.train.step import draw
+from fastslots.train.draws import draw
 
 SMALL = {name: value for name, value in MODEL_16.items() if name != "pixels_per_step"} | {"cnn_stride": 4}
 

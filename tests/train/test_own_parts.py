@@ -218,7 +218,7 @@ def test_losses_are_added_and_logged_by_hand(tmp_path):
     # The gradient of the further loss alone, from the model that the run started with
     from fastslots.data import Loader, to_float
     from fastslots.data.sources import open_source
-    from fastslots.train.step import draw
+    from fastslots.train.draws import draw
 
     torch.manual_seed(settings.seed)
     model = SlotVAE(settings)

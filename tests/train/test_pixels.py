@@ -10,8 +10,8 @@ from tiny import MODEL_16
 from fastslots.data import SpritesDataset, to_float
 from fastslots.errors import UserError
 from fastslots.train import TrainConfig
+from fastslots.train.draws import draw
 from fastslots.train.pixels import edge_pixels, pixel_probabilities
-from fastslots.train.step import draw
 
 
 def run(**overrides) -> TrainConfig:
@@ -23,7 +23,7 @@ def scenes() -> torch.Tensor:
 
 
 def test_edges_are_where_the_3x3_spans_enough():
-    images = torch.rand(2, 3, 7, 9).round(decimals=1) * 0.2
+    images = torch.rand(2, 3, 7, 9, generator=torch.Generator().manual_seed(0)).round(decimals=1) * 0.15
     found = edge_pixels(images).view(2, 7, 9)
     for b in range(2):
         for y in range(7):

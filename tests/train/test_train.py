@@ -28,8 +28,9 @@ from fastslots.runs.folder import RunFolder
 from fastslots.runs.log import read_metrics
 from fastslots.train import NonFiniteLossError, TrainConfig, fit, loop, recorder
 from fastslots.train.checkpoint import latest_checkpoint
+from fastslots.train.draws import draw
 from fastslots.train.optim import Optimizers
-from fastslots.train.step import Precision, draw, training_step
+from fastslots.train.step import Precision, training_step
 
 TINY = dict(
     MODEL_16, octaves=3, batch_size=4, steps=6, threads=1, eval_every=3, eval_images=4, checkpoint_every=2,
