@@ -56,7 +56,7 @@ class Options:
             return 4
         from fastslots.config.presets import PRESETS
 
-        return PRESETS[self.preset]["batch_size"]
+        return int(PRESETS[self.preset]["batch_size"])
 
     def wants(self, provider: str) -> bool:
         if self.skip and any(word in provider for word in self.skip.split("|")):

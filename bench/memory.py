@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ def measure(case: str, provider: str, options: Options) -> tuple[int | None, str
     return int(done.stdout.split()[-1]), ""
 
 
-def peak(run, device: str) -> int:
+def peak(run: Callable[[], object], device: str) -> int:
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()

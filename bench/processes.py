@@ -25,7 +25,7 @@ WARM_UP = 10  # steps that are not counted: caches, the first allocations, proce
 def rate(log: Path) -> float:
     """Images a second of a run: the median over its steps."""
     values = [json.loads(line) for line in log.read_text().splitlines()]
-    return statistics.median(v["images_per_s"] for v in values if "eval" not in v and v["step"] > WARM_UP)
+    return statistics.median(float(v["images_per_s"]) for v in values if "eval" not in v and v["step"] > WARM_UP)
 
 
 def difference(a: Path, b: Path) -> float:

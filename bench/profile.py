@@ -6,8 +6,9 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from fastslots.bench.case import Options
-from fastslots.bench.rows import Row
-from fastslots.bench.run import CASES, baseline
+from fastslots.bench.cases import CASES
+from fastslots.bench.reporting.rows import Row
+from fastslots.bench.run import baseline
 
 LINES = 40
 

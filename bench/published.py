@@ -43,11 +43,13 @@ def cross_attention(p: AttentionProjections, x: Tensor, source: Tensor, attend: 
     q = p.split_heads(p.to_q(x))
     k, v = (p.split_heads(t) for t in p.to_kv(source).chunk(2, -1))
     out, weights = attend(q, k, v, p.scale)
-    return p.to_out(out.transpose(1, 2).flatten(2)), weights
+    y: Tensor = p.to_out(out.transpose(1, 2).flatten(2))
+    return y, weights
 
 
 def feed_forward(x: Tensor, ff: FeedForwardLayer) -> Tensor:
-    return x + ff.w2(F.gelu(ff.w1(ff.norm(x))))
+    change: Tensor = ff.w2(F.gelu(ff.w1(ff.norm(x))))
+    return x + change
 
 
 def decoder_layer(layer: DecoderLayer, x: Tensor, slots: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
@@ -89,14 +91,15 @@ def encode(encoder: Encoder, images: Tensor) -> Tensor:
     tokens = encoder.token_mlp(F.layer_norm(x, x.shape[1:]))
     queries = encoder.first_queries(encoder.queries, images, F.layer_norm(tokens, tokens.shape[-1:]), None)
     for layer in cast(Iterable[EncoderLayer], encoder.transformer):
-        cross, own = layer.cross, layer.self_attention
+        cross, among = layer.cross, layer.self_attention
         y, _ = cross_attention(cross.projections, cross.norm_q(queries), cross.norm_tokens(tokens), stored_weights)
         queries = queries + y
-        qkv = own.to_qkv(own.norm(queries)).unflatten(-1, (3, own.heads, -1)).permute(2, 0, 3, 1, 4)
-        out, _ = stored_weights(qkv[0], qkv[1], qkv[2], own.scale)
-        queries = queries + own.to_out(out.transpose(1, 2).flatten(2))
+        qkv = among.to_qkv(among.norm(queries)).unflatten(-1, (3, among.heads, -1)).permute(2, 0, 3, 1, 4)
+        out, _ = stored_weights(qkv[0], qkv[1], qkv[2], among.scale)
+        queries = queries + among.to_out(out.transpose(1, 2).flatten(2))
         queries = feed_forward(queries, layer.ff)
-    return encoder.output(encoder.norm(queries))
+    slots: Tensor = encoder.output(encoder.norm(queries))
+    return slots
 
 
 def training_loss(
@@ -126,12 +129,15 @@ def slot_jacobian(decoder: Decoder, slots: Tensor, directions: int | None = None
     def influence(z: Tensor) -> Tensor:
         def push(direction: Tensor) -> Tensor:
             tangent = direction.view(1, K, D)
-            return torch.func.jvp(lambda s: decode(decoder, s)[0][0], (z[None],), (tangent,))[1]  # [L, C]
+            derivative: Tensor = torch.func.jvp(lambda s: decode(decoder, s)[0][0], (z[None],), (tangent,))[1]
+            return derivative  # [L, C]
 
         unit = torch.eye(K * D, dtype=z.dtype, device=z.device)
         jacobian = torch.func.vmap(push, chunk_size=directions)(unit)  # [K·D, L, C]
-        return jacobian.abs().sum(2).unflatten(0, (K, D)).sum(1)
+        of_slots: Tensor = jacobian.abs().sum(2).unflatten(0, (K, D))
+        return of_slots.sum(1)
 
     with torch.no_grad():
-        maps = torch.stack([influence(z) for z in slots])
-    return maps.unflatten(-1, (decoder.resolution, decoder.resolution))
+        maps: Tensor = torch.stack([influence(z) for z in slots])
+        maps = maps.unflatten(-1, (decoder.resolution, decoder.resolution))
+    return maps

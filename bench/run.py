@@ -10,20 +10,12 @@ from collections.abc import Callable
 
 import torch
 
-from fastslots.bench import decoding, loading, memory, timing, training
+from fastslots.bench import memory, timing
 from fastslots.bench.case import BOUNDS, OURS, Case, Options, Provider, Run, Tensors, check
+from fastslots.bench.cases import CASES
 from fastslots.bench.peers import CannotServeError
-from fastslots.bench.rows import Row, environment
+from fastslots.bench.reporting.rows import Row, environment
 from fastslots.errors import first_line
-
-CASES: dict[str, Callable[[Options], Case]] = {
-    "op": decoding.op_case,
-    "block": decoding.block_case,
-    "layer": decoding.layer_case,
-    "step": training.step_case,
-    "jacobian": training.jacobian_case,
-    "loader": loading.loader_case,
-}
 
 WARM_SIDE = {"jacobian": 16}
 """Pixels a side of the call that brings code in; 48 elsewhere, enough for every path that the whole size takes."""

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from fastslots.bench.case import OURS, Options
-from fastslots.bench.rows import Row
+from fastslots.bench.reporting.rows import Row
 from fastslots.bench.run import Say, measure
 
 PROVIDERS = "published|folded|fastslots"
@@ -70,7 +70,7 @@ def exponent(points: Sequence[tuple[float, float]]) -> float | None:
     logs = [(math.log(x), math.log(y)) for x, y in points]
     if len({x for x, _ in logs}) < 2:
         return None
-    mean_x, mean_y = (sum(values) / len(logs) for values in zip(*logs, strict=True))
+    mean_x, mean_y = sum(x for x, _ in logs) / len(logs), sum(y for _, y in logs) / len(logs)
     return sum((x - mean_x) * (y - mean_y) for x, y in logs) / sum((x - mean_x) ** 2 for x, _ in logs)
 
 

@@ -10,12 +10,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from typing import TYPE_CHECKING
 
 import pytest
 
 from fastslots.bench.case import Options
-from fastslots.bench.rows import Row
-from fastslots.bench.run import CASES, measure
+from fastslots.bench.cases import CASES
+from fastslots.bench.reporting.rows import Row
+from fastslots.bench.run import measure
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 FULL = os.environ.get("FASTSLOTS_BENCH_FULL") == "1"
 COMPILED = "compiled|autotune"  # a minute of compilation each: `fastslots bench` has them
@@ -38,7 +43,7 @@ def pairs() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("case", "provider"), pairs())
-def test_provider(benchmark, case: str, provider: str) -> None:
+def test_provider(benchmark: BenchmarkFixture, case: str, provider: str) -> None:
     row = rows(case)[provider]
     assert row.status != "wrong", row.reason
     benchmark.group = case
@@ -46,4 +51,4 @@ def test_provider(benchmark, case: str, provider: str) -> None:
     if row.status == "cannot":
         pytest.skip(row.reason)
     run = CASES[case](options(case)).providers[provider].make()
-    benchmark.pedantic(run, rounds=1, warmup_rounds=1)
+    benchmark.pedantic(run, rounds=1, warmup_rounds=1)  # type: ignore[no-untyped-call]  # pytest-benchmark's

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastslots.bench.gpu_step.operators import Work
 from fastslots.bench.gpu_step.walk import Noted, Walked, walk_published, walk_step
@@ -48,7 +49,7 @@ def parts_of(walked: Walked, machine_: Machine, precision: str, count: Callable[
             longest = max(seconds, key=seconds.__getitem__)
             took[longest] = took.get(longest, 0) + total
         bound = max(took, key=took.__getitem__)
-        ms, launches, spills = (sum(row[i] for row in rows) for i in (0, 2, 3))
+        ms, launches, spills = sum(row[0] for row in rows), sum(row[2] for row in rows), sum(row[3] for row in rows)
         parts.append(Part(name, 1e3 * ms, bound, launches, triton, bounds, spills))
     return sorted(parts, key=lambda part: -part.ms)
 
@@ -67,9 +68,10 @@ def _timed(
 
 def _dtype(item: Launch) -> torch.dtype:
     """Of the rows that a launch works on."""
-    return next(
-        t.dtype for name in ("x_ptr", "z_ptr", "tokens_ptr", "gathered_ptr") if (t := item.args.get(name)) is not None
+    rows: Tensor = next(
+        t for name in ("x_ptr", "z_ptr", "tokens_ptr", "gathered_ptr") if (t := item.args.get(name)) is not None
     )
+    return rows.dtype
 
 
 def _operator_seconds(noted: Noted, cost: Work, machine_: Machine, precision: str) -> dict[str, float]:

@@ -49,7 +49,7 @@ class Walked:
 
 class _Noting(TorchDispatchMode):
     def __init__(self, walked: Walked, launches: list[launch.Launch], stand_in: CudaStandIn) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.region = "encoder"
         self._walked, self._launches, self._stand_in = walked, launches, stand_in
 

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import TextIO
 
 from fastslots import threads
 from fastslots.cli.common import Parser
@@ -32,7 +33,14 @@ def _say_warnings() -> None:
     warnings.simplefilter("always", CodeWarning)
     python = warnings.showwarning
 
-    def show(message, category, filename, lineno, file=None, line=None) -> None:
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         if issubclass(category, CodeWarning):
             print(f"warning   {message}", file=sys.stderr, flush=True)
         else:
@@ -50,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         with warnings.catch_warnings():
             _say_warnings()
-            code = args.run(args)
+            code: int = args.run(args)
         sys.stdout.flush()  # here, where a reader that has gone is no error
         return code
     except UserError as error:

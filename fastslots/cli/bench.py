@@ -6,9 +6,11 @@ import argparse
 import os
 import re
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from fastslots.cli.common import Subparsers
 from fastslots.config.presets import preset_names
 from fastslots.config.run import MOST_THREADS
 from fastslots.errors import UserError
@@ -19,7 +21,7 @@ RESULTS = Path("bench/results")
 MEMORY_RESOLUTIONS = (64, 128, 256)
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: Subparsers) -> None:
     parser = commands.add_parser(
         "bench",
         help="time and memory against other ways to do the same",
@@ -49,7 +51,7 @@ def add_parser(commands) -> None:
     parser.set_defaults(run=run)
 
 
-def _at_least(least: int, most: float = float("inf")):
+def _at_least(least: int, most: float = float("inf")) -> Callable[[str], int]:
     def whole(text: str) -> int:
         if not text.isdigit() or not least <= int(text) <= most:
             limit = f" and at most {most}" if most < float("inf") else ""
@@ -75,12 +77,12 @@ def run(args: argparse.Namespace) -> int:
 def _measure(wanted: list[str], args: argparse.Namespace) -> int:
     import torch
 
-    from fastslots.bench import rows as files
     from fastslots.bench.case import Options
     from fastslots.bench.profile import profile
+    from fastslots.bench.reporting import rows as files
+    from fastslots.bench.reporting.tables import for_people
     from fastslots.bench.run import measure, memory_rows
     from fastslots.bench.scaling import sweep
-    from fastslots.bench.tables import for_people
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     if device == "cuda" and not torch.cuda.is_available():
@@ -131,15 +133,15 @@ def _measure(wanted: list[str], args: argparse.Namespace) -> int:
 
 
 def _report(paths: list[Path], into: Path) -> int:
-    from fastslots.bench import report, rows
+    from fastslots.bench.reporting import pages, rows
 
-    for path in report.write(rows.read(paths), into):
+    for path in pages.write(rows.read(paths), into):
         print(f"wrote {path}")
     return 0
 
 
 def _compare(paths: list[Path]) -> int:
-    from fastslots.bench import compare, rows
+    from fastslots.bench.reporting import compare, rows
 
     if len(paths) != 2:
         raise UserError(f"bench compare takes two files or folders of rows, got {len(paths)}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeAlias
 
 from fastslots.config.code import check_name, check_trusted, trust
 from fastslots.data.packed.urls import ALLOW_HELP
@@ -13,15 +14,21 @@ from fastslots.errors import UserError
 from fastslots.runs.folder import RunFolder
 from fastslots.runs.own_code import OwnCode
 
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""What a command's ``add_parser`` puts its parser into; argparse has no public name for it."""
+
 
 class Parser(argparse.ArgumentParser):
     """Errors in one line that names the flag and the nearest one that exists."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
-    def parse_known_args(self, args=None, namespace=None):
-        namespace, unknown = super().parse_known_args(args, namespace)
+    # argparse's signature is overloaded on the type of the namespace, which callers here never bring
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        parsed, unknown = super().parse_known_args(args, namespace)
         if unknown and self.prog.count(" "):  # a subcommand: its own flags are the candidates
             known = [option for action in self._actions for option in action.option_strings]
             flag = unknown[0].split("=")[0]
@@ -30,7 +37,7 @@ class Parser(argparse.ArgumentParser):
             if flag.replace(".", "").isdigit():
                 hint = ": a list is given with commas, as in --output_hidden 64,64"
             raise UserError(f"unknown argument {flag}{hint}")
-        return namespace, unknown
+        return parsed, unknown
 
 
 RUN_HELP = "folder that `fastslots train --out` wrote, or the name of a model that ships (sprites-mini)"

@@ -7,9 +7,11 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+from fastslots.cli.common import Subparsers
 from fastslots.cli.installation import Findings, check_compiled, check_gpus, check_packages, check_triton
 from fastslots.errors import UserError, first_line
 
@@ -20,7 +22,7 @@ SCENE_BYTES = 4 * 128 * 128  # image and mask of a packed CLEVR scene
 LITTLE_SPACE = 2 << 30  # bytes: a long run's checkpoints and its report fit
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: Subparsers) -> None:
     parser = commands.add_parser("doctor", help="what this installation can do, and the mend for what it cannot")
     parser.add_argument("data", metavar="DATA", nargs="?", type=Path, help="a data set whose folder's speed to measure")
     parser.set_defaults(run=run)
@@ -72,7 +74,9 @@ def _backends(found: Findings) -> None:
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         print(f"\non {device}:")
         rows, tokens = torch.empty(1, 28, 128, device=device), torch.empty(1, 4096, 128, device=device)  # as at clevr6
-        alike: dict[tuple, list[str]] = {}  # ops that one backend serves, for the same reasons
+        alike: dict[
+            tuple[str, tuple[tuple[str, str], ...]], list[str]
+        ] = {}  # ops that one backend serves, for the same reasons
         for op in OPS:
             found_for = explain(rows, *([tokens] if op == "token_attention" else []), op=op)
             alike.setdefault((found_for.backend, tuple(found_for.reasons.items())), []).append(op)
@@ -119,13 +123,13 @@ def _reading(found: Findings, data: Path) -> None:
         found.say("reading", text)
 
 
-def _blocks(files: list[Path]) -> Iterator:
+def _blocks(files: list[Path]) -> Iterator[Callable[[], bytes]]:
     for path in files:
         with open(path, "rb", buffering=0) as file:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             for _ in range(-(-path.stat().st_size // (1 << 22))):
-                yield lambda file=file: file.read(1 << 22)
+                yield partial(file.read, 1 << 22)
 
 
 def _self_check(found: Findings) -> bool:

@@ -9,13 +9,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from fastslots.cli.common import RUN_HELP, add_allow_remote, add_code, code_named, progress_of
+from fastslots.cli.common import RUN_HELP, Subparsers, add_allow_remote, add_code, code_named, progress_of
 from fastslots.errors import UserError
 from fastslots.runs.folder import RunFolder
 from fastslots.runs.own_code import OwnCode
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: Subparsers) -> None:
     parser = commands.add_parser("eval", help="score a trained run on held-out images")
     parser.add_argument("run_folder", metavar="RUN", type=Path, help=RUN_HELP)
     parser.add_argument("--data", help="another data set (default: the run's own)")

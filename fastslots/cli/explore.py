@@ -7,15 +7,21 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fastslots.cli.common import RUN_HELP, add_allow_remote, add_code, code_named
+from fastslots.cli.common import RUN_HELP, Subparsers, add_allow_remote, add_code, code_named
 from fastslots.errors import UserError
 from fastslots.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastslots.config.run import TrainConfig
 
 IMAGES = 12
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: Subparsers) -> None:
     parser = commands.add_parser("explore", help="decode any latent of a run's slots live, in the browser")
     parser.add_argument("run_folder", metavar="RUN", type=Path, help=RUN_HELP)
     parser.add_argument("--weights", choices=("best", "last"), default="best", help="default: best")
@@ -61,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def held_out(folder: RunFolder, config, allow_remote: bool = False):
+def held_out(folder: RunFolder, config: TrainConfig, allow_remote: bool = False) -> Tensor:
     """The first held-out images of a run, float [n, 3, R, R]; none where its data are not at hand."""
     import torch
 

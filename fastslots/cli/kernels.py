@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from fastslots.cli.common import Subparsers
 from fastslots.errors import UserError
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -13,17 +14,17 @@ MODELLED = ("sm_80", "sm_90", "sm_100")
 """Architectures for which the step's model has a device: A100, H100, B200."""
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser("kernels", help="compile, report on and tune the Triton kernels")
-    commands = parser.add_subparsers(dest="kernels_command", metavar="ACTION", required=True)
+def add_parser(commands: Subparsers) -> None:
+    parser = commands.add_parser("kernels", help="compile, report on and tune the Triton kernels")
+    actions = parser.add_subparsers(dest="kernels_command", metavar="ACTION", required=True)
 
-    compile_ = commands.add_parser("compile", help="compile every shipped launch, without a GPU")
+    compile_ = actions.add_parser("compile", help="compile every shipped launch, without a GPU")
     compile_.add_argument("--target", choices=TARGETS, required=True, help="architecture to compile for")
     compile_.add_argument("--out", type=Path, required=True, help="machine code, PTX and JSON go to OUT/TARGET")
     compile_.add_argument("--all", action="store_true", help="every preset and fp16 too, not clevr6 alone")
     compile_.set_defaults(run=_compile)
 
-    report = commands.add_parser(
+    report = actions.add_parser(
         "report", help="model of a whole training step (--preset), or table and roofline of what `compile` wrote (DIR)"
     )
     report.add_argument("dir", type=Path, nargs="?", help="the folder given to `compile`")
@@ -35,7 +36,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     report.add_argument("--json", action="store_true", help="the step as JSON")
     report.set_defaults(run=_report)
 
-    tune = commands.add_parser("tune", help="time the candidates on this GPU and rewrite the launch table")
+    tune = actions.add_parser("tune", help="time the candidates on this GPU and rewrite the launch table")
     tune.add_argument("--preset", action="append", help="only the entries of this preset (may be repeated)")
     tune.add_argument("--precision", action="append", choices=("bf16", "tf32", "fp32"), help="only these products")
     tune.add_argument("--dry", action="store_true", help="say what would be timed; needs no GPU, writes nothing")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastslots.cli.common import add_allow_remote, add_code, code_named, progress_of
+from fastslots.cli.common import Subparsers, add_allow_remote, add_code, code_named, progress_of
 from fastslots.runs.folder import RunFolder
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: Subparsers) -> None:
     parser = commands.add_parser(
         "report", help="write report.html: curves, scores, slots and the slot explorer of a run"
     )

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastslots.cli.common import Parser
+from fastslots.cli.common import Parser, Subparsers
 from fastslots.cli.train import DEFAULT_PRESET, add_fields, preset_of
 from fastslots.config.presets import preset_names
 from fastslots.errors import UserError
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: Subparsers) -> None:
     parser = commands.add_parser(
         "sweep",
         help="train every combination of some fields' values, with several seeds",

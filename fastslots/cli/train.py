@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastslots.cli.common import add_allow_remote, add_trust, trust_all
+from fastslots.cli.common import Subparsers, add_allow_remote, add_trust, trust_all
 from fastslots.config.code import check_trusted
 from fastslots.config.presets import preset_names
 from fastslots.config.run import TrainConfig, read_config
@@ -26,7 +26,7 @@ RESTART_HELP = "with --resume, where no checkpoint can be read: set all aside an
 _FLAGS_ELSEWHERE = ("preset_name",)
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: Subparsers) -> None:
     parser = commands.add_parser(
         "train",
         help="train a model",
@@ -43,7 +43,13 @@ def add_parser(commands) -> None:
     parser.set_defaults(run=run)
 
 
-def add_fields(parser: argparse.ArgumentParser, each: Callable = lambda field_type, convert: convert) -> None:
+Converter = Callable[[str], Any]
+"""The text of a flag -> its value."""
+
+
+def add_fields(
+    parser: argparse.ArgumentParser, each: Callable[[str, Converter], Converter] = lambda field_type, convert: convert
+) -> None:
     """A flag for every field of TrainConfig, --batch_size and --batch-size alike; absent unless given.
 
     each: (type of the field, its text -> value) -> what the flag takes, one value or something made of them.
@@ -65,7 +71,7 @@ def add_fields(parser: argparse.ArgumentParser, each: Callable = lambda field_ty
         )
 
 
-def _converter(field: dataclasses.Field):
+def _converter(field: dataclasses.Field[Any]) -> Converter:
     """Text -> value; an error names the flag (argparse adds it) and what was expected."""
 
     def whole(text: str) -> int:

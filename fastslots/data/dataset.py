@@ -67,7 +67,8 @@ class Split:
             return np.asarray(self.rows)
         if isinstance(self.rows, range):  # of billions of scenes that are made on the fly
             return self.rows.start + self.rows.step * places
-        return self.rows[places]
+        numbers: np.ndarray = self.rows[places]
+        return numbers
 
 
 def read_rows(

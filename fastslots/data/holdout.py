@@ -42,7 +42,8 @@ class Holdout:
         met = present
         for name, low, high in self.ranges:
             met = met & (factors[name] >= low) & (factors[name] < high)
-        return np.any(met, 1)
+        matched: np.ndarray = np.any(met, 1)
+        return matched
 
 
 def _range(value: str, words: tuple[str, ...]) -> tuple[float, float]:

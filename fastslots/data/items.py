@@ -187,7 +187,8 @@ def labels_of_one_hot(entries: np.ndarray, name: str) -> np.ndarray:
         raise UserError(
             f"{name} has {int(owners.max())} entries that overlap (at row {y}, column {x}): give each pixel one owner"
         )
-    return (on.argmax(0) + (0 if owners.all() else owners)).astype(np.uint8)
+    labels: np.ndarray = on.argmax(0) + (0 if owners.all() else owners)
+    return labels.astype(np.uint8)
 
 
 def labels_of_colours(mask: np.ndarray, name: str) -> np.ndarray:

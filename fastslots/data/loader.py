@@ -144,5 +144,5 @@ class Loader:
     def __enter__(self) -> Loader:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -34,7 +34,8 @@ def mix(x: np.ndarray) -> np.ndarray:
     """splitmix64's finaliser: a bijection of uint64 whose output bits look independent."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed: np.ndarray = x ^ (x >> np.uint64(31))
+    return mixed
 
 
 def random_u64(*counters: int | np.ndarray) -> np.ndarray:

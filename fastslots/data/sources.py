@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastslots.config.run import GIVEN, TrainConfig
+from fastslots.config.code import GIVEN
+from fastslots.config.run import TrainConfig
 from fastslots.data import SpritesDataset, split_indices, to_float
 from fastslots.data.builtin import BUILTIN, TexturedSpritesDataset, generate
 from fastslots.data.builtin.sprites import FACTORS

@@ -74,12 +74,14 @@ class MapAttnProcessor:
         out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
         if height_width:
             out = out.transpose(1, 2).unflatten(2, height_width)
-        return (out + residual if attn.residual_connection else out) / attn.rescale_output_factor
+        scaled: Tensor = (out + residual if attn.residual_connection else out) / attn.rescale_output_factor
+        return scaled
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
     """[B, n, H·d] -> [B, H, n, d], a view"""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    parts: Tensor = x.unflatten(-1, (heads, -1))
+    return parts.transpose(1, 2)
 
 
 def _tokens_there(mask: Tensor | None) -> Tensor | None:

@@ -34,7 +34,8 @@ def by_colour(shares: Tensor) -> np.ndarray:
     """The colour of the strongest slot at each pixel, dimmed by its share: [K, R, R] -> uint8 [R, R, 3]."""
     strongest, owner = shares.cpu().max(0)
     colours = COLOURS[owner.numpy() % len(COLOURS)]
-    return (colours * strongest.clamp(0, 1).numpy()[..., None]).astype(np.uint8)
+    dimmed: np.ndarray = colours * strongest.clamp(0, 1).numpy()[..., None]
+    return dimmed.astype(np.uint8)
 
 
 def labels(mask: np.ndarray) -> np.ndarray:

@@ -144,7 +144,7 @@ class Processes:
     def __init__(self, threads: int):
         # PYTHONSAFEPATH: a checkout in the working directory must not hide the installed package.
         self._environment = {**os.environ, COUNT: asked() or str(threads), "PYTHONSAFEPATH": "1"}
-        self._running: set[subprocess.Popen] = set()
+        self._running: set[subprocess.Popen[bytes]] = set()
         self._stopping = False
 
     def run(self, arguments: Iterable[str], stdout: Any, stderr: Any) -> int:
@@ -195,9 +195,9 @@ def _evaluated(trial: Trial, arguments: tuple[str, ...], processes: Processes) -
     """The scores of ``fastslots eval``, kept in the trial's folder. The last weights, unless the arguments say so."""
     path, asked = trial.folder / SCORES, {"arguments": list(arguments), "step": trial.config.steps}
     with contextlib.suppress(OSError, ValueError, KeyError):
-        kept = json.loads(path.read_text())
+        kept: dict[str, Any] = json.loads(path.read_text())
         if {name: kept[name] for name in asked} == asked:
-            return kept["scores"]
+            return dict(kept["scores"])
     output, errors = trial.folder / ".eval.out", trial.folder / LOG
     with open(output, "wb") as out, open(errors, "ab") as log:
         own = ["--model", trial.config.model] if trial.config.model else []  # named on the sweep's command line
@@ -207,7 +207,7 @@ def _evaluated(trial: Trial, arguments: tuple[str, ...], processes: Processes) -
     output.unlink()
     if code:
         raise UserError(_reason(trial, code))
-    scores = json.loads(text.splitlines()[-1])
+    scores: dict[str, Any] = json.loads(text.splitlines()[-1])
     write_atomic(path, json.dumps(asked | {"scores": scores}).encode())
     return scores
 

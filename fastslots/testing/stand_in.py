@@ -46,7 +46,7 @@ class CudaStandIn(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func == Tensor.device.__get__:  # type: ignore[attr-defined]
+        if func == Tensor.device.__get__:
             return CUDA if func(*args).type == "meta" else func(*args)
         if func == Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
             return args[0].is_meta or func(*args)

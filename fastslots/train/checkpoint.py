@@ -134,7 +134,7 @@ def checkpoint_to_resume(folder: RunFolder, damaged: dict[Path, str], restart: b
     return newest.to_bytes() if newest else b""
 
 
-def _digest(tensors: dict[str, Tensor], header: dict) -> str:
+def _digest(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
     digest = hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=16)
     for name in sorted(tensors):
         digest.update(name.encode())

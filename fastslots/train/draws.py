@@ -15,6 +15,7 @@ from functools import cache
 from statistics import NormalDist
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,9 +47,7 @@ def step_keys(config: TrainConfig, step: int) -> Tensor:
 
 
 @cache
-def _purposes():
-    import numpy as np
-
+def _purposes() -> np.ndarray:
     return np.array(PURPOSES)
 
 

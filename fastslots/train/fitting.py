@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from fastslots.config.run import GIVEN, TrainConfig
+from fastslots.config.code import GIVEN
+from fastslots.config.run import TrainConfig
 from fastslots.distributed import Group
 from fastslots.evaluation.evaluate import Metric
 from fastslots.models import SlotVAE

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ class Muon(torch.optim.Optimizer):
             torch.autograd.graph.increment_version(params)
 
 
-def _update(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], group: dict) -> None:
+def _update(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], group: dict[str, Any]) -> None:
     """One group's step in plain PyTorch."""
     momentum, lr = group["momentum"], group["lr"]
     by_shape: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)

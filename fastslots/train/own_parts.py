@@ -26,8 +26,8 @@ def described(model: SlotVAE) -> bool:
     with torch.device("meta"):
         plain = SlotVAE(model.config)
 
-    def parts(of: SlotVAE) -> tuple[list, list]:
-        modules = [(name, type(module)) for name, module in of.named_modules()]
+    def parts(of: SlotVAE) -> tuple[list[object], list[object]]:
+        modules: list[object] = [(name, type(module)) for name, module in of.named_modules()]
         return modules, [(name, value.shape) for name, value in of.state_dict().items()]
 
     return parts(model) == parts(plain)

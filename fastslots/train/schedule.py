@@ -32,12 +32,12 @@ def _paper(config: TrainConfig, t: int) -> float:
     if t < warmup:
         return peak * t / warmup
     if config.schedule == "paper-clevrtex":
-        return peak * 0.1 ** ((t - warmup) / decay)
+        return peak * math.pow(0.1, (t - warmup) / decay)
     if t < plateau_end:
         return peak
     if t == plateau_end:
-        return peak * 0.1 ** ((plateau_end - warmup) / decay)
-    return peak / 5 * 0.1 ** ((t - plateau_end) / decay)
+        return peak * math.pow(0.1, (plateau_end - warmup) / decay)
+    return peak / 5 * math.pow(0.1, (t - plateau_end) / decay)
 
 
 def alpha_at(config: TrainConfig, step: int) -> float:

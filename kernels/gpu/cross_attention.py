@@ -17,6 +17,8 @@ at d = 43. k and v are packed to whole tiles first (K rows an image).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -147,7 +149,10 @@ def _unit_rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 and t.stride(-2) < 2**31 // MAX_TILE_ROWS else t.contiguous()
 
 
-def _operands(q: Tensor, k: Tensor, v: Tensor, scale: float, slot_mask: Tensor | None, config: launch.LaunchConfig):
+def _operands(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, slot_mask: Tensor | None, config: launch.LaunchConfig
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments and constexprs that forward and backward have in common."""
     d, K = q.shape[3], k.shape[2]
     slots, width = max(16, next_power(K)), round_up(d, config.block_d)
     args = {

@@ -10,11 +10,13 @@ import random
 import pytest
 import torch
 
-from fastslots.bench import compare, memory, peers, published, rows, scaling, tables, timing
+from fastslots.bench import memory, peers, published, scaling, timing
 from fastslots.bench.case import BOUNDS, Options, check
-from fastslots.bench.report import BEGIN, END, write
-from fastslots.bench.rows import Row
-from fastslots.bench.run import CASES, measure, memory_rows, ratios
+from fastslots.bench.cases import CASES
+from fastslots.bench.reporting import compare, rows, tables
+from fastslots.bench.reporting.pages import BEGIN, END, write
+from fastslots.bench.reporting.rows import Row
+from fastslots.bench.run import measure, memory_rows, ratios
 from fastslots.cli import main
 from fastslots.metrics import slot_jacobian
 from fastslots.models import SlotVAEConfig
@@ -53,9 +55,8 @@ def test_a_wrong_provider_gets_no_time(case, monkeypatch):
         return out, weights * 1.01
 
     monkeypatch.setitem(peers.ATTENTIONS, "sdpa, identity in V", off)
-    monkeypatch.setattr(
-        "fastslots.bench.published.slot_jacobian", lambda decoder, slots, n=None: 1.01 * slot_jacobian(decoder, slots)
-    )
+    wrong = lambda decoder, slots, n=None: 1.01 * slot_jacobian(decoder, slots)  # noqa: E731
+    monkeypatch.setattr(published, "slot_jacobian", wrong)
     name = "published" if case == "jacobian" else "sdpa, identity in V"
     (row,) = measure(case, dataclasses.replace(tiny(case), only=name, skip=COMPILED + "|16"))
     assert row.status == "wrong" and row.time is None and not row.samples and "bound" in row.reason

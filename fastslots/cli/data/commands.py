@@ -7,6 +7,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from fastslots.cli.common import Subparsers
 from fastslots.cli.data import features, get
 from fastslots.config.presets import preset_names
 from fastslots.errors import UserError
@@ -20,7 +21,7 @@ GENERATED = {
 """What ``generate`` makes: a description, and how many objects a scene has unless told otherwise."""
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: Subparsers) -> None:
     parser = commands.add_parser("data", help="check, pack, generate or encode data sets")
     actions = parser.add_subparsers(metavar="ACTION", required=True, parser_class=type(parser))
 

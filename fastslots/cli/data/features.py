@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from fastslots.cli.common import Subparsers
 from fastslots.errors import UserError
 
 
-def add_parser(actions) -> None:
+def add_parser(actions: Subparsers) -> None:
     parser = actions.add_parser(
         "features",
         help="encode every image by a frozen ViT, once, for preset clevrtex",

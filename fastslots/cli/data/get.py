@@ -6,10 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from fastslots.cli.common import Subparsers
 from fastslots.errors import UserError
 
 
-def add_parser(actions) -> None:
+def add_parser(actions: Subparsers) -> None:
     parser = actions.add_parser("get", help="say where a published set lives, fetch it and check it")
     parser.add_argument("name", nargs="?", metavar="NAME", help="without one: list the sets that are known")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for its files (default: data/NAME)")

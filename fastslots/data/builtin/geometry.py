@@ -173,8 +173,10 @@ def normals_at(objects: Objects, points: np.ndarray, owner: np.ndarray) -> np.nd
 
 
 def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+    product: np.ndarray = a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+    return product
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.sqrt(np.maximum(dot(vectors, vectors), 1e-20))
+    normed: np.ndarray = vectors / np.sqrt(np.maximum(dot(vectors, vectors), 1e-20))
+    return normed

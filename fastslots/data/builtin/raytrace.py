@@ -93,11 +93,11 @@ def _surface(
             lit = np.flatnonzero(facing > 0)
             part[lit] *= _reached(objects, points[:, lit] + 2e-3 * normals[:, lit], lamp)
         light = light + part
-    colour = albedo * light
+    colour: np.ndarray = albedo * light
     rubber = np.flatnonzero((owner > 0) & ~np.concatenate([[True], objects.metal])[owner])
     if shadows and len(rubber):
-        seen = (part[:, rubber] for part in (points, normals, directions))
-        colour[:, rubber] += _highlights(view, *seen, exponent=12.0, strength=0.006)
+        p, n, d = (part[:, rubber] for part in (points, normals, directions))
+        colour[:, rubber] += _highlights(view, p, n, d, exponent=12.0, strength=0.006)
     return colour
 
 
@@ -122,7 +122,8 @@ def _reached(objects: Objects, points: np.ndarray, lamp: np.ndarray) -> np.ndarr
         starts = points[:, None, near]
         enter, leave = interval(objects, i, starts, spots - starts)
         blocked[:, near] |= (enter < leave) & (leave > 1e-3) & (enter < 1)
-    return 1 - blocked.mean(0, dtype=np.float32)
+    reached: np.ndarray = 1 - blocked.mean(0, dtype=np.float32)
+    return reached
 
 
 def _openness(objects: Objects, points: np.ndarray, normals: np.ndarray, owner: np.ndarray) -> np.ndarray:
@@ -163,4 +164,5 @@ def _borders(mask: np.ndarray) -> np.ndarray:
 
 def _to_srgb(linear: np.ndarray) -> np.ndarray:
     """uint8 of linear light, by the sRGB standard's curve taken as a power of 1/2.2."""
-    return (np.clip(linear, 0, 1) ** np.float32(1 / 2.2) * 255 + 0.5).astype(np.uint8)
+    curved: np.ndarray = np.clip(linear, 0, 1) ** np.float32(1 / 2.2)
+    return (curved * 255 + 0.5).astype(np.uint8)

@@ -159,4 +159,5 @@ def rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarra
     """HSV in [0, 1] to RGB in [0, 1], as ``colorsys.hsv_to_rgb``, for arrays."""
     sector = hue[..., None] * 6 + np.array([5, 3, 1], np.float32)
     k = sector % 6
-    return value[..., None] * (1 - saturation[..., None] * np.clip(np.minimum(k, 4 - k), 0, 1))
+    colours: np.ndarray = value[..., None] * (1 - saturation[..., None] * np.clip(np.minimum(k, 4 - k), 0, 1))
+    return colours

@@ -56,7 +56,8 @@ class TexturedSpritesDataset(SpritesDataset):
         cloud = np.clip(cloud / np.float32(0.875), 0, 1)[..., None]
         hue, saturation, value = np.array([u[0], u[3]]), 0.2 + 0.5 * u[[1, 4]], 0.1 + 0.4 * u[[2, 5]]
         one, other = rgb(hue, saturation.astype(np.float32), value.astype(np.float32))
-        return one + (other - one) * cloud
+        mixed: np.ndarray = one + (other - one) * cloud
+        return mixed
 
 
 def _smooth(corners: np.ndarray, at: np.ndarray) -> np.ndarray:
@@ -65,7 +66,8 @@ def _smooth(corners: np.ndarray, at: np.ndarray) -> np.ndarray:
     t = at - cell
     t = t * t * (3 - 2 * t)
     rows = corners[cell] * (1 - t)[:, None] + corners[cell + 1] * t[:, None]  # [side, n+1]
-    return rows[:, cell] * (1 - t) + rows[:, cell + 1] * t
+    smooth: np.ndarray = rows[:, cell] * (1 - t) + rows[:, cell + 1] * t
+    return smooth
 
 
 def _pattern(u: np.ndarray, at: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -114,7 +114,7 @@ class PackedDataset:
     def ignore_label(self) -> int | None:
         return self.info.ignore_label
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[PackedDataset], tuple[object, ...]]:
         """Workers of a torch DataLoader map the files again rather than receive a copy of the arrays."""
         return PackedDataset, (self._folder, self.info.max_objects, self.info.path, self.ranged)
 
@@ -167,7 +167,7 @@ class PackedDataset:
         self.factors()
 
 
-def read_meta(folder: Path) -> dict:
+def read_meta(folder: Path) -> dict[str, Any]:
     """The description of a packed folder. UserError where it is none, or of another version."""
     path = folder / "meta.json"
     try:
@@ -177,10 +177,10 @@ def read_meta(folder: Path) -> dict:
     return parse_meta(text, str(path))
 
 
-def parse_meta(text: str, path: str, mend: str = MEND) -> dict:
+def parse_meta(text: str, path: str, mend: str = MEND) -> dict[str, Any]:
     """As ``read_meta``, of the text of the meta.json at ``path``."""
     try:
-        meta = json.loads(text)
+        meta: dict[str, Any] = json.loads(text)
         if meta["magic"] != MAGIC:
             raise ValueError("another magic")
         if meta["version"] != VERSION:

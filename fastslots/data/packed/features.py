@@ -95,7 +95,7 @@ class FeatureDataset:
             raise UserError(f"{self._folder}: train, val or test is left without images: raise --max_objects")
         return train, val, test
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[FeatureDataset], tuple[object, ...]]:
         return FeatureDataset, (self._folder, self.info.max_objects)
 
     def __len__(self) -> int:
@@ -226,11 +226,11 @@ def is_features(path: str | Path) -> bool:
         return False
 
 
-def read_meta(folder: Path) -> dict:
+def read_meta(folder: Path) -> dict[str, Any]:
     """The description of a folder of features. UserError where it is none, or of another version."""
     path = folder / "meta.json"
     try:
-        meta = json.loads(path.read_text())
+        meta: dict[str, Any] = json.loads(path.read_text())
         if meta["magic"] != MAGIC:
             raise ValueError("another magic")
         if meta["version"] != VERSION:

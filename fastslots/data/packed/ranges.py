@@ -35,7 +35,8 @@ def filesystem(url: str) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs
 
-        return url_to_fs(url)
+        system, path = url_to_fs(url)
+        return system, str(path)
     except ImportError as error:
         raise UserError(f"{url} needs a package that is not there ({first_line(error)})") from None
     except Exception as error:  # each backend has errors of its own
@@ -51,7 +52,8 @@ class RangedArray:
         self.row_bytes = math.prod(shape[1:])
 
     def __getitem__(self, row: int) -> np.ndarray:
-        return gather([(self, np.array([row]))])[0][0]
+        only: np.ndarray = gather([(self, np.array([row]))])[0][0]
+        return only
 
     def ranges(self, rows: np.ndarray) -> list[Range]:
         return [Range(self.path, row * self.row_bytes, (row + 1) * self.row_bytes) for row in rows.tolist()]

@@ -143,7 +143,8 @@ class CocoReader:
                     if sum(region["counts"]) != height * width or min(region["counts"]) < 0:
                         raise ValueError("its runs are not as long as the picture")
                     code = self._rle.frPyObjects(region, height, width)
-            return self._rle.decode(code).astype(bool)
+            decoded: np.ndarray = self._rle.decode(code)
+            return decoded.astype(bool)
         except Exception as error:  # pycocotools raises what its C code meets
             which = annotation.get("id", "?")
             raise UserError(f"{path}: annotation {which} has no mask that can be read ({error}): remove it") from None

@@ -35,7 +35,8 @@ _TABLE = _byte_table()
 
 def _advance(state: np.ndarray, byte: np.ndarray | int) -> np.ndarray:
     """The states after one more byte each."""
-    return _TABLE[(state ^ byte) & 0xFF] ^ (state >> np.uint32(8))
+    after: np.ndarray = _TABLE[(state ^ byte) & 0xFF] ^ (state >> np.uint32(8))
+    return after
 
 
 def _crc32c_numpy(data: bytes) -> int:
@@ -65,4 +66,5 @@ def _crc32c_numpy(data: bytes) -> int:
 def _apply(images: np.ndarray, states: np.ndarray) -> np.ndarray:
     """A linear map, given by the images of the unit states, of each state."""
     bits = (states[:, None] >> BITS) & np.uint32(1)
-    return np.bitwise_xor.reduce(bits * images, 1)
+    applied: np.ndarray = np.bitwise_xor.reduce(bits * images, 1)
+    return applied

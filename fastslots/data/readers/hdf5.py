@@ -40,6 +40,7 @@ class Hdf5Reader:
         images = self._sets.get("image")
         if images is None or images.ndim != 4 or images.shape[3] not in (1, 3) or not len(images):
             raise UserError(f"{path}: no data set 'image' [N, H, W, 3] (it has {', '.join(self._sets)})")
+        self._count: int
         self._count, height, width, _ = images.shape
         claimed, size = images.dtype.itemsize * math.prod(images.shape), path.stat().st_size
         if claimed > (1 << 20) + MOST_RATIO * size:

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -29,6 +30,7 @@ SPLIT_WORDS = set("train training val valid validation test testing dev".split()
 LOOKED_AT = 32  # masks that tell how labels are written
 FEW_COLOURS = 64  # of a picture that may be a mask
 HIGHEST = 100  # labels below it are numbers of objects or classes, so that 255 beside them means something else
+T = TypeVar("T")
 Key = tuple[str, ...]
 
 
@@ -304,5 +306,5 @@ def raw_mask(path: Path, data: bytes | None = None) -> np.ndarray:
         return np.asarray(picture)
 
 
-def _some(things: list, count: int) -> list:
+def _some(things: Sequence[T], count: int) -> list[T]:
     return [things[i] for i in np.unique(np.linspace(0, len(things) - 1, min(count, len(things))).astype(int))]

@@ -120,7 +120,7 @@ class MultiObjectReader:
                     f"has {len(value)} values of {name} for {layout.entries} entries, or values not finite"
                 )
         # Without visibility an entry counts as present where its mask has a pixel.
-        present = factors.get("visibility", entries.any((1, 2)))
+        present: np.ndarray = factors["visibility"] if "visibility" in factors else np.any(entries, (1, 2))
         return Scene(
             image.repeat(3, 2) if channels == 1 else image,
             labels_of(entries, layout.backgrounds),

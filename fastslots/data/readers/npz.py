@@ -238,7 +238,7 @@ class NpzReader:
             if others is not None:
                 next(others, None)  # to the end, where checksums are compared
 
-    def _scene(self, i: int, image: np.ndarray, labels: np.ndarray | None, factors: dict) -> Scene:
+    def _scene(self, i: int, image: np.ndarray, labels: np.ndarray | None, factors: dict[str, np.ndarray]) -> Scene:
         name, mask, objects = f"{self._images.name}[{i}]", None, None
         if self._imagenet:
             image = image * IMAGENET[1] + IMAGENET[0]
@@ -275,7 +275,8 @@ def read_npy(path: Path, data: bytes | None = None) -> np.ndarray:
     """The array of an npy file, mapped, or of its bytes. UserError where it is none, or holds pickled objects."""
     try:
         if data is None:
-            return np.load(path, mmap_mode="r", allow_pickle=False)
+            mapped: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+            return mapped
         file = io.BytesIO(data)
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

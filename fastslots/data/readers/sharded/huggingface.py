@@ -124,7 +124,7 @@ class HuggingFaceReader:
         types = self._arrow.types
         if types.is_struct(kind):
             return {"bytes", "path"} <= {kind.field(i).name for i in range(kind.num_fields)}
-        return types.is_binary(kind) or types.is_large_binary(kind)
+        return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
     def _is_nested(self, kind: Any) -> bool:
         """Lists of lists of numbers, as they are or as an extension type of arrays."""
@@ -138,7 +138,7 @@ class HuggingFaceReader:
         types = self._arrow.types
         if types.is_list(kind) or types.is_fixed_size_list(kind):
             kind = kind.value_type
-        return types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)
+        return bool(types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind))
 
     def _bytes(self, value: Any, place: Path) -> bytes:
         data = value.get("bytes") if isinstance(value, dict) else value
@@ -175,7 +175,7 @@ class HuggingFaceReader:
                 yield BadRecordError(str(error))
 
 
-def _is_bytes(value: list) -> bool:
+def _is_bytes(value: list[Any]) -> bool:
     """Whether nested lists hold whole numbers of 8 bits."""
     array = np.asarray(value)
     return array.dtype.kind in "iu" and array.size > 0 and 0 <= array.min() and array.max() <= 255

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from fastslots.bench.rows import Row
-from fastslots.bench.tables import megabytes, seconds, times
+from fastslots.bench.reporting.rows import Row
+from fastslots.bench.reporting.tables import megabytes, seconds, times
 
 OURS_COLOUR, PEER_COLOUR, TEXT = "#c2410c", "#94a3b8", "#1e293b"
 LINES = ("#64748b", "#0f766e", "#7c3aed", "#2563eb", "#ca8a04", OURS_COLOUR, "#be123c")

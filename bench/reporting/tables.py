@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastslots.bench.rows import Row
+from fastslots.bench.reporting.rows import Row
 
 UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 

@@ -28,10 +28,10 @@ IMAGES = 2_000
 STEPS = 8  # a timed call
 
 
-class FloatImages(Dataset):
+class FloatImages(Dataset[Tensor]):
     """What a program without a batch reader does: one image at a time, uint8 [R, R, 3] -> fp32 [3, R, R] in [0, 1]."""
 
-    def __init__(self, packed):
+    def __init__(self, packed: PackedDataset):
         self._packed = packed
 
     def __len__(self) -> int:
@@ -52,8 +52,10 @@ def loader_case(options: Options) -> Case:
     packed = _packed(Path(folder.name) / "packed", count, R)
     dataset = FloatImages(packed)
 
-    def torch_loader(workers: int, **more: object) -> DataLoader:
-        return DataLoader(dataset, batch, shuffle=True, num_workers=workers, drop_last=True, **more)  # type: ignore
+    def torch_loader(workers: int, keep_workers: bool = False) -> DataLoader[Tensor]:
+        return DataLoader(
+            dataset, batch, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=keep_workers
+        )
 
     def new_iterators(workers: int) -> Callable[[], Run]:
         def make() -> Run:
@@ -64,7 +66,7 @@ def loader_case(options: Options) -> Case:
 
     def one_iterator(workers: int) -> Callable[[], Run]:
         def make() -> Run:
-            loader = torch_loader(workers, persistent_workers=workers > 0)
+            loader = torch_loader(workers, keep_workers=workers > 0)
             endless = itertools.chain.from_iterable(itertools.repeat(loader))
             return lambda: list(itertools.islice(endless, STEPS))
 

@@ -1,4 +1,4 @@
-"""Cases of the whole model: ``step`` (a training step with its update) and ``jacobian`` (slot Jacobian)."""
+"""Case ``step``: a training step of the whole model, with its update."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from torch import Tensor
 
 from fastslots.bench import peers, published
 from fastslots.bench.case import Case, Options, Provider, Run, Tensors, model_axes
-from fastslots.bench.decoding import compiled, need
-from fastslots.metrics import slot_jacobian
+from fastslots.bench.cases.common import compiled, need
 from fastslots.models import SlotVAE
 from fastslots.models.decoder import Decoder
 from fastslots.models.encoder import Encoder
@@ -45,7 +44,8 @@ def step_case(options: Options) -> Case:
         return run
 
     def folded(own: SlotVAE) -> tuple[Tensor, ...]:
-        own.encoder.forward = partial(Encoder.forward, own.encoder, backend="reference")  # plain PyTorch all through
+        encoder = cast(Encoder, own.encoder)
+        encoder.forward = partial(Encoder.forward, encoder, backend="reference")  # type: ignore[method-assign]
         z, _, _, kl = own.encode(images, noise)
         decoder = cast(Decoder, own.decoder)
         pixels, slot_map = reference.decode(FoldedDecoder(decoder.queries(), decoder.layers(z), decoder.head()))
@@ -95,27 +95,3 @@ def _terms_and_gradients(model: SlotVAE, terms: list[Tensor]) -> Tensors:
     for name, p in model.named_parameters():
         values[f"d{name}"] = torch.zeros_like(p) if p.grad is None else p.grad
     return {name: t.detach() for name, t in values.items()}
-
-
-def jacobian_case(options: Options) -> Case:
-    """Σ |∂x̂/∂z| over channels and slot width, of every pixel and slot."""
-    config, B = options.config(), options.batch or 1
-    torch.manual_seed(0)
-    decoder = Decoder(config).to(options.device)
-    slots = torch.randn(B, config.num_slots, config.slot_dim).to(options.device)
-    route = {
-        "published": lambda: published.slot_jacobian(decoder, slots),
-        "published, 16 directions at once": lambda: published.slot_jacobian(decoder, slots, 16),
-        "folded, forward mode": lambda: slot_jacobian(lambda z: decoder(z)[0], slots),
-        "backward, plain PyTorch": lambda: slot_jacobian(decoder, slots, backend="reference"),
-        "fastslots": lambda: slot_jacobian(decoder, slots),
-    }
-
-    def expected() -> Tensors:
-        return {"jacobian": slot_jacobian(copy.deepcopy(decoder).double(), slots.double(), backend="reference")}
-
-    providers = {
-        name: Provider(lambda run=run: lambda: {"jacobian": run()})  # type: ignore[misc]
-        for name, run in route.items()
-    }
-    return Case("jacobian", model_axes(config, B), providers, expected, items=B)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fastslots.bench.rows import Row
+from fastslots.bench.reporting.rows import Row
 from fastslots.bench.timing import Quantiles, quantiles
 
 ANCHORS = ("published", "new iterator a step")

@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from fastslots.bench import plots
-from fastslots.bench.compare import ANCHORS, Key, compare, setting
-from fastslots.bench.rows import Row
+from fastslots.bench.reporting import plots
+from fastslots.bench.reporting.compare import ANCHORS, Key, compare, setting
+from fastslots.bench.reporting.rows import Row
+from fastslots.bench.reporting.tables import HEADER, cells, heading, markdown, megabytes, seconds, times
 from fastslots.bench.run import baseline
 from fastslots.bench.scaling import SWEEPS, growth, overtakes
-from fastslots.bench.tables import HEADER, cells, heading, markdown, megabytes, seconds, times
 from fastslots.config.presets import PRESETS
 from fastslots.errors import UserError
 
