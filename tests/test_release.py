@@ -62,10 +62,21 @@ def test_a_strictly_typed_program(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     source = Path(fastslots.__file__).parent.parent
     assert (source / "fastslots" / "py.typed").exists()
-    path = {"MYPYPATH": str(ROOT)} if source == ROOT else {}  # mypy does not follow the hook of an editable install
     start = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), "program.py"]
+    path = {}
+    if source == ROOT:  # mypy does not follow the hook of an editable install, and silences site-packages alone
+        path = {"MYPYPATH": str(ROOT)}
+        start.insert(-1, "--follow-imports=silent")
     done = subprocess.run(start, cwd=tmp_path, env=os.environ | path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     (tmp_path / "program.py").write_text(PROGRAM + "\nwrong: int = cross_attention(q, k, v)\n")
     done = subprocess.run(start, cwd=tmp_path, env=os.environ | path, capture_output=True, text=True)
     assert done.returncode == 1 and "Incompatible types in assignment" in done.stdout
+
+
+def test_an_installation_adds_fastslots_alone():
+    """Hugging Face's libraries ask for a module ``kernels`` of their own: the checkout's is not to be met there."""
+    code = "import importlib.util as u; print(*(n for n in ('fastslots', 'kernels', 'bench') if u.find_spec(n)))"
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", env=clean, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["fastslots"], "an old editable install? Install again: pip install -e ."

@@ -14,7 +14,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
@@ -22,9 +22,6 @@ from fastslots.data.packed.dataset import ARRAYS, MAGIC, UNKNOWN, VERSION, diges
 from fastslots.data.readers.scene import BadRecordError, Scene
 from fastslots.errors import UserError
 from fastslots.notices import notice
-
-if TYPE_CHECKING:  # of typing from Python 3.11 on
-    from typing import Self
 
 FLUSH_EVERY = 256  # scenes of the source
 _FRESH = {"read": 0, "done": 0, "bad": 0, "size": None, "has_masks": None}
@@ -88,6 +85,9 @@ def locked(partial: Path, folder: Path) -> Iterator[None]:
         yield
 
 
+Folder = TypeVar("Folder", bound="PartialFolder")  # typing.Self is of Python 3.11
+
+
 class PartialFolder:
     """Arrays that grow in a folder, and a note of how much of them is safely on the disk.
 
@@ -124,7 +124,7 @@ class PartialFolder:
                 return state
         return dict(fresh)
 
-    def __enter__(self) -> Self:
+    def __enter__(self: Folder) -> Folder:
         return self
 
     def __exit__(self, *_: object) -> None:
