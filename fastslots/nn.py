@@ -12,6 +12,8 @@ from torch import Tensor
 from fastslots.ops import fold_projections, folded_cross_attention, slot_attention
 from fastslots.records import FoldedProjections
 
+__all__ = ["InteractionCrossAttention", "SlotAttention"]
+
 
 class AttentionProjections(nn.Module):
     """The four projections of a cross-attention; keys and values share one matrix, as published.

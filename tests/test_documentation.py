@@ -1,10 +1,11 @@
-"""What the documentation prints works: commands parse and, made small, run; links lead somewhere; pdoc is fed."""
+"""What the documentation prints works: commands parse and, made small, run; links lead somewhere; the site is made."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -121,17 +122,37 @@ def _anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("pdoc"), reason="needs pdoc: pip install 'fastslots[dev]'")
-def test_the_reference_is_made_as_printed(tmp_path):
-    command = next(line for block in blocks("docs/op.md", "bash") for line in block.splitlines() if "pdoc" in line)
-    assert "-o reference " in command
-    words = shlex.split(command.replace("-o reference", f"-o {tmp_path}"))
-    assert words[0] == "pdoc"
-    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, cwd=tmp_path)
+@pytest.mark.skipif(not importlib.util.find_spec("sphinx"), reason="needs Sphinx: pip install 'fastslots[docs]'")
+def test_the_site_is_made_as_printed(tmp_path):
+    """Every link and heading that a page names is there, and every docstring can be drawn: -W makes warnings errors."""
+    command = next(
+        line for block in blocks("docs/op.md", "bash") for line in block.splitlines() if "sphinx-build" in line
+    )
+    words = shlex.split(command)
+    assert words == ["sphinx-build", "-W", "docs", "build/site"]
+    arguments = ["-q", "-W", str(ROOT / "docs"), str(tmp_path)]
+    done = subprocess.run([sys.executable, "-m", "sphinx", *arguments], capture_output=True, text=True)
     assert not done.returncode, done.stderr
-    page = (tmp_path / "fastslots" / "ops.html").read_text()
-    assert (
-        "cross_attention" in page and "slot_map" in page and 'id="arguments"' in page
-    )  # sections of docstrings are read
-    for name in words[words.index("-o") + 2 :]:
-        assert (tmp_path / f"{name.replace('.', '/')}.html").exists(), name
+    page = (tmp_path / "reference" / "ops.html").read_text()
+    assert "cross_attention" in page and "slot_map" in page and "Raises" in page  # sections of docstrings are read
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("sphinx"), reason="needs Sphinx: pip install 'fastslots[docs]'")
+def test_a_link_that_leads_nowhere_fails_the_site(tmp_path):
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    shutil.copy(ROOT / "docs" / "conf.py", docs)
+    (docs / "index.md").write_text(
+        "# Pages\n\n[there](there.md), [heading](#pages), [gone](gone.md)\n\n```{toctree}\nthere\n```\n"
+    )
+    (docs / "there.md").write_text("# There\n")
+    arguments = ["-q", "-W", "--keep-going", str(docs), str(tmp_path / "site")]
+    done = subprocess.run([sys.executable, "-m", "sphinx", *arguments], capture_output=True, text=True)
+    assert done.returncode and "gone.md" in done.stderr and "there.md'" not in done.stderr
+
+
+def test_pictures_of_scores_are_drawn_and_say_what_they_show(tmp_path):
+    subprocess.run([sys.executable, ROOT / "scripts" / "docs_pictures.py", tmp_path], check=True)
+    for name in ("slots", "j-ari", "jis"):
+        drawn, kept = (Image.open(folder / f"what-{name}.png") for folder in (tmp_path, ROOT / "docs"))
+        assert drawn.size == kept.size, f"python scripts/docs_pictures.py draws docs/what-{name}.png anew"

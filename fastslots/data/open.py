@@ -47,9 +47,9 @@ def open_dataset(
     """Open a data set of any format in ``KNOWN``.
 
     Args:
-        path: file or folder; or many as one set, in the order of their names: a pattern ("clevr/*.tfrecords"), or a
+        path: file or folder; or many as one set, in the order of their names: a pattern (``clevr/*.tfrecords``), or a
             folder that holds data files, or packed folders, of one kind (three whose names end in train, val and test
-            are these splits); or the URL of one of the latter in object storage ("s3://bucket/clevr").
+            are these splits); or the URL of one of the latter in object storage (``s3://bucket/clevr``).
         max_objects: keep scenes with at most so many (CLEVR6: 6).
         size: side in pixels; None: 128 for CLEVR (after its centred crop), else the set's own.
         on_bad_record: "stop" raises at the first damaged record; "skip" leaves it out, says so and counts it

@@ -29,7 +29,7 @@ def slot_jacobian(
     differentiable: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Σ over channels and slot width of |∂recon/∂slots|, not normalised over slots; or every number of ∂recon/∂slots.
+    """Σ over channels and slot width of ``|∂recon/∂slots|``, not normalised over slots; or all of ∂recon/∂slots.
 
     Args:
         decoder: a ``SlotDecoder``; or any callable slots -> recon (or (recon, ...)), recon [B, C, R, R], in which
