@@ -178,12 +178,12 @@ def decoder_layer_bwd(
 
 
 def token_attention_fwd(rows: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """rows [B,M,S], tokens [B,T,S] -> gathered [B,M,S], lse [B,M] (fp32 or wider)."""
+    """rows [B,M,S], tokens [B,T,S] -> gathered [B,M,S], lse [B,M], both in fp32 or wider."""
     dtype = wide(rows.dtype)
     gathered, lse = rows.new_empty(rows.shape, dtype=dtype), rows.new_empty(rows.shape[:2], dtype=dtype)
     plain = _arrays({"rows": rows, "tokens": tokens}, dtype)
     kernel("token_attention_fwd", dtype)(**plain, gathered=gathered, lse=lse)
-    return gathered.to(rows.dtype), lse
+    return gathered, lse
 
 
 def token_attention_bwd(

@@ -24,7 +24,7 @@ from torch import Tensor
 from fastslots.config.model import SlotVAEConfig
 from fastslots.models.layers import grid
 from fastslots.models.slot_decoder import JacobianRequest, SlotDecoder, check_slots
-from fastslots.ops.reference import slot_softmax
+from fastslots.ops.reference import real_slots, slot_softmax
 
 TANGENT_NUMBERS = 1 << 25
 """Numbers that the widest layer may hold for all directions of a Jacobian pushed forward together."""
@@ -71,7 +71,7 @@ class BroadcastDecoder(SlotDecoder):
 
     def forward(self, slots: Tensor, slot_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """slots [B, K, D] -> recon [B, C, R, R], slot_map [B, R·R, K]; slot_mask [B, K] bool, True = a real slot."""
-        images, logits = self.components(slots)
+        images, logits = self.components(*real_slots(slot_mask, 1, slots))
         masks = self.masks(logits, slot_mask)
         recon = (images * masks[:, :, None]).sum(1)
         return recon, self.heads * masks.flatten(2).transpose(1, 2)
@@ -81,6 +81,7 @@ class BroadcastDecoder(SlotDecoder):
         if request.backend not in ("auto", "reference"):
             return super().jacobian(slots, request)  # which says that there is none
         check_slots(slots, request.slot_mask, self.slot_dim)
+        (slots,) = real_slots(request.slot_mask, 1, slots)
         jacobian = _jacobian(self, slots, request)
         return jacobian if request.pixels is not None else jacobian.unflatten(2, (self.resolution, self.resolution))
 

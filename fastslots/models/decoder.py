@@ -19,7 +19,7 @@ from fastslots.nn import AttentionProjections
 from fastslots.ops import checks, decoder_layer
 from fastslots.ops.backends import is_traced
 from fastslots.ops.decoder_loss import DecoderLossTerms, decoder_loss
-from fastslots.ops.reference import fold_norm, output_head, without_autocast
+from fastslots.ops.reference import fold_norm, output_head, real_slots, without_autocast
 from fastslots.records import FoldedDecoder, FoldedLayer, FoldedProjections, LossInputs, OutputHead, QueryMlp
 
 CACHED_ROWS = 1024
@@ -90,6 +90,7 @@ class Decoder(SlotDecoder):
 
         backend: of its layers; "reference" for what must consist of torch's own operators (an export).
         """
+        (slots,) = real_slots(slot_mask, 1, slots)
         x, maps = self.queries(), []
         for folded, ff in self.layers(slots):
             x, slot_map = decoder_layer(x, folded, ff, backend, slot_mask=slot_mask, eps=self.norm.eps)
@@ -119,6 +120,7 @@ class Decoder(SlotDecoder):
         B, R = slots.shape[0], self.resolution
         check_loss(slots, images, R * R, pixels, pixel_weight, slot_mask)
         checks.shape("images", images, (B, self.channels, R, R), "(B of slots, C, R, R)")
+        (slots,) = real_slots(slot_mask, 1, slots)
         target = images.flatten(2).transpose(1, 2)
         expansion = 1.0  # the error is a sum over all pixels, of which P are seen; the penalty is a mean
         queries: Tensor | QueryMlp = QueryMlp(cast(Tensor, self.position_code), *_linear_maps(self.query_mlp))
@@ -141,6 +143,7 @@ class Decoder(SlotDecoder):
     def jacobian(self, slots: Tensor, request: JacobianRequest) -> Tensor:
         """``SlotDecoder.jacobian`` in C backward passes (``decoder_jacobian.py``), or by a kernel."""
         check_slots(slots, request.slot_mask, self.slot_dim)
+        (slots,) = real_slots(request.slot_mask, 1, slots)
         jacobian = transformer_jacobian(self, slots, request)
         return jacobian if request.pixels is not None else jacobian.unflatten(2, (self.resolution, self.resolution))
 

@@ -55,7 +55,8 @@ def cross_attention(
         k, v: [B, H, K, d], dtype and device of q.
         scale: factor on the scores; None means d^-1/2.
         backend: "auto", "reference", "cpu" or "triton"; one named outright either serves or raises.
-        slot_mask: [B, K] bool, True for a real slot; padded slots get weight 0. None means all are real.
+        slot_mask: [B, K] bool, True for a real slot; padded slots get weight 0, and what they hold, NaN included,
+            reaches no result and no gradient. None means all are real.
         head_weights: [H] float, the c_h of the slot map; None means ones (1/H: the mean; 0 and 1: chosen heads). They
             may need a gradient.
         statistics: any of "entropy" and "lse": what else of each head and row to return, with gradients.
@@ -72,6 +73,7 @@ def cross_attention(
     checks.qkv(q, k, v)
     checks.slot_mask(slot_mask, q, k.shape[0], k.shape[2])
     checks.head_weights(head_weights, q)
+    k, v = reference.real_slots(slot_mask, 2, k, v)
     unknown = sorted(set(statistics) - {"entropy", "lse"})
     if unknown or isinstance(statistics, str):
         raise ValueError(f"statistics must be a sequence of 'entropy' and 'lse', got {statistics!r}")
@@ -155,6 +157,7 @@ def folded_cross_attention(
     """
     checks.folded(x, folded)
     checks.slot_mask(slot_mask, x, folded.g.shape[0], folded.g.shape[2])
+    folded = reference.real_slots_folded(slot_mask, folded)
     name = backends.select(describe("folded_cross_attention", (x, *folded)), backend)
     if name == "reference":
         return reference.folded_cross_attention(x, folded, slot_mask)
@@ -186,7 +189,7 @@ def token_attention(rows: Tensor, tokens: Tensor, backend: str = "auto") -> Tens
         return reference.token_attention(rows, tokens)
     rows, tokens = _under_autocast(rows, tokens)
     gathered, _ = autograd.token_attention(rows, tokens, name)
-    return gathered
+    return gathered.to(rows.dtype)
 
 
 @overload
@@ -243,6 +246,7 @@ def slot_attention(
     checks.slot_mask(slot_mask, q, q.shape[0], q.shape[2])
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}")
+    (q,) = reference.real_slots(slot_mask, 2, q)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     name = backends.select(describe("slot_attention", (q, k, v)), backend)
     if name == "reference":
@@ -282,6 +286,7 @@ def decoder_layer(
     checks.feed_forward(ff, x.shape[2], x.device)
     if not eps > 0:
         raise ValueError(f"eps must be above 0, got {eps}")
+    folded = reference.real_slots_folded(slot_mask, folded)
     name = backends.select(describe("decoder_layer", (x, *folded, *ff)), backend)
     if name == "reference":
         return reference.decoder_layer(x, folded, ff, slot_mask, eps)

@@ -218,13 +218,18 @@ torch.library.register_autograd("fastslots::decoder_layer", _layer_vjp, setup_co
 
 @operator
 def token_attention(rows: Tensor, tokens: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """-> gathered and the log-sum-exp of each row's scores, which the backward needs and no public op returns."""
+    """-> gathered in fp32 or wider, and the log-sum-exp of each row's scores, both of which the backward needs.
+
+    From a gathered of 16 bits it would take dgathered · gathered with an error that the tokens' mean blows up: tokens
+    of mean 4 and deviation 1 made the gradient of the rows 17 % wrong in bf16.
+    """
     return backends.load(backend).token_attention_fwd(rows, tokens)
 
 
 @shapes_of(token_attention)
 def _(rows: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return contiguous_like(rows), rows.new_empty(rows.shape[:2], dtype=torch.promote_types(rows.dtype, torch.float32))
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    return contiguous_like(rows).to(dtype), rows.new_empty(rows.shape[:2], dtype=dtype)
 
 
 @operator

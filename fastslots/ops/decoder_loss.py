@@ -136,6 +136,11 @@ def decoder_loss(inputs: LossInputs, grad_scale: float | Tensor = 1.0, backend: 
     transform or ``torch.compile`` the untiled reference is traced instead, which is right in every mode.
     """
     checks.loss_inputs(inputs)
+    layers = [
+        layer._replace(folded=reference.real_slots_folded(inputs.slot_mask, layer.folded))
+        for layer in inputs.decoder.layers
+    ]
+    inputs = replace(inputs, decoder=inputs.decoder._replace(layers=layers))
     if is_traced():
         recon, interaction = _loss(inputs)
         total = inputs.recon_weight * recon + inputs.interaction_weight * interaction

@@ -66,9 +66,39 @@ def slot_softmax(scores: Tensor, slot_mask: Tensor | None) -> Tensor:
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if slot_mask is None:
         return scores.softmax(-1)
+    return _masked_scores(scores, slot_mask).softmax(-1) * slot_mask[:, None, None, :]
+
+
+def _masked_scores(scores: Tensor, slot_mask: Tensor) -> Tensor:
+    """−∞ for masked slots; 0 where an image has no slot at all, so that its softmax is no NaN, forward and backward.
+
+    −∞ rather than the least number: else a row whose real scores are all −∞ would put its weight on a masked slot.
+    """
     keep = slot_mask[:, None, None, :]
-    # finfo.min rather than -inf: a row without any slot then gives zeros, not NaN, forward and backward.
-    return scores.masked_fill(~keep, torch.finfo(scores.dtype).min).softmax(-1) * keep
+    instead = torch.where(keep.any(-1, keepdim=True), float("-inf"), 0.0).to(scores.dtype)
+    return torch.where(keep, scores, instead)
+
+
+def real_slots(slot_mask: Tensor | None, axis: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors with zeros for masked slots: whatever these hold (padding is often not written at all) reaches
+    neither a value nor a gradient. A weight of 0 alone would not do: 0 · NaN is NaN.
+
+    slot_mask: [B, K]; the tensors have images first and slots along ``axis``.
+    """
+    if slot_mask is None:
+        return tensors
+    shapes = (
+        [len(slot_mask), *(slot_mask.shape[1] if i == axis % t.ndim else 1 for i in range(1, t.ndim))] for t in tensors
+    )
+    return tuple(t.masked_fill(~slot_mask.view(shape), 0) for t, shape in zip(tensors, shapes, strict=True))
+
+
+def real_slots_folded(slot_mask: Tensor | None, folded: FoldedProjections) -> FoldedProjections:
+    """The same of folded projections."""
+    if slot_mask is None:
+        return folded
+    (G, g), (U,) = real_slots(slot_mask, -1, folded.G, folded.g), real_slots(slot_mask, 2, folded.U)
+    return FoldedProjections(G, g, U, folded.b)
 
 
 def cross_attention(
@@ -92,8 +122,7 @@ def attention_statistics(inputs: StatisticsInputs) -> Statistics:
         scores = scores.to(attn.dtype)
         if mask is not None:
             keep = mask[:, None, None, :]
-            kept = scores.masked_fill(~keep, torch.finfo(scores.dtype).min)
-            lse = torch.where(keep.any(-1), kept.logsumexp(-1), 0)
+            lse = torch.where(keep.any(-1), _masked_scores(scores, mask).logsumexp(-1), 0)
             scores = scores.masked_fill(~keep, 0)
         else:
             lse = scores.logsumexp(-1)

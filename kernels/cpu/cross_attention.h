@@ -138,8 +138,12 @@ class CrossAttention {
       for (int h = 0; h < W; h += V) {
         const Vec<T> dentropy = load<T>(rows + p * W + h), dlse = load<T>(rows + (s.panels + p) * W + h);
         Vec<T> mean = {};
-        for (int64_t k = 0; k < K; ++k) mean += load<T>(attention + k * W + h) * load<T>(scores + k * W + h);
         for (int64_t k = 0; k < K; ++k) {
+          if (s.keep && !s.keep[k]) continue;  // 0 · NaN is NaN
+          mean += load<T>(attention + k * W + h) * load<T>(scores + k * W + h);
+        }
+        for (int64_t k = 0; k < K; ++k) {
+          if (s.keep && !s.keep[k]) continue;
           const Vec<T> d = dlse - dentropy * (load<T>(scores + k * W + h) - mean);
           store<T>(dscores + k * W + h, load<T>(dscores + k * W + h) + load<T>(attention + k * W + h) * d);
         }

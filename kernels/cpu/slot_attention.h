@@ -93,7 +93,7 @@ class SlotAttention {
     T* const offset = carver.take(K);
     for (int64_t i = 0; i < K; ++i) {
       const int64_t at = (b * a.heads + h) * K + i;
-      const T total = a.saved_totals[at], inverse = total > T(0) ? T(1) / total : T(0);
+      const T total = a.saved_totals[at], inverse = total == T(0) ? T(0) : T(1) / total;
       T dot = 0;
       for (int64_t j = 0; j < d; ++j) {
         const T g = a.updates_grad[at * d + j];
@@ -152,11 +152,19 @@ class SlotAttention {
         });
   }
 
+  // Zeros for the slots that are masked out: what their weights of 0 would be multiplied with may be no number.
+  void clear_masked(int64_t b, int64_t panels, T* dattention) const {
+    for (int64_t row = 0; a.slot_mask && row < panels * K; ++row) {
+      if (!kept(b, row % K)) std::memset(dattention + row * kPanel<T>, 0, kPanel<T> * sizeof(T));
+    }
+  }
+
   void tile_backward(int64_t part, int64_t b, int64_t h, int64_t start, int64_t count, const TileShape<T>& s,
                      Workspace& ws) const {
     const Head& head = ws.heads[h];
     const int64_t to = ((b * a.heads + h) * a.tokens + start) * d;
     apply(head.gradient, ws.values, s.panels, false, ws.dattention);
+    clear_masked(b, s.panels, ws.dattention);
     softmax_backward<T>(ws.attention, ws.dmap, T(1), 1, K, s.panels, ws.dattention);
     accumulate_products<T>(ws.dattention, K, ws.keys, d, s.panels, ws.scratch, products_of(part, b, h));
     apply_transposed(head.scores.scores, ws.dattention, s.panels, ws.out);
@@ -179,7 +187,7 @@ class SlotAttention {
         }
         reduce_rows<T>(totals_of(0, b, h), parts, K, a.totals + at);
         for (int64_t k = 0; k < K; ++k) {
-          const T total = a.totals[at + k], inverse = total > T(0) ? T(1) / total : T(0);
+          const T total = a.totals[at + k], inverse = total == T(0) ? T(0) : T(1) / total;
           for (int64_t j = 0; j < d; ++j) to[k * d + j] *= inverse;
         }
       }

@@ -123,6 +123,12 @@ def norm_rows_grad(drows, normed, rstd, D: tl.constexpr):
 
 
 @triton.jit
+def with_bias(scores, bias):
+    """scores + bias by columns; -inf wherever the bias is, also in a row of NaN: a masked slot has no weight."""
+    return tl.where(bias[None, :] == float("-inf"), float("-inf"), scores + bias[None, :])
+
+
+@triton.jit
 def slot_softmax(scores, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, KP: tl.constexpr):
     """Softmax over slots inside each head: scores [BLOCK_L, BLOCK_C] -> [BLOCK_L, BLOCK_C // KP, KP].
 
@@ -132,8 +138,9 @@ def slot_softmax(scores, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, KP: tl.co
     top = tl.max(scores, 2)
     top = tl.where(top == float("-inf"), 0.0, top)
     weights = tl.exp(scores - top[:, :, None])
-    # The largest weight is exactly 1, so a sum below 1 is that of a head without slots, 0.
-    return weights / tl.maximum(tl.sum(weights, 2), 1.0)[:, :, None]
+    # The largest weight is exactly 1, so a sum below 1 is that of a head without slots, 0. A sum of NaN stays one.
+    total = tl.maximum(tl.sum(weights, 2), 1.0, propagate_nan=tl.PropagateNan.ALL)
+    return weights / total[:, :, None]
 
 
 @triton.jit

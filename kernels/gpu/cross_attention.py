@@ -35,6 +35,7 @@ from ._tiles import (
     slot_softmax_grad,
     store_map,
     store_rows,
+    with_bias,
     zero_rows,
 )
 
@@ -50,7 +51,7 @@ def _scores(q, k_ptr, bias_ptr, scale, WIDTH: tl.constexpr, KP: tl.constexpr, PR
     for c in tl.static_range(len(q)):
         k = load_tile(k_ptr + c * BLOCK_D, WIDTH, KP, BLOCK_D)
         scores = dot(q[c], tl.trans(k), scores, PRECISION)
-    return scores * scale + tl.load(bias_ptr + tl.arange(0, KP))[None, :]
+    return with_bias(scores * scale, tl.load(bias_ptr + tl.arange(0, KP)))
 
 
 @triton.jit

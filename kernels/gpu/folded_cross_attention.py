@@ -45,6 +45,7 @@ from ._tiles import (
     store_column_sums,
     store_map,
     store_rows,
+    with_bias,
     zero_rows,
 )
 
@@ -67,7 +68,7 @@ def attend(
         for c in tl.static_range(len(normed)):
             w = load_tile(w_in_ptr + c * BLOCK_D * COLUMNS + column, COLUMNS, BLOCK_D, BLOCK_C)
             scores = dot(normed[c], w, scores, PRECISION)
-        scores += tl.load(b_in_ptr + column + tl.arange(0, BLOCK_C))[None, :]
+        scores = with_bias(scores, tl.load(b_in_ptr + column + tl.arange(0, BLOCK_C)))
         attn = slot_softmax(scores, BLOCK_L, BLOCK_C, KP)
         slot_map += tl.sum(attn, 1)
         weights = tl.reshape(attn, [BLOCK_L, BLOCK_C]).to(normed[0].dtype)
@@ -116,7 +117,7 @@ def _attn_and_grad(
     for c in tl.static_range(len(normed)):
         scores = dot(normed[c], w_in[c], scores, PRECISION)
         dattn = dot(dy[c], tl.trans(w_out[c]), dattn, PRECISION)
-    attn = slot_softmax(scores + b_in[None, :], BLOCK_L, BLOCK_C, KP)
+    attn = slot_softmax(with_bias(scores, b_in), BLOCK_L, BLOCK_C, KP)
     dscores = slot_softmax_grad(attn, tl.reshape(dattn, [BLOCK_L, BLOCK_C // KP, KP]), dslot_map)
     dscores = tl.reshape(dscores, [BLOCK_L, BLOCK_C])
     return tl.reshape(attn, [BLOCK_L, BLOCK_C]).to(dy[0].dtype), dscores

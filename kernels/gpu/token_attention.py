@@ -194,14 +194,14 @@ def _values(tokens: Tensor, M: int, config: launch.LaunchConfig, tf32_rows: int 
 
 
 def token_attention_fwd(rows: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """rows [B,M,S], tokens [B,T,S] (their dtype is that of the products) -> gathered [B,M,S] like rows, lse [B,M] fp32.
+    """rows [B,M,S], tokens [B,T,S] (their dtype is that of the products) -> gathered [B,M,S] and lse [B,M] in fp32.
 
     Without tokens gathered is 0 and lse -inf.
     """
     B, M, D = rows.shape
     T = tokens.shape[1]
     tokens = tokens.contiguous()
-    gathered, lse = rows.new_empty(B, M, D), rows.new_empty(B, M, dtype=torch.float32)
+    gathered, lse = (rows.new_empty(*shape, dtype=torch.float32) for shape in ((B, M, D), (B, M)))
     if T == 0:
         return gathered.zero_(), lse.fill_(float("-inf"))
     config = launch.select(_token_attention_fwd_kernel, tokens, table_width(M, D))
