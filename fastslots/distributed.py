@@ -33,7 +33,7 @@ TIMEOUT = timedelta(minutes=10)
 """How long a process waits for another that is alive but silent; one that has ended is noticed at once."""
 ROLL_CALL = 2.0  # seconds in which the survivors of a lost process answer,
 LISTEN = 0.5  # seconds between two looks whether there is one: a thread's, for a step or an evaluation may take longer
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last: its terminal was closed
 
 
 class LostProcessError(UserError):
@@ -238,8 +238,9 @@ def own_store(store: Any, rank: int, size: int) -> Any:
 
 
 class StopSignals:
-    """SIGINT and SIGTERM ask to stop after a step. Alone, a second one stops at once; in a group later ones change
-    nothing, because torchrun passes on what the processes have received already, and ends who is late."""
+    """SIGINT, SIGTERM and SIGHUP (but not under nohup) ask to stop after a step. Alone, a second one stops at once; in
+    a group later ones change nothing, because torchrun passes on what the processes have received already, and ends
+    who is late."""
 
     def __init__(self, group: Group):
         self._group = group
@@ -248,7 +249,8 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # handlers may be set nowhere else
-            self._old = {s: signal.signal(s, self._ask) for s in STOP_SIGNALS}
+            ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+            self._old = {s: signal.signal(s, self._ask) for s in STOP_SIGNALS if s not in ignored}
         return self
 
     @contextlib.contextmanager

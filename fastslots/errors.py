@@ -17,6 +17,14 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, PyTorch or a kernel asked for memory and got none."""
+    words = ("can't allocate memory", "out of memory", "bad_alloc", "bad allocation")  # PyTorch's own types are few
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    )
+
+
 def print_error(error: UserError) -> None:
     """On stderr, as every command says it: one line."""
     print(f"fastslots: error: {' '.join(str(error).split())}", file=sys.stderr)

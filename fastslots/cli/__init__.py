@@ -1,8 +1,9 @@
-"""The command line. Exit codes: 0 done, 1 stopped on NaN, 2 bad input or usage, 130/143 after a signal."""
+"""The command line. Exit codes: 0 done, 1 stopped on NaN, 2 bad input or usage, 129/130/143 after a signal."""
 
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import os
 import sys
@@ -13,7 +14,12 @@ from typing import TextIO
 from fastslots import threads
 from fastslots.cli.common import Parser
 from fastslots.config.code import CodeWarning
-from fastslots.errors import UserError, print_error
+from fastslots.errors import UserError, first_line, is_out_of_memory, print_error
+
+OUT_OF_MEMORY = (
+    "out of memory: lower --batch_size, --eval_batch or --resolution, or end other programs; a run's checkpoints are "
+    "kept, and --resume goes on from the newest"
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,6 +57,7 @@ def _say_warnings() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command -> exit code."""
+    on_terminal = sys.stdout is not None and sys.stdout.isatty()
     threads.prepare()  # before torch, which the commands import
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path that is printed may be no text
         sys.stdout.reconfigure(errors="surrogateescape")
@@ -66,6 +73,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `fastslots ... | head`: what the interpreter flushes at its end must not raise once more
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print_error(UserError(f"{OUT_OF_MEMORY} ({first_line(error)[:200]})"))
+        return 2
+    except OSError as error:
+        gone = isinstance(error, BrokenPipeError)  # `fastslots ... | head`
+        if not gone and not (error.errno == errno.EIO and on_terminal and not sys.stdout.isatty()):  # a closed window
+            raise
+        # What the interpreter flushes at its end must not raise once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
