@@ -60,17 +60,20 @@ class Group:
         self._listener = threading.Thread(target=self._listen, name="fastslots-roll-call", daemon=True)
 
     @classmethod
-    def join(cls, device: torch.device, batch_size: int) -> Group:
-        """Meet the others; alone where torchrun did not start this process. UserError where the group cannot work."""
+    def join(cls, device: torch.device, batch_size: int | None = None) -> Group:
+        """Meet the others; alone where torchrun did not start this process. UserError where the group cannot work.
+
+        batch_size: of training steps, each of which every process has a share of.
+        """
         group, size = cls(), int(os.environ.get("WORLD_SIZE", "1"))
         if dist.is_available() and dist.is_initialized():
             if dist.get_world_size() > 1:  # alone in each process, all would compute the whole batch
-                raise UserError("a process group is initialised already: call fit before, or destroy it")
+                raise UserError("a process group is initialised already: call this before, or destroy it")
             return group
         if size == 1 or "RANK" not in os.environ:
             return group
         group.size, group.local_rank = size, int(os.environ.get("LOCAL_RANK", "0"))
-        if batch_size < size:
+        if batch_size is not None and batch_size < size:
             raise UserError(f"batch_size {batch_size} is less than the {size} processes: start fewer, or raise it")
         if device.type == "cuda" and group.local_rank >= torch.cuda.device_count():
             raise UserError(
@@ -128,6 +131,21 @@ class Group:
         tensor = torch.tensor(values, dtype=torch.float64)
         self._together(lambda: dist.all_reduce(tensor))
         return tensor.tolist()
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, [n, ...] with any n in each, one after another in the processes' order.
+
+        Of several processes' on the CPU.
+        """
+        if self.size == 1:
+            return rows
+        rows = rows.cpu().contiguous()
+        counts = [int(n) for n in self.sum([len(rows) * (rank == self.rank) for rank in range(self.size)])]
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in counts]
+        self._together(lambda: dist.all_gather(parts, padded))
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     def stop_signal(self) -> int:
         """The signal after which to stop, 0 for none: the same on all processes after the same step."""

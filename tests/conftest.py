@@ -37,7 +37,7 @@ for line in sys.stdin:
         pid = os.fork()
         if not pid:
             os.dup2(os.open(ask["stderr"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-            os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+            os.dup2(os.open(ask["stdout"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
             os.environ.update(ask["env"])
             os.chdir(ask["cwd"])
             code = 99
@@ -102,8 +102,10 @@ class Commands:
         self._parent.stdin.flush()
         return json.loads(self._parent.stdout.readline())
 
-    def start(self, argv: list[str], stderr: Path, cwd: str | Path = ".", **env: str) -> Command:
-        pid = self.ask({"argv": argv, "stderr": str(stderr), "env": env, "cwd": str(cwd)})
+    def start(
+        self, argv: list[str], stderr: Path, cwd: str | Path = ".", stdout: str | Path = os.devnull, **env: str
+    ) -> Command:
+        pid = self.ask({"argv": argv, "stderr": str(stderr), "stdout": str(stdout), "env": env, "cwd": str(cwd)})
         assert pid is not None
         self.unwaited.add(command := Command(pid, stderr, self))
         return command

@@ -24,12 +24,12 @@ OUT_OF_MEMORY = (
 
 def build_parser() -> argparse.ArgumentParser:
     from fastslots import __version__
-    from fastslots.cli import bench, data, doctor, evaluate, explore, kernels, report, sweep, train
+    from fastslots.cli import bench, compare, data, doctor, evaluate, explore, kernels, report, sweep, train
 
     parser = Parser(prog="fastslots", description="Train the Transformer VAE of Interaction Asymmetry, fast.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
-    for module in (train, sweep, evaluate, data, report, explore, bench, kernels, doctor):
+    for module in (train, sweep, evaluate, data, report, compare, explore, bench, kernels, doctor):
         module.add_parser(commands)
     return parser
 

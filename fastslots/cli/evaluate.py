@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import math
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from fastslots.cli.common import RUN_HELP, Subparsers, add_allow_remote, add_code, code_named, progress_of
+from fastslots.cli.common import RUN_HELP, Parser, Subparsers, add_allow_remote, add_code, code_named, progress_of
+from fastslots.cli.tables import show_table
 from fastslots.errors import UserError
 from fastslots.runs.folder import RunFolder
 from fastslots.runs.own_code import OwnCode
 
+if TYPE_CHECKING:
+    from fastslots.evaluation.of_run import Asked
+
+NO_HOLDOUT = "the run held no combination out: train with --holdout shape=square,hue=0.5:0.75, say"
+
 
 def add_parser(commands: Subparsers) -> None:
     parser = commands.add_parser("eval", help="score a trained run on held-out images")
+    _add_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", metavar="RUN", type=Path, help=RUN_HELP)
     parser.add_argument("--data", help="another data set (default: the run's own)")
     add_allow_remote(parser)
@@ -60,87 +72,113 @@ def add_parser(commands: Subparsers) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object (null: a score that needs masks, or a slot map)"
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.threads < 0:
-        raise UserError("--threads must be at least 0")
-    if args.images < 0 or (args.batch_size is not None and args.batch_size < 1):
-        raise UserError("--images must be at least 0 and --batch_size at least 1")
+    _check_numbers(args)
     import torch
 
     from fastslots.data.packed.urls import check_allowed
     from fastslots.data.sources import open_source
-    from fastslots.evaluation import analyses
-    from fastslots.evaluation.evaluate import PAPER, WITH_MASKS, Scoring, evaluate
+    from fastslots.distributed import Group
     from fastslots.evaluation.kept import keep_evaluation
+    from fastslots.evaluation.of_run import score
+    from fastslots.evaluation.preconditions import check_evaluation
     from fastslots.models import SlotVAE
     from fastslots.runs.pretrained import hidden_by, is_shipped, run_folder
 
+    asked = asked_of(args)
     folder = RunFolder(run_folder(args.run_folder))
-    path = folder.weights(args.weights)
-    named = code_named(args, folder)
-    model, weights = SlotVAE.from_file(path, named or None, args.trust_code), folder.which_weights(path)
-    if args.slots is not None:
-        model = model.with_slots(args.slots)
-    metrics, left_out = OwnCode.read(folder).load_metrics(folder)
+    path = folder.weights(asked.weights)
     recorded = folder.read_config(device=args.device)
-    device = recorded.torch_device()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if note := hidden_by(folder.path):
-        say(f"warning   {note}")
+    if asked.composition and not recorded.holdout:
+        raise UserError(NO_HOLDOUT)
     config = replace(recorded, data=args.data, objects="") if args.data else recorded
     if args.objects:
         config = replace(config, objects=args.objects)
     check_allowed(config.data, folder.config, args.allow_remote or bool(args.data))
-    source = open_source(config, few=True)
-    split = source.splits[args.split][: args.images or None]
-    say(f"data      {source.description}")
-    for warning in source.warnings:
-        say(f"warning   {warning}")
-    for reason in left_out:
-        say(f"warning   {reason}")
-    if weights != args.weights and not is_shipped(folder.path):
-        say(f"warning   no evaluation has been, so there are no {args.weights} weights yet: scoring the {weights} ones")
-    model.to(device)
-    paper_batch, counted = PAPER[args.split] if args.score_mode == "paper" else (0, 0)
-    batch = args.batch_size or paper_batch or 10
-    scoring = Scoring(args.latent, config.seed, args.score_mode, counted, metrics)
-    scores = evaluate(model, split, batch, scoring, progress=progress_of("images")).scores()
-    scores |= {name: None for name in WITH_MASKS if name not in scores}
-    if args.interaction_order:
-        scores |= analyses.order_scores(model, split, args.batch_size or 10)
-    if args.attributes:
-        scores |= analyses.attribute_scores(model, split, args.batch_size or 10)
-    if args.recombination:
-        scores |= analyses.recombination_scores(model, split, args.batch_size or 10)
-    if args.composition:
-        scores |= analyses.composition_scores(model, config, args.images, args.batch_size or 10)
-    if counted:
-        first = f", the first {counted} of each" if counted < batch else ""
-        scores |= {"score_mode": "paper", "score_batches": f"J-ARI and JIS: means over batches of {batch}{first}"}
-    scores |= {"split": args.split, "weights": weights, "data": config.data, "split_note": source.split_note}
+    device = recorded.torch_device()
+    named = code_named(args, folder)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    with contextlib.ExitStack() as stack:
+        group = Group.join(device)
+        stack.callback(group.leave)
+        model = SlotVAE.from_file(path, named or None, args.trust_code)
+        if args.slots is not None:
+            model = model.with_slots(args.slots)
+        model.to(group.device(device))
+        metrics, left_out = OwnCode.read(folder).load_metrics(folder)
+        source = open_source(config, few=True)
+        split = source.splits[asked.split][: asked.images or None]
+        weights = folder.which_weights(path)
+        notes = [hidden_by(folder.path), *source.warnings, *left_out]
+        if weights != asked.weights and not is_shipped(folder.path):
+            notes.append(f"no evaluation has been, so there are no best weights yet: scoring the {weights} ones")
+        if group.first:
+            say(f"data      {source.description}")
+            for note in filter(None, notes):
+                say(f"warning   {note}")
+        check_evaluation(asked, config, split, model, metrics)
+        progress = progress_of("images") if group.first else None
+        scores = score(asked, model, config, split, metrics, group, progress)
+        group.barrier()
+    group.close()
+    if not group.first:
+        return 0
+    scores |= {"split": asked.split, "weights": weights, "data": config.data, "split_note": source.split_note}
     scores |= {"objects": args.objects} if args.objects else {}
     scores |= {"num_slots": args.slots} if args.slots is not None else {}
     own = config.resolved().data == recorded.resolved().data
-    scores["evaluated_on_training_images"] = own and source.on_training_images(args.split)
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in scores.items()}
+    scores["evaluated_on_training_images"] = own and source.on_training_images(asked.split)
+    scores["fingerprint"] = source.digest
     if not is_shipped(folder.path):
         try:
-            keep_evaluation(folder, clean | {"fingerprint": source.digest})
+            keep_evaluation(folder, scores, asked, path)
         except (UserError, OSError) as error:
             say(f"warning   {error}; the scores are not kept in the run")
     if args.json:
-        print(json.dumps(clean))
-        return 0
-    width = max(map(len, scores))
-    for name, value in scores.items():
-        lacks = "a slot map" if scores["images_with_masks"] else "masks"
-        shown = f"none: it needs {lacks}" if value is None else f"{value:.5g}" if isinstance(value, float) else value
-        print(f"{name:<{width}}  {shown}")
+        print(json.dumps(scores))
+    else:
+        show_table(rows_of(scores), plain_head=False)
     return 0
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    if args.threads < 0:
+        raise UserError("--threads must be at least 0")
+    if args.images < 0 or (args.batch_size is not None and args.batch_size < 1):
+        raise UserError("--images must be at least 0 and --batch_size at least 1")
+
+
+def asked_of(args: argparse.Namespace) -> Asked:
+    """What the flags of ``eval`` ask for."""
+    from fastslots.evaluation.of_run import Asked
+
+    values = {field.name: getattr(args, field.name, None) for field in fields(Asked)}
+    return Asked(**{name: value for name, value in values.items() if value is not None})
+
+
+def asked_by(arguments: list[str]) -> Asked:
+    """The same of a command line of ``eval``. UserError where it is none."""
+    parser = Parser(prog="fastslots eval")
+    _add_flags(parser)
+    args = parser.parse_args(arguments)
+    _check_numbers(args)
+    return asked_of(args)
+
+
+def rows_of(scores: dict[str, Any]) -> list[list[str]]:
+    """A row a score, after the head."""
+    from fastslots.evaluation.evaluate import WITH_MASKS
+
+    lacks = "a slot map" if scores["images_with_masks"] else "masks"
+    rows = [["score", "value"]]
+    for name, value in scores.items():
+        if value is None:
+            value = f"none: it needs {lacks}" if name in WITH_MASKS else "none: it is no finite number"
+        rows.append([name, f"{value:.5g}" if isinstance(value, float) else str(value)])
+    return rows
 
 
 def say(text: str) -> None:

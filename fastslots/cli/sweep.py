@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fastslots.cli.common import Parser, Subparsers
+from fastslots.cli.evaluate import asked_by
+from fastslots.cli.tables import show_table
 from fastslots.cli.train import DEFAULT_PRESET, add_fields, preset_of
 from fastslots.config.presets import preset_names
 from fastslots.errors import UserError
@@ -94,8 +96,13 @@ def run(args: argparse.Namespace) -> int:
     from fastslots.data.sources import check_named
     from fastslots.sweep.ray import run_on_ray
     from fastslots.sweep.tables import write_sweep
-    from fastslots.sweep.trials import make_trials, run_trials
+    from fastslots.sweep.trials import EVALUATED, Scoring, make_trials, run_trials
 
+    try:
+        arguments = tuple(shlex.split(args.eval_arguments))
+    except ValueError as error:
+        raise UserError(f"--eval {args.eval_arguments!r}: {str(error).lower()}") from None
+    scoring = Scoring(arguments, asked_by(["RUN", *EVALUATED, *arguments])) if arguments else None
     varied = {name: values for name, values in given.items() if len(values) > 1}
     fixed = {name: values[0] for name, values in given.items() if len(values) == 1}
     also = [cell_of(text) for text in args.also]
@@ -110,18 +117,17 @@ def run(args: argparse.Namespace) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {args.out}: {error.strerror}: name a folder that can be written") from None
-    eval_arguments = shlex.split(args.eval_arguments)
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
         if args.engine == "ray":
             say(f"{len(trials)} trials in {args.out}, on Ray")
-            results = run_on_ray(trials, args.trial_cpus, args.trial_gpus, eval_arguments, say)
+            results = run_on_ray(trials, args.trial_cpus, args.trial_gpus, scoring, say)
         else:
             say(f"{len(trials)} trials in {args.out}, {args.jobs} at once")
-            results = run_trials(trials, args.jobs, eval_arguments, say)
+            results = run_trials(trials, args.jobs, scoring, say)
     finally:
         signal.signal(signal.SIGTERM, before)
-    print(write_sweep(results, args.out))
+    show_table(write_sweep(results, args.out))
     failures = [result for result in results if result.error]
     for result in failures:
         say(f"failed: {result.trial.name}: {result.error}")

@@ -103,9 +103,9 @@ class Evaluation:
             self._by_map.update(result.slot_map.cpu(), masks)
         return result, jacobian
 
-    def reduce(self, group: Group, images: int) -> None:
-        """Add up over the processes of ``group``, each of which has scored ``group.share(images)``."""
-        local, share = self._sums(), group.share(images)
+    def reduce(self, group: Group, images: int, share: range) -> None:
+        """Add up over the processes of ``group``, each of which has scored its ``share`` of the images."""
+        local = self._sums()
         each = torch.zeros(len(SHOWN), images, dtype=torch.float64)
         if self._masked and not self._scoring.jacobian_images:
             each[0, share.start : share.stop] = torch.tensor(self._by_jacobian.of_images, dtype=each.dtype)
@@ -119,12 +119,12 @@ class Evaluation:
 
     def _sums(self) -> dict[str, float]:
         """Sums rather than means, so that those of all processes can be added."""
-        sums = self._of_images | dict.fromkeys((*OF_AN_IMAGE, "jis", "foreground"), 0.0)
+        sums = self._of_images | dict.fromkeys((*OF_AN_IMAGE, "foreground"), 0.0)
+        if self._by_map.images:
+            sums |= {name: mean * self._masked for name, mean in self._by_map.result().items()}
         if self._masked:
-            j_ari, jis, _, foreground = self._by_jacobian.result()
-            means = {"j_ari": j_ari} | (self._by_map.result() if self._by_map.images else {})
-            sums |= {name: mean * self._masked for name, mean in means.items()}
-            sums |= {"jis": jis * foreground, "foreground": foreground}
+            sums["foreground"] = self._by_jacobian.result().pixels
+        sums |= dict(zip(("j_ari", "j_ari_of", "jis", "jis_of"), self._by_jacobian.sums(), strict=True))
         counts = {"images": self._images, "masked": self._masked, "mapped": self._by_map.images}
         return sums | counts | {"scored": len(self._by_jacobian.of_images)}
 
@@ -143,7 +143,8 @@ class Evaluation:
         scores["interaction_normalized"] = scores["interaction"] / self._model.slot_decoder.heads**2
         if totals["masked"]:
             scores |= {name: totals[name] / totals["masked"] for name in self._shown(OF_AN_IMAGE)}
-            scores["jis"] = totals["jis"] / max(totals["foreground"], 1)
+            scores["j_ari"] = totals["j_ari"] / totals["j_ari_of"]
+            scores["jis"] = totals["jis"] / max(totals["jis_of"], 1)
         scores |= {"images": int(totals["images"]), "images_with_masks": int(totals["masked"])}
         scores["foreground_pixels"] = int(totals["foreground"])
         if self._scoring.jacobian_images:
@@ -169,6 +170,8 @@ def evaluate(
     """
     group, device = group or Group(), next(model.parameters()).device
     share, training = group.share(len(split)), model.training
+    if scoring.mode == "paper":  # the mean of the batches' values: they must be those of one process
+        share = whole_batches(group, len(split), batch_size)
     evaluation = Evaluation(model, scoring, split.dataset.ignore_label)
     model.eval()
     for first in range(share.start, share.stop, batch_size):
@@ -181,8 +184,14 @@ def evaluate(
         if progress:
             progress(stop - share.start, len(share))
     model.train(training)
-    evaluation.reduce(group, len(split))
+    evaluation.reduce(group, len(split), share)
     return evaluation
+
+
+def whole_batches(group: Group, images: int, batch_size: int) -> range:
+    """This process's share of the images where one process's batches are to stay together."""
+    batches = group.share(-(-images // batch_size))
+    return range(min(batches.start * batch_size, images), min(batches.stop * batch_size, images))
 
 
 def one_number(name: str, value: object) -> float:

@@ -11,7 +11,7 @@ than the Jacobian (feature maps), P is resized bilinearly to theirs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -101,13 +101,23 @@ class JacobianMeter:
         """Raises ValueError before the first image."""
         if not self._batches:
             raise ValueError("no images: J-ARI and JIS need at least one")
-        j_ari_sums, images, jis_sums, pixels = zip(*self._batches, strict=True)
-        if self.mode == "pooled":
-            j_ari, jis = sum(j_ari_sums) / sum(images), sum(jis_sums) / max(sum(pixels), 1)
-        else:
-            j_ari = _mean(total / count for total, count in zip(j_ari_sums, images, strict=True))
-            jis = _mean(total / count for total, count in zip(jis_sums, pixels, strict=True) if count)
-        return JacobianScores(j_ari, jis, sum(images), sum(pixels))
+        j_ari, j_ari_of, jis, jis_of = self.sums()
+        _, images, _, pixels = zip(*self._batches, strict=True)
+        return JacobianScores(j_ari / j_ari_of, jis / max(jis_of, 1), sum(images), sum(pixels))
+
+    def sums(self) -> tuple[float, int, float, int]:
+        """J-ARI's sum and the number of terms in it, then JIS's: those of several meters may be added.
+
+        A term is an image and a pixel, or in mode "paper" a batch.
+        """
+        if not self._batches:
+            return 0.0, 0, 0.0, 0
+        if self.mode == "paper":
+            j_ari = [total / count for total, count, _, _ in self._batches]
+            jis = [total / count for _, _, total, count in self._batches if count]
+            return sum(j_ari), len(j_ari), sum(jis), len(jis)
+        j_ari_sum, images, jis_sum, pixels = (sum(column) for column in zip(*self._batches, strict=True))
+        return j_ari_sum, int(images), jis_sum, int(pixels)
 
 
 class SegmentationMeter:
@@ -157,8 +167,3 @@ def _one_batch(jacobian: Tensor, masks: Tensor, ignore: int | None) -> JacobianS
     meter = JacobianMeter(ignore=ignore)
     meter.update(jacobian, masks)
     return meter.result()
-
-
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values) if values else 0.0

@@ -34,6 +34,7 @@ def run_facts(run: Path, reader: MetricsReader | None = None) -> dict[str, Any]:
         "steps": config.get("steps", 0),
         "data": folder.described_data(),
         "fingerprint": fingerprint,
+        "measured": folder.read_evaluations(),  # by `fastslots eval`
         "evaluations": reader.evaluations[-ROWS:],
         "count": len(reader.evaluations),
         "training": {name: curve.table() for name, curve in (reader.training | costs).items()},

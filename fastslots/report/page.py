@@ -19,15 +19,18 @@ WEB = Path(__file__).parent / "web"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
-def render(runs: Sequence[dict[str, Any]]) -> str:
-    """The page of one run, or of several side by side; ``runs``: what ``run_facts`` returns."""
+def render(runs: Sequence[dict[str, Any]], compare: dict[str, Any] | None = None) -> str:
+    """The page of one run, or of several side by side; ``runs``: what ``run_facts`` returns.
+
+    compare: how they differ (``fastslots compare``), which then comes first.
+    """
     names = [html.escape(run["name"]) for run in runs]
     header = "".join(f"<div class=run><h1>{name}</h1></div>" for name in names)
     return assemble(
         title=", ".join(names) + " - fastslots",
         body=f"<header>{header}</header><main></main><noscript>This page draws itself with JavaScript.</noscript>",
-        facts={"runs": list(runs)},
-        scripts=("dom.js", "charts.js", "explorer.js", "page.js"),
+        facts={"runs": list(runs), "compare": compare},
+        scripts=("dom.js", "charts.js", "explorer.js", "measured.js", "page.js"),
         policy=POLICY,
     )
 

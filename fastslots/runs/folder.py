@@ -189,6 +189,11 @@ class RunFolder:
         """What the run's images were; "" where nothing says so."""
         return read_file(self.data).decode(errors="replace").strip() if self.data.is_file() else ""
 
+    def read_evaluations(self) -> list[dict[str, Any]]:
+        """The newest evaluation of each kind, the oldest first; none where there is no file, or it is damaged."""
+        kept = self.read_json(self.evaluations).get("evaluations", [])
+        return [entry for entry in kept if isinstance(entry, dict)] if isinstance(kept, list) else []
+
     def read_json(self, path: Path) -> dict[str, Any]:
         """The JSON object in one of the run's files; {} where there is none, or it is torn or edited by hand."""
         try:

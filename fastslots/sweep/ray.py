@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastslots.errors import UserError, first_line
-from fastslots.sweep.trials import Processes, Trial, TrialResult, progress_line, run_trial
+from fastslots.sweep.trials import Processes, Scoring, Trial, TrialResult, progress_line, run_trial
 
 
 def run_on_ray(
     trials: Sequence[Trial],
     cpus: float = 1,
     gpus: float = 0,
-    eval_arguments: Sequence[str] = (),
+    scoring: Scoring | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[TrialResult]:
     """As ``run_trials``; cpus, gpus: what each trial asks of the cluster, which decides how many run at once.
@@ -27,7 +27,7 @@ def run_on_ray(
     """
     ray = _connected()
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_task)
-    waiting = {task.remote(trial, tuple(eval_arguments), max(1, int(cpus))): trial for trial in trials}
+    waiting = {task.remote(trial, scoring, max(1, int(cpus))): trial for trial in trials}
     results: dict[str, TrialResult] = {}
     try:
         while waiting:
@@ -63,11 +63,11 @@ def _connected() -> Any:
     return ray
 
 
-def _task(trial: Trial, eval_arguments: tuple[str, ...], threads: int) -> TrialResult:
+def _task(trial: Trial, scoring: Scoring | None, threads: int) -> TrialResult:
     """On a node of the cluster."""
     processes = Processes(threads)
     try:
-        return run_trial(trial, eval_arguments, processes)
+        return run_trial(trial, scoring, processes)
     except BaseException:  # cancelled: the trial's process stops at a checkpoint
         processes.stop()
         raise

@@ -7,7 +7,7 @@ import html
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ NO_METRIC = {
     "attribute_objects",
     "composition_images",
     "interaction_order_images",
+    "ignore_label",
+    "num_slots",
 }
 SHOWN = 10  # metrics in the printed table; the files have all
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # Okabe and Ito's
@@ -64,7 +66,12 @@ def cells_of(results: Sequence[TrialResult]) -> list[Cell]:
 
 
 def metric_names(results: Sequence[TrialResult]) -> list[str]:
-    names = {name for r in results for name, value in r.scores.items() if _number(value)} - NO_METRIC
+    return score_names([result.scores for result in results])
+
+
+def score_names(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The scores among what evaluations say, those that are looked at most first."""
+    names = {name for scores in evaluations for name, value in scores.items() if _number(value)} - NO_METRIC
     return sorted(names, key=lambda name: (FIRST.index(name) if name in FIRST else len(FIRST), name))
 
 
@@ -78,16 +85,14 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
 
 
-def text_table(cells: Sequence[Cell]) -> str:
-    """The table that is printed: a row a cell, ``mean ± std`` a metric."""
+def table_rows(cells: Sequence[Cell]) -> list[list[str]]:
+    """The table that is printed: a head, then a row a cell, ``mean ± std`` a metric."""
     metrics = _all_metrics(cells)[:SHOWN]
     rows = [[*(cells[0].values if cells else ()), "trials", *metrics]]
     for cell in cells:
         trials = f"{cell.trials}" + (f" ({cell.failed} failed)" if cell.failed else "")
         rows.append([*map(show, cell.values.values()), trials, *(_mean_std(cell.metrics.get(m, [])) for m in metrics)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines)
+    return rows
 
 
 def csv_table(cells: Sequence[Cell]) -> str:
@@ -122,14 +127,14 @@ def json_table(cells: Sequence[Cell], results: Sequence[TrialResult]) -> str:
     return json.dumps({"cells": rows, "trials": trials}, indent=1)
 
 
-def write_sweep(results: Sequence[TrialResult], out: Path) -> str:
-    """Write sweep.csv, sweep.json and METRIC.svg for each metric into ``out`` -> the printed table."""
+def write_sweep(results: Sequence[TrialResult], out: Path) -> list[list[str]]:
+    """Write sweep.csv, sweep.json and METRIC.svg for each metric into ``out`` -> the rows of the printed table."""
     cells = cells_of(results)
     write_atomic(out / "sweep.csv", csv_table(cells).encode())
     write_atomic(out / "sweep.json", json_table(cells, results).encode())
     for metric in _all_metrics(cells):
         write_atomic(out / f"{metric}.svg", plot(metric, cells).encode())
-    return text_table(cells)
+    return table_rows(cells)
 
 
 def plot(metric: str, cells: Sequence[Cell]) -> str:
@@ -166,7 +171,11 @@ def plot(metric: str, cells: Sequence[Cell]) -> str:
 
 
 def _mean_std(values: Sequence[float]) -> str:
-    mean, std = mean_and_std(values)
+    return mean_std_text(*mean_and_std(values))
+
+
+def mean_std_text(mean: float, std: float) -> str:
+    """``0.906 ± 0.001``; nan: there is none."""
     if math.isnan(mean):
         return "-"
     digits = 3 if abs(mean) < 10 else 2 if abs(mean) < 100 else 1

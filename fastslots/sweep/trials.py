@@ -21,15 +21,17 @@ from typing import Any
 
 from fastslots.config.run import TrainConfig
 from fastslots.errors import UserError
-from fastslots.files import write_atomic
+from fastslots.evaluation.kept import kept_scores
+from fastslots.evaluation.of_run import Asked
 from fastslots.runs.folder import RunFolder
 from fastslots.runs.log import read_metrics
 from fastslots.threads import COUNT, asked, usable_processors
 
 LOG = "sweep.log"  # what a trial printed
-SCORES = "sweep_scores.json"  # what `fastslots eval` gave, with the step and arguments that it was asked for
+EARLIER_SCORES = "sweep_scores.json"  # where sweeps kept what `fastslots eval` gave, before runs kept it themselves
 MAY_DIFFER = {"steps", "device", "threads", "log_every", "keep_checkpoints", "checkpoint_every"}
 """Fields that a restarted sweep may change without making finished trials into something else."""
+EVALUATED = ("--weights", "last")  # of `fastslots eval`, unless --eval says otherwise
 PATIENCE = 60.0  # seconds that interrupted trials get for their last checkpoint
 
 
@@ -44,6 +46,14 @@ class Trial:
     @property
     def name(self) -> str:
         return self.folder.name
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How finished trials are scored: ``arguments`` of `fastslots eval`, and what they ask for."""
+
+    arguments: tuple[str, ...]
+    asked: Asked
 
 
 @dataclass
@@ -92,18 +102,19 @@ def make_trials(
 def run_trials(
     trials: Sequence[Trial],
     jobs: int = 1,
-    eval_arguments: Sequence[str] = (),
+    scoring: Scoring | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[TrialResult]:
     """Train what is not finished, ``jobs`` at once, each with its share of the cores -> results, in order.
 
-    eval_arguments: of ``fastslots eval``, run on each finished trial; none: the scores are those of the run's own
-    last evaluation. An exception here (Ctrl-C) asks the running trials to stop at a checkpoint, and waits for them.
+    scoring: of each finished trial whose folder does not hold those scores yet; None: the scores are those of the
+    run's own last evaluation. An exception here (Ctrl-C) asks the running trials to stop at a checkpoint, and waits for
+    them.
     """
     processes = Processes(max(1, usable_processors() // jobs))
     results: dict[str, TrialResult] = {}
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(run_trial, trial, tuple(eval_arguments), processes) for trial in trials]
+        futures = [pool.submit(run_trial, trial, scoring, processes) for trial in trials]
         try:
             for done in as_completed(futures):
                 result = done.result()
@@ -176,7 +187,7 @@ class Processes:
                 process.kill()
 
 
-def run_trial(trial: Trial, eval_arguments: tuple[str, ...], processes: Processes) -> TrialResult:
+def run_trial(trial: Trial, scoring: Scoring | None, processes: Processes) -> TrialResult:
     """Train it unless it is finished, and score it; what goes wrong with it is in the result."""
     try:
         trial.folder.mkdir(parents=True, exist_ok=True)
@@ -185,31 +196,31 @@ def run_trial(trial: Trial, eval_arguments: tuple[str, ...], processes: Processe
                 code = processes.run(command(trial), log, log)
             if code or not finished(trial):
                 return TrialResult(trial, {}, _reason(trial, code))
-        scores = _evaluated(trial, eval_arguments, processes) if eval_arguments else _last_evaluation(trial)
+        scores = _evaluated(trial, scoring, processes) if scoring else _last_evaluation(trial)
     except (OSError, ValueError) as error:
         return TrialResult(trial, {}, " ".join(str(error).split()))
     return TrialResult(trial, scores)
 
 
-def _evaluated(trial: Trial, arguments: tuple[str, ...], processes: Processes) -> dict[str, Any]:
-    """The scores of ``fastslots eval``, kept in the trial's folder. The last weights, unless the arguments say so."""
-    path, asked = trial.folder / SCORES, {"arguments": list(arguments), "step": trial.config.steps}
+def _evaluated(trial: Trial, scoring: Scoring, processes: Processes) -> dict[str, Any]:
+    """The scores of ``fastslots eval``, which the trial's folder may hold."""
+    if scores := kept_scores(RunFolder(trial.folder), scoring.asked):
+        return scores
     with contextlib.suppress(OSError, ValueError, KeyError):
-        kept: dict[str, Any] = json.loads(path.read_text())
-        if {name: kept[name] for name in asked} == asked:
+        kept: dict[str, Any] = json.loads((trial.folder / EARLIER_SCORES).read_text())
+        if (kept["arguments"], kept["step"]) == (list(scoring.arguments), trial.config.steps):
             return dict(kept["scores"])
     output, errors = trial.folder / ".eval.out", trial.folder / LOG
     with open(output, "wb") as out, open(errors, "ab") as log:
         own = ["--model", trial.config.model] if trial.config.model else []  # named on the sweep's command line
-        flags = ["--weights", "last", "--allow-remote", *own, *arguments, "--json"]
+        flags = [*EVALUATED, "--allow-remote", *own, *scoring.arguments, "--json"]
         code = processes.run(["eval", str(trial.folder), *flags], out, log)
     text = output.read_text()
     output.unlink()
     if code:
         raise UserError(_reason(trial, code))
-    scores: dict[str, Any] = json.loads(text.splitlines()[-1])
-    write_atomic(path, json.dumps(asked | {"scores": scores}).encode())
-    return scores
+    found: dict[str, Any] = json.loads(text.splitlines()[-1])
+    return found
 
 
 def _last_evaluation(trial: Trial) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from fastslots.distributed import Group, StoppedError, StopSignals
 from fastslots.errors import UserError
 from fastslots.evaluation.evaluate import Scoring, evaluate
 from fastslots.evaluation.grids import SlotPictures
+from fastslots.evaluation.preconditions import try_once
 from fastslots.files import set_aside, write_atomic
 from fastslots.models import SlotVAE
 from fastslots.runs.folder import RunFolder
@@ -32,7 +33,7 @@ from fastslots.threads import usable_processors
 from fastslots.train.checkpoint import Checkpoint, checkpoint_to_resume, snapshot
 from fastslots.train.extras import Extras
 from fastslots.train.optim import Optimizers
-from fastslots.train.own_parts import compare, initial_model, try_once
+from fastslots.train.own_parts import compare, initial_model
 from fastslots.train.recorder import Recorder
 from fastslots.train.schedule import due
 from fastslots.train.step import LEAST_SCALE, Precision, training_step
@@ -92,7 +93,7 @@ class Trainer:
         if config.model or self.extras.metrics:
             image, mask = self.source.splits["val"][:1].read()
             masks = None if mask is None else mask.long().to(self.device)
-            try_once(self.model, self.extras, to_float(image.to(self.device)), masks)
+            try_once(self.model, self.extras.metrics, to_float(image.to(self.device)), masks)
         self.optimizers = Optimizers(self.model, config.optimizer, config.lr, config.weight_decay)
         self.step, self.best = 0, -float("inf")
         self.scores: dict[str, Any] = {}

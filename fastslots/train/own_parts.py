@@ -5,20 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from fastslots.config.code import GIVEN, Code, changed, code_of, load_code, trust
 from fastslots.config.run import TrainConfig
-from fastslots.errors import UserError, first_line
-from fastslots.evaluation.evaluate import one_number
-from fastslots.metrics import slot_jacobian
-from fastslots.models import SlotDecoder, SlotVAE
-from fastslots.models.slot_decoder import check_forward_derivative
+from fastslots.errors import UserError
+from fastslots.models import SlotVAE
 from fastslots.models.vae import build_model
 from fastslots.runs.folder import RunFolder
 from fastslots.runs.own_code import OwnCode
 from fastslots.runs.weights import read_weights
-from fastslots.train.extras import Extras
 
 
 def described(model: SlotVAE) -> bool:
@@ -60,31 +55,6 @@ def initial_model(config: TrainConfig, given: SlotVAE | None = None, folder: str
             reason = str(error).splitlines()[-1].strip()
             raise UserError(f"init_from {path}: its weights do not fit this model ({reason})") from None
     return model
-
-
-@torch.no_grad()
-def try_once(model: SlotVAE, extras: Extras, images: Tensor, masks: Tensor | None) -> None:
-    """One image through all that an evaluation will ask of parts that are not ours, so that nothing fails after hours.
-
-    images: [1, C, R, R] on the model's device; masks: [1, R, R]. Raises UserError for shapes that do not fit, a metric
-    that is no number, or a decoder whose Jacobian cannot be had.
-    """
-    training = model.training
-    model.eval()
-    noise = images.new_zeros(1, model.config.num_slots, model.config.slot_dim)
-    result = model(images, noise)
-    for name, metric in extras.metrics.items():
-        one_number(name, metric(result, images, masks))
-    decoder = model.slot_decoder
-    if type(decoder).jacobian is SlotDecoder.jacobian:
-        check_forward_derivative(decoder, result.slots)
-    else:
-        pixels = torch.zeros(1, 1, dtype=torch.int64, device=images.device)
-        try:
-            slot_jacobian(decoder, result.slots, pixels=pixels)
-        except RuntimeError as error:
-            raise UserError(f"the Jacobian of {type(decoder).__name__} fails: {first_line(error)}") from error
-    model.train(training)
 
 
 def compare(stored: OwnCode, now: OwnCode, folder: Path) -> list[str]:

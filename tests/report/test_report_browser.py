@@ -19,6 +19,7 @@ from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
 
+from fastslots.cli import main  # noqa: E402
 from fastslots.models import SlotVAE, SlotVAEConfig  # noqa: E402
 from fastslots.report.explorer import FIXED, PER_SLOT  # noqa: E402
 from fastslots.report.live import Session  # noqa: E402
@@ -188,6 +189,50 @@ def test_two_runs_lie_over_each_other_and_text_stays_text(browser, runs):
     assert len(browser.find_elements(By.CLASS_NAME, "explorer")) == 2
     differing = browser.find_element(By.CSS_SELECTOR, "#config table").text
     assert "seed 0 1" in differing and "resolution" not in differing
+
+
+EVALUATION = {"split": "test", "latent": "mean", "weights": "best", "images": 200, "data": "sprites", "fingerprint": ""}
+PROBED = {"attribute_r2_linear": 0.5, "attribute_r2_linear_hue": 0.25, "attribute_accuracy_mlp_shape": 1.0}
+
+
+def test_what_eval_has_measured_is_shown(browser, tmp_path):
+    run = write_run(tmp_path / "run", 0)
+    entries = [EVALUATION | PROBED | {"j_ari": 0.87, "attribute_objects": 470, "fingerprint": "0123456789abcdef"}]
+    entries.append(EVALUATION | {"latent": "sample", "j_ari": 0.81, "recombination_error": 0.125, "recon": None})
+    (run / "evaluations.json").write_text(json.dumps({"evaluations": entries}))
+    opened(browser, write_report([run], explorer=False))
+    shown = [table.text.splitlines() for table in browser.find_elements(By.CSS_SELECTOR, "#measured table")]
+    assert shown[0] == [
+        "split latent weights images J-ARI fingerprint",
+        "test mean best 200 0.87 0123456789",
+        "test a sample best 200 0.81",
+    ]
+    assert shown[1] == ["factor R², linear accuracy, MLP", "mean 0.5", "hue 0.25", "shape 1"]
+    assert shown[2][-1] == "recombination error 0.125"
+
+
+def test_a_comparison_begins_with_what_differs(browser, tmp_path):
+    runs = [write_run(tmp_path / name, seed) for seed, name in enumerate(("first", "<i>second"))]
+    for n, run in enumerate(runs):
+        entry = EVALUATION | {"j_ari": 0.5 + n / 4, "recon": 3.0 + n}
+        (run / "evaluations.json").write_text(json.dumps({"evaluations": [entry]}))
+    page = tmp_path / "compare.html"
+    assert main(["compare", *map(str, runs), "--out", str(page)]) == 0
+    opened(browser, page)
+    sections = [section.get_attribute("id") for section in browser.find_elements(By.CSS_SELECTOR, "main > section")]
+    assert sections == ["differences", "compared", "measured", "training", "scores", "grids", "config"]
+    assert browser.find_element(By.ID, "differences").text.splitlines()[2:] == ["seed 0 1"]
+    rows = browser.find_element(By.CSS_SELECTOR, "#compared table").text.splitlines()
+    assert rows == ["run J-ARI recon", "first 0.5 3", "<i>second 0.75 4"]
+    best = [cell.text for cell in browser.find_elements(By.CSS_SELECTOR, "#compared td.best")]
+    assert best == ["3", "0.75"]
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#training [data-name=loss] path.mean")) == 2
+    assert "null" not in browser.find_element(By.TAG_NAME, "body").text
+    for width in (1280, 400):
+        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 @pytest.mark.parametrize("width", [360, 1280])

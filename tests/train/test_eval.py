@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from processes import as_torchrun
 from tiny import MODEL_16
 
 from fastslots.cli import main
 from fastslots.config.run import read_config
 from fastslots.data import to_float
 from fastslots.data.sources import open_source
-from fastslots.evaluation.kept import read_evaluations
+from fastslots.evaluation.kept import kept_scores
+from fastslots.evaluation.of_run import Asked
 from fastslots.metrics import JacobianMeter, slot_jacobian
 from fastslots.models import SlotVAE
 from fastslots.runs.folder import RunFolder
@@ -149,7 +153,7 @@ def test_what_was_measured_is_kept_in_the_run_by_kind(tmp_path, evaluated, capsy
     first, _ = evaluated(run, "--images", "3", "--device", "cpu", "--threads", "1")
     again, _ = evaluated(run, "--images", "3")
     sampled, _ = evaluated(run, "--images", "3", "--latent", "sample")
-    kept = read_evaluations(RunFolder(run))
+    kept = RunFolder(run).read_evaluations()
     assert [entry["latent"] for entry in kept] == ["mean", "sample"] and again["recon"] == first["recon"]
     assert kept[1]["recon"] == sampled["recon"] and kept[0]["j_ari"] == first["j_ari"]
     for wrong, message in [
@@ -158,3 +162,66 @@ def test_what_was_measured_is_kept_in_the_run_by_kind(tmp_path, evaluated, capsy
     ]:
         assert main(["eval", str(run), *wrong]) == 2
         assert message in capsys.readouterr().err
+
+
+FLAGS = (
+    "--images 60 --batch_size 7 --attributes --recombination --interaction-order",
+    "--images 33 --batch_size 8 --score-mode paper --latent sample",
+)
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_two_processes_share_the_images_and_have_the_scores_of_one(run, flags, commands, tmp_path):
+    """`torchrun ... fastslots eval` scored all images in each process, and each printed and wrote the scores."""
+    alone, together = (shutil.copytree(run, tmp_path / name) for name in ("alone", "together"))
+    flags = [*flags.split(), "--threads", "1", "--json"]
+    one = commands.start(["eval", str(alone), *flags], tmp_path / "err", stdout=tmp_path / "out")
+    assert one.wait() == 0, one.said()
+    two = as_torchrun(commands, 2, ["eval", str(together), *flags], tmp_path)
+    assert [process.wait() for process in two] == [0, 0], [process.said() for process in two]
+    assert (tmp_path / "out_1").read_text() == two[1].said() == ""
+    first, shared = (json.loads((tmp_path / name).read_text()) for name in ("out", "out_0"))
+    assert first.keys() == shared.keys() and shared["images"] == int(flags[1])
+    for name, value in first.items():
+        if name != "seconds":
+            assert shared[name] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), name
+    assert RunFolder(together).read_evaluations()[-1].items() >= shared.items()
+
+
+REFUSED = [
+    ("bare", ["--attributes"], "has no masks, which match slots to objects: leave --attributes out"),
+    ("masked", ["--attributes"], "has no factors of its objects to predict: leave --attributes out"),
+    ("masked", ["--recombination", "--images", "1"], "--recombination needs at least two images"),
+    ("masked", ["--composition"], "the run held no combination out"),
+    ("masked", ["--device", "cuda:7"], "device 'cuda:7' cannot be used"),
+]
+
+
+@pytest.mark.parametrize("data, flags, message", REFUSED)
+def test_what_cannot_be_had_is_refused_before_anything_is_computed(
+    run, data, flags, message, tmp_path, monkeypatch, capsys
+):
+    """The masks, and factors, that --attributes needs were missed after all images had been scored."""
+    monkeypatch.setenv("FASTSLOTS_CACHE", str(tmp_path / "cache"))
+    write_npz(tmp_path / "data.npz", 40, masks=data == "masked")
+    monkeypatch.setattr("fastslots.evaluation.of_run.evaluate", lambda *_, **__: pytest.fail("it was computed"))
+    assert main(["eval", str(run), "--data", str(tmp_path / "data.npz"), *flags]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert message in said[-1] and sum("error" in line for line in said) == 1
+
+
+def test_what_an_earlier_evaluation_measured_besides_stays_with_the_same_weights(tmp_path, evaluated):
+    run = fit(config_of(), out=tmp_path / "run").out
+    evaluated(run, "--images", "30", "--recombination")
+    evaluated(run, "--images", "30")
+    (entry,) = RunFolder(run).read_evaluations()
+    assert entry["recombination_error"] > 0 and entry["asked"]["recombination"]
+    folder, asked = RunFolder(run), Asked(images=30)
+    assert kept_scores(folder, asked) == kept_scores(folder, replace(asked, recombination=True)) == entry
+    assert kept_scores(folder, replace(asked, attributes=True)) is None
+    fit(read_config(run / "config.json", steps=3), out=run, resume=True)
+    RunFolder(run).best_weights.write_bytes(RunFolder(run).last_weights.read_bytes())  # other weights
+    assert kept_scores(folder, asked) is None
+    evaluated(run, "--images", "30")
+    (entry,) = folder.read_evaluations()
+    assert "recombination_error" not in entry

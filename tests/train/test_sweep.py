@@ -15,9 +15,10 @@ import pytest
 
 from fastslots.cli import main
 from fastslots.cli.sweep import cell_of
+from fastslots.cli.tables import aligned
 from fastslots.config.run import TrainConfig
 from fastslots.errors import UserError
-from fastslots.sweep.tables import cells_of, csv_table, json_table, mean_and_std, plot, text_table
+from fastslots.sweep.tables import cells_of, csv_table, json_table, mean_and_std, plot, table_rows
 from fastslots.sweep.trials import LOG, Trial, TrialResult, command, finished, make_trials
 
 TINY = """--resolution 16 --num_slots 3 --slot_dim 4 --cnn_channels 8 --encoder_width 16 --encoder_layers 1
@@ -146,7 +147,7 @@ def test_tables_against_hand_computed_figures():
     assert [cell.values for cell in cells] == [{"alpha": 0.0}, {"alpha": 0.05}]
     assert cells[0].metrics == {"j_ari": [0.5, 0.7], "recon": [10.0, 14.0]}
     assert (cells[1].trials, cells[1].failed) == (1, 1)
-    header, first, second = text_table(cells).splitlines()
+    header, first, second = aligned(table_rows(cells)).splitlines()
     assert header.split() == ["alpha", "trials", "j_ari", "recon"]
     assert "0.600 ± 0.141" in first and "12.00 ± 2.83" in first
     assert second.split() == ["0.05", "1", "(1", "failed)", "0.900", "-"]
@@ -237,3 +238,18 @@ def test_a_ray_sweep_without_a_cluster(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("ray._private.utils.read_ray_address", lambda *_: None)
     assert main(["sweep", *TINY, "--engine", "ray", "--out", str(tmp_path / "out")]) == 2
     assert "no Ray cluster is found" in capsys.readouterr().err
+
+
+def test_scores_that_a_trial_holds_are_not_computed_again(tmp_path, monkeypatch, capsys):
+    """The sweep kept its own copy, and scored anew what `fastslots eval` had scored by hand."""
+    out = tmp_path / "sweep"
+    sweep = ["sweep", *TINY, "--out", str(out)]
+    assert main([*sweep, "--eval=--images 3 --wieghts last"]) == 2  # before anything is trained
+    assert "unknown argument --wieghts: did you mean --weights?" in capsys.readouterr().err and not out.exists()
+    assert main(sweep) == 0
+    assert main(["eval", str(out / "seed_0"), "--weights", "last", "--split", "test", "--images", "3"]) == 0
+    refused = lambda *_: pytest.fail("it was computed")  # noqa: E731
+    monkeypatch.setattr("fastslots.sweep.trials.Processes.run", refused)
+    assert main([*sweep, "--eval=--split test --images 3"]) == 0
+    scores = json.loads((out / "sweep.json").read_text())["trials"][0]["scores"]
+    assert (scores["split"], scores["images"]) == ("test", 3)

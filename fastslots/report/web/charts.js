@@ -12,7 +12,7 @@ function chart(name, series) {
   const read = h("span.read", { "aria-live": "polite" });
   const svg = h("svg", { tabindex: 0, role: "img", "aria-label": `${name} by step; arrow keys move the cursor` });
   const element = h("figure.card.chart", { style: "margin:0", "data-name": name },
-    h("div.title", {}, h("b", {}, name), read), svg);
+    h("div.title", {}, h("b", {}, title(name)), read), svg);
   let scale = null;
 
   const self = { draw, cursor };
@@ -59,7 +59,7 @@ function chart(name, series) {
       if (table.low && !charts.smooth) {
         parts.push(h("path.band", { "--color": runColor(run), d: `M${at(table.high).join("L")}L${at(table.low).reverse().join("L")}Z` }));
       }
-      parts.push(h("path.mean", { "--color": runColor(run), d: "M" + at(lines[i]).join("L") }));
+      parts.push(h(run < 6 ? "path.mean" : "path.mean.dashed", { "--color": runColor(run), d: "M" + at(lines[i]).join("L") }));
     });
     svg.replaceChildren(...parts);
     cursor();
@@ -71,7 +71,8 @@ function chart(name, series) {
     const chosen = series.map(({ table }) => charts.step === null ? table.step.length - 1 : nearest(table.step, charts.step));
     const shown = series.map(({ table }, i) => number(Number(scale.lines[i][chosen[i]].toPrecision(4))));
     const step = series[0].table.step[chosen[0]];
-    read.textContent = shown.join("  |  ") + (charts.step === null ? "" : ` at ${number(step)}`);
+    const parts = shown.flatMap((text, i) => [i ? " | " : null, series.length > 1 ? h("span.of", { "--color": runColor(series[i].run) }, text) : text]);
+    read.replaceChildren(...parts.filter(Boolean), charts.step === null ? "" : ` at ${number(step)}`);
     if (charts.step === null) return;
     const place = scale.x(step);
     svg.append(h("line.cursor", { x1: place, x2: place, y1: PAD.top, y2: scale.height - PAD.bottom }));

@@ -6,30 +6,35 @@ const SCORES = ["j_ari", "jis", "fg_ari", "ari", "mbo", "miou", "recon", "kl", "
 const LOWER_IS_BETTER = new Set(["recon"]), NEITHER = new Set(["kl", "interaction_normalized"]);  // terms of the loss are no scores
 const FIRST = ["loss", "recon", "kl", "interaction_normalized", "images_per_s", "memory_mb", "power_w", "energy_wh", "grad_norm"];
 const HIDDEN = new Set(["interaction"]);  // the same curve as interaction_normalized, times H²
+const TITLES = {
+  j_ari: "J-ARI", jis: "JIS", fg_ari: "FG-ARI", ari: "ARI", mbo: "mBO", miou: "mIoU", kl: "KL", interaction: "R", interaction_normalized: "R/H²",
+  attribute_r2_linear: "R², linear probe", attribute_r2_mlp: "R², MLP probe", images_per_s: "images/s", memory_mb: "memory, MB", power_w: "power, W",
+  energy_wh: "energy, Wh", grad_norm: "gradient norm", lr: "learning rate",
+};
 const RELOAD_S = 20, STALE_S = 1800;
 
 const dot = run => h("span.dot", { "--color": runColor(run) });
 const section = (id, title, ...parts) => h("section", { id }, h("h2", {}, title), ...parts);
 const several = runs.length > 1;
+const title = name => TITLES[name] || name;
 
 document.querySelectorAll("header .run").forEach((box, i) => {
   const run = runs[i], last = run.evaluations.at(-1) || {};
   box.style.setProperty("--color", runColor(i));
-  const figures = [["J-ARI", last.j_ari], ["JIS", last.jis], ["FG-ARI", last.fg_ari], ["recon", last.recon]].filter(([, value]) => value !== undefined);
+  const figures = facts.compare ? [] : [["J-ARI", last.j_ari], ["JIS", last.jis], ["FG-ARI", last.fg_ari], ["recon", last.recon]].filter(([, value]) => value !== undefined);
   const speed = run.training.images_per_s;
-  if (speed) figures.push(["images/s", Math.round(middle(speed.mean))]);
+  if (speed && !facts.compare) figures.push(["images/s", Math.round(middle(speed.mean))]);
   for (const [name, unit] of [["memory_mb", "MB"], ["energy_wh", "Wh"]]) {
-    if (run.training[name]) figures.push([unit, Math.round(run.training[name].mean.at(-1))]);
+    if (run.training[name] && !facts.compare) figures.push([unit, Math.round(run.training[name].mean.at(-1))]);
   }
   box.append(
     h("div.soft", {}, `step ${number(run.step)} of ${number(run.steps)}${run.stopped ? ": stopped, a loss was not finite" : ""}`),
     h("progress", { max: run.steps || 1, value: run.step, "aria-label": "steps done" }),
-    h("div.figures", {}, figures.map(([name, value]) => h("span.soft", {}, h("b", {}, number(value)), name))),
-    h("p.soft", {}, run.data),
-    run.warnings.map(warning => h("p.soft", {}, `Warning: ${warning}.`)));
+    h("div.figures", { hidden: !figures.length }, figures.map(([name, value]) => h("span.soft", {}, h("b", {}, number(value)), name))),
+    ...(facts.compare ? [] : [h("p.soft", {}, run.data), ...run.warnings.map(warning => h("p.soft", {}, `Warning: ${warning}.`))]));
 });
 
-main.append(...[navigation(), scores(), curves("training", "Training", FIRST), curves("scores", "Held-out images", SCORES, histograms),
+main.append(...[navigation(), ...(facts.compare ? comparison(facts.compare) : []), facts.compare ? null : scores(), measured(), curves("training", "Training", FIRST), curves("scores", "Held-out images", SCORES, histograms),
   explorers(), grids(), configuration()].filter(Boolean));
 document.querySelectorAll("nav a").forEach(link => { link.hidden = !document.querySelector(link.getAttribute("href")) });
 watch();
@@ -37,7 +42,7 @@ watch();
 function middle(values) { return [...values].sort((a, b) => a - b)[values.length >> 1] }
 
 function navigation() {
-  const links = [["scores-table", "Scores"], ["training", "Training"], ["scores", "Held-out"], ["explorer", "Explorer"], ["grids", "Slots"], ["config", "Configuration"]];
+  const links = [["differences", "Differences"], ["compared", "Scores"], ["scores-table", "Scores"], ["measured", "Measured"], ["training", "Training"], ["scores", "Held-out"], ["explorer", "Explorer"], ["grids", "Slots"], ["config", "Configuration"]];
   const smooth = h("input", { type: "range", min: 0, max: 0.98, step: 0.02, "aria-label": "smoothing", style: "width:7rem",
     oninput: event => { charts.smooth = Number(event.target.value); memory.set("smooth", charts.smooth); charts.redraw() } });
   smooth.value = charts.smooth;
@@ -49,14 +54,14 @@ function navigation() {
 
 function scores() {
   if (!runs.some(run => run.evaluations.length)) return null;
-  const known = [...SCORES, ...HIDDEN], own = new Set(runs.flatMap(run => Object.keys(run.scores)).filter(name => !known.includes(name)));  // metrics of one's own
+  const own = ownScores();
   const names = [...SCORES, ...own].filter(name => runs.some(run => run.evaluations.some(line => name in line)));
   const rows = several ? runs.map((run, i) => [i, run.evaluations.at(-1) || {}]) : runs[0].evaluations.map(line => [0, line]);
   const best = Object.fromEntries(names.map(name => {
     const values = rows.map(([, line]) => line[name]).filter(value => typeof value === "number");
     return [name, LOWER_IS_BETTER.has(name) ? Math.min(...values) : Math.max(...values)];
   }));
-  const head = h("tr", {}, several ? h("th", {}, "run") : null, ["step", ...names, "images", "seconds"].map(name => h("th", {}, name)));
+  const head = h("tr", {}, several ? h("th", {}, "run") : null, ["step", ...names, "images", "seconds"].map(name => h("th", {}, title(name))));
   const body = rows.map(([i, line]) => h("tr", {}, several ? h("td", {}, dot(i), " ", runs[i].name) : null, h("td", {}, number(line.step)),
     names.map(name => h(line[name] === best[name] && rows.length > 1 && !NEITHER.has(name) && !own.has(name) ? "td.best" : "td", {}, number(line[name]))),
     h("td", {}, number(line.images)), h("td", {}, number(line.seconds))));
@@ -64,6 +69,16 @@ function scores() {
   const latents = [...new Set(rows.map(([, line]) => line.latent).filter(Boolean))].map(latent => latent === "mean" ? "the posterior mean" : "a sample");
   return section("scores-table", "Scores on held-out images", h("div.card.scroll", {}, h("table", {}, head, body)),
     h("p.hint", {}, `z is ${latents.join(" or ")}. Bold: the best of a score.` + (!several && hidden > 0 ? ` The ${number(hidden)} evaluations before these are in the curves.` : "")));
+}
+
+// Metrics of one's own.
+function ownScores() {
+  const known = [...SCORES, ...HIDDEN];
+  return new Set(runs.flatMap(run => Object.keys(run.scores)).filter(name => !known.includes(name)));
+}
+
+function fieldText(value) {
+  return value === undefined || value === null ? "–" : Array.isArray(value) ? value.join(", ") : value === "" ? "(none)" : String(value);
 }
 
 function curves(kind, title, order, more = () => null) {
@@ -81,7 +96,8 @@ function curves(kind, title, order, more = () => null) {
 // How memory and energy were counted, or why energy was not.
 function cost() {
   const known = runs.filter(run => run.machine.energy);
-  const each = known.map(run => `${several ? run.name + ": m" : "M"}emory is ${run.machine.memory_mb}; energy is ${run.machine.energy}`);
+  const said = run => `emory is ${run.machine.memory_mb}; energy is ${run.machine.energy}`, alike = new Set(known.map(said)).size < 2;
+  const each = known.map(run => (alike ? "M" : `${run.name}: m`) + said(run));
   return known.length ? h("p.hint", {}, [...new Set(each)].join(". ") + ".") : null;
 }
 
@@ -125,7 +141,7 @@ function grids() {
 }
 
 function configuration() {
-  const text = value => value === undefined ? "–" : Array.isArray(value) ? value.join(", ") : value === "" ? "(none)" : String(value);
+  const text = fieldText;
   const table = (all, only) => {
     const names = [...new Set(all.flatMap(Object.keys))].filter(name => !only || new Set(all.map(values => text(values[name]))).size > 1);
     if (!several) return h("dl.fields", {}, names.map(name => h("div", {}, h("dt", {}, name), h("dd", {}, text(all[0][name])))));
@@ -135,7 +151,7 @@ function configuration() {
   const configs = runs.map(run => run.config);
   const data = runs.map(run => ({ data: run.data, fingerprint: run.fingerprint, machine: run.machine.machine, ...run.versions, "page written": new Date(run.written * 1000).toLocaleString() }));
   return section("config", "Configuration, data and versions",
-    several ? h("div.card", {}, h("h3", {}, "Where the runs differ"), table(configs, true)) : null,
+    several && !facts.compare ? h("div.card", {}, h("h3", {}, "Where the runs differ"), table(configs, true)) : null,
     h("div.card", { style: "margin-top:.8rem" }, h("details", { open: !several }, h("summary", {}, "All fields"), table(configs))),
     h("div.card", { style: "margin-top:.8rem" }, h("details", { open: true }, h("summary", {}, "Data and versions"), table(data)),
       h("p.hint", {}, `Versions are those of the program that ${[...new Set(runs.map(run => run.versions_of))].join(" or ")}.`)));
