@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +14,47 @@ from torch import Tensor
 from fastslots.data import open_dataset, to_float
 from fastslots.data.packed.dataset import digest
 from fastslots.data.packed.features import Features, write_features
-from fastslots.models.vit import VisionTransformer, load_vit
+from fastslots.models.frozen.vit import VisionTransformer, load_vit
 from fastslots.notices import Progress
+
+
+@dataclass(frozen=True)
+class VitFile:
+    """Weights of a ViT on disk, and what they do not say of it: see ``load_vit``."""
+
+    path: Path
+    heads: int = 0
+    scale: str = "imagenet"
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How images become features."""
+
+    grid: int = 16  # tokens along a side: the ``resolution`` of the model that trains on them
+    size: int = 128  # pixels a side of images and masks as they are read; masks stay so
+    dtype: str = "float16"
+    batch: int = 32  # images encoded at once
 
 
 def make_features(
     data: str | Path,
-    checkpoint: Path,
+    weights: VitFile,
     out: Path,
-    grid: int = 16,
-    size: int = 128,
-    heads: int = 0,
-    scale: str = "imagenet",
-    dtype: str = "float16",
+    encoding: Encoding = Encoding(),
     max_objects: int | None = None,
-    batch: int = 32,
     device: torch.device | None = None,
 ) -> None:
     """Encode every image of ``data`` (any format of ``open_dataset``) into a folder of features.
 
-    Args:
-        checkpoint: weights of the ViT; heads, scale: as in ``load_vit``.
-        grid: tokens along a side, the ``resolution`` of the model that trains on them. An image is resized
-            (bicubically) to grid · patch pixels a side.
-        size: side of images and masks before that; masks stay so.
-
-    Raises UserError: bad data, weights, or a folder that cannot be written. A stop is no loss: the same call goes on.
+    An image is resized (bicubically) to grid · patch pixels a side. Raises UserError: bad data, weights, or a folder
+    that cannot be written. A stop is no loss: the same call goes on.
     """
-    vit = load_vit(checkpoint, heads, scale).to(device or torch.device("cpu"))
-    dataset = open_dataset(data, max_objects, size)
-    made_by: dict[str, object] = {"checkpoint": checkpoint.name, "digest": digest(checkpoint.parent, [checkpoint.name])}
-    made_by |= {"patch": vit.patch, "grid": grid}
-    made_by |= {"heads": vit.blocks[0].self_attn.num_heads, "scale": scale, "images": size}  # type: ignore[union-attr]
+    vit = load_vit(weights.path, weights.heads, weights.scale).to(device or torch.device("cpu"))
+    dataset = open_dataset(data, max_objects, encoding.size)
+    file, grid = weights.path, encoding.grid
+    made_by: dict[str, object] = {"checkpoint": file.name, "digest": digest(file.parent, [file.name])}
+    made_by |= {"patch": vit.patch, "grid": grid, "heads": vit.heads, "scale": weights.scale, "images": encoding.size}
 
     def compute(start: int, stop: int) -> Features:
         images, masks = dataset.batch(np.arange(start, stop))
@@ -55,7 +65,7 @@ def make_features(
     everything = np.arange(len(dataset))
     with Progress(lambda done: done / len(dataset)) as progress:
         factors = lambda: dataset.factors_of(everything)  # noqa: E731
-        write_features(out, dataset.info, made_by, dtype, compute, factors, batch, progress)
+        write_features(out, dataset.info, made_by, encoding.dtype, compute, factors, encoding.batch, progress)
 
 
 @torch.inference_mode()

@@ -117,7 +117,7 @@ def test_files_and_folders_stay_small():
 
 
 MOST_LINES: dict[str, int] = {}
-MOST_FILES = {"models": 13}
+MOST_FILES: dict[str, int] = {}
 """What is not yet as small as the rest."""
 
 

@@ -15,7 +15,7 @@ from fastslots.data.packed.dataset import DatasetInfo
 
 @runtime_checkable
 class SceneDataset(Protocol):
-    """Scenes by number, 0 to len - 1. ``given.as_scenes`` makes one of whatever Python code hands over."""
+    """Scenes by number, 0 to len - 1. ``map_style.as_scenes`` makes one of whatever Python code hands over."""
 
     @property
     def info(self) -> DatasetInfo | None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from fastslots.data.builtin import BUILTIN, BuiltinScenes
 from fastslots.data.dataset import SceneDataset, Split
-from fastslots.data.given import GivenDataset
+from fastslots.data.map_style import MapStyleDataset
 from fastslots.data.readers.pictures import CODES
 from fastslots.errors import UserError
 
@@ -26,7 +26,7 @@ class FactorFormat:
 
 def factor_format(dataset: SceneDataset) -> FactorFormat:
     """That of built-in scenes, or of the kind that files say they hold."""
-    whole = dataset.whole if isinstance(dataset, GivenDataset) else dataset
+    whole = dataset.whole if isinstance(dataset, MapStyleDataset) else dataset
     if isinstance(whole, BuiltinScenes):
         return FactorFormat(1, whole.WORDS)
     if isinstance(whole, SceneDataset) and whole.info is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastslots.data.dataset import Split, read_rows
-from fastslots.data.given import as_scenes, as_split
+from fastslots.data.map_style import as_scenes, as_split
 from fastslots.data.packed.ranges import AHEAD
 from fastslots.data.sampling import batch_indices
 

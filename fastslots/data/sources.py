@@ -17,8 +17,8 @@ from fastslots.data.builtin import BUILTIN, TexturedSpritesDataset, generate
 from fastslots.data.builtin.sprites import FACTORS
 from fastslots.data.dataset import SceneDataset, Split
 from fastslots.data.factors import factor_format, numbered_objects
-from fastslots.data.given import GivenDataset, as_scenes, check_map_style, look_at
 from fastslots.data.holdout import Holdout
+from fastslots.data.map_style import MapStyleDataset, as_scenes, check_map_style, look_at
 from fastslots.data.packed.dataset import DatasetInfo
 from fastslots.data.packed.features import FeatureDataset, is_features
 from fastslots.data.sampling import Purpose, step_seed
@@ -94,7 +94,7 @@ def open_source(config: TrainConfig, dataset: Any = None, few: bool = False) -> 
 def _given(dataset: Any, holdout: str) -> Source:
     """A data set that Python code has handed over."""
     scenes = as_scenes(dataset)
-    if isinstance(scenes, GivenDataset):
+    if isinstance(scenes, MapStyleDataset):
         check_map_style(dataset)
     return _split(scenes, f"{type(dataset).__name__} of {len(scenes)} images", holdout)
 
@@ -230,7 +230,7 @@ def looked_at(source: Source, config: TrainConfig) -> Source:
     """With what some of its images say, before the first step: UserError where they do not fit the model, or, of a data
     set that Python code has handed over, where items are not what they should be; else with warnings."""
     train, val = source.splits["train"], source.splits["val"]
-    if isinstance(train.dataset, GivenDataset):
+    if isinstance(train.dataset, MapStyleDataset):
         images, warnings = look_at(train.dataset, (train, val))
         source = replace(source, warnings=[*source.warnings, *warnings])
     else:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastslots.data import to_float
 from fastslots.data.dataset import Split
-from fastslots.data.given import SOME_MASKS
+from fastslots.data.map_style import SOME_MASKS
 from fastslots.data.sampling import Purpose, step_seed
 from fastslots.distributed import Group
 from fastslots.errors import UserError

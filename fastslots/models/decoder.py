@@ -16,11 +16,11 @@ from fastslots.models.decoder_jacobian import transformer_jacobian
 from fastslots.models.layers import FeedForwardLayer, grid, mlp, rows_at, xavier_
 from fastslots.models.slot_decoder import JacobianRequest, SlotDecoder, check_loss, check_slots
 from fastslots.nn import AttentionProjections
-from fastslots.ops import checks, decoder_layer
+from fastslots.ops import backends, checks, decoder_layer
 from fastslots.ops.backends import is_traced
 from fastslots.ops.decoder_loss import DecoderLossTerms, decoder_loss
 from fastslots.ops.reference import fold_norm, output_head, real_slots, without_autocast
-from fastslots.records import FoldedDecoder, FoldedLayer, FoldedProjections, LossInputs, OutputHead, QueryMlp
+from fastslots.records import FoldedDecoder, FoldedLayer, FoldedProjections, LossInputs, OutputHead, QueryMlp, describe
 
 CACHED_ROWS = 1024
 
@@ -139,6 +139,10 @@ class Decoder(SlotDecoder):
         )
         terms = decoder_loss(inputs, grad_scale, backend)
         return terms._replace(recon=terms.recon * expansion)
+
+    def serving_backend(self) -> str:
+        weight = self.norm.weight
+        return backends.select(describe("decoder_loss", [weight.new_empty(1)]), "auto")
 
     def jacobian(self, slots: Tensor, request: JacobianRequest) -> Tensor:
         """``SlotDecoder.jacobian`` in C backward passes (``decoder_jacobian.py``), or by a kernel."""

@@ -120,6 +120,10 @@ class TokenEncoder(nn.Module):
         x = self.token_mlp(x)
         return F.layer_norm(x, x.shape[-1:])
 
+    def serving_backend(self, images: Tensor, backend: str = "auto") -> str:
+        """Name of the backend that takes these images; plain PyTorch is "reference"."""
+        return "reference"
+
 
 class Encoder(TokenEncoder):
     """images [B, 3, R, R] in [0, 1] (or features [B, C, R, R]) -> [B, K, S], S = mean | log-scale, or the slots.

@@ -27,7 +27,7 @@ from fastslots.ops.second_order import second_order
 
 TANGENTS = 16
 """Directions that the generic Jacobian pushes forward at once."""
-ROUTES = ("loss", "jacobian", "thinned", "multiplications")
+ROUTES = ("loss", "serving_backend", "jacobian", "thinned", "multiplications")
 """Methods that follow from ``forward`` and may be computed in another way."""
 
 
@@ -142,6 +142,10 @@ class SlotDecoder(nn.Module):
             interaction = interaction_penalty(slot_map, pixel_weight)
             total = total + interaction_weight * interaction
         return DecoderLossTerms(total, error.detach(), interaction.detach())
+
+    def serving_backend(self) -> str:
+        """Name of the backend that computes ``loss`` on the device of the weights; plain autograd is "reference"."""
+        return "reference"
 
     def jacobian(self, slots: Tensor, request: JacobianRequest) -> Tensor:
         """[B, K, R, R], or [B, K, P] where pixels are asked for; unreduced [B, C, R, R, K, D], or [B, C, P, K, D].

@@ -17,7 +17,7 @@ from fastslots.errors import UserError
 from fastslots.files import write_atomic
 from fastslots.models.broadcast import BroadcastDecoder
 from fastslots.models.decoder import Decoder
-from fastslots.models.encoder import Encoder
+from fastslots.models.encoder import Encoder, TokenEncoder
 from fastslots.models.jacobian import jacobian_penalty
 from fastslots.models.outputs import LossTerms, Posterior, SlotVAEOutput, TrainingOutput
 from fastslots.models.slot_attention import SlotAttentionEncoder
@@ -155,6 +155,11 @@ class SlotVAE(nn.Module):
         except OSError as error:
             raise UserError(f"{folder} cannot be written ({error.strerror})") from None
         write_atomic(RunFolder(Path(folder)).last_weights, self.weights_bytes())
+
+    def serving_backend(self, images: Tensor) -> str:
+        """Name of the backend that serves both the encoder and the decoder's loss; "reference" where none does."""
+        encoder = self.encoder.serving_backend(images) if isinstance(self.encoder, TokenEncoder) else "reference"
+        return encoder if encoder == self.slot_decoder.serving_backend() else "reference"
 
     @property
     def slot_decoder(self) -> SlotDecoder:

@@ -15,10 +15,7 @@ from fastslots.data.sampling import Purpose, step_seed
 from fastslots.distributed import Group
 from fastslots.errors import UserError
 from fastslots.models import SlotVAE
-from fastslots.models.decoder import Decoder
-from fastslots.models.encoder import Encoder
 from fastslots.ops import backends
-from fastslots.records import describe
 from fastslots.train.draws import Draws, draw
 from fastslots.train.extras import FurtherLosses, Loss
 from fastslots.train.optim import Optimizers, clip
@@ -82,13 +79,8 @@ def _threads_for_kernels(model: SlotVAE, precision: Precision, config: TrainConf
     Nothing waits in hundreds of small parallel regions then, and weights have the same bits for any number of threads.
     """
     with precision.autocast():
-        serves = type(model.encoder) is Encoder and model.encoder.serving_backend(images) == "cpu"
-        if serves and type(model.decoder) is Decoder and not config.jacobian_weight:
-            probe = next(model.decoder.parameters()).new_empty(1)
-            serves = backends.select(describe("decoder_loss", [probe]), "auto") == "cpu"
-        else:
-            serves = False
-    if not serves:
+        serves = model.serving_backend(images) == "cpu"
+    if not serves or config.jacobian_weight:
         yield
         return
     with cast(backends.OptimizerBackend, backends.load("cpu")).torch_on_one_thread():

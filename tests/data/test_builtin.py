@@ -13,8 +13,8 @@ from fastslots.data.builtin.geometry import CUBE, CYLINDER, SPHERE, Objects, Vie
 from fastslots.data.builtin.raytrace import LAMP_POSITIONS, render
 from fastslots.data.builtin.scenes import GAP, HALF_SIZES, MIN_PIXELS
 from fastslots.data.factors import factor_format, numbered_objects, object_factors
-from fastslots.data.given import as_split
 from fastslots.data.holdout import Holdout
+from fastslots.data.map_style import as_split
 from fastslots.data.sources import open_source
 
 EYE = np.array([7.38, -6.53, 5.34], np.float32)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fastslots.data import Loader, SpritesDataset, batch_indices, split_indices, to_float
-from fastslots.data.given import as_split
 from fastslots.data.loader import hold_images
+from fastslots.data.map_style import as_split
 
 
 def test_sampling_is_frozen():

@@ -13,7 +13,7 @@ from sklearn.metrics import r2_score
 
 from fastslots.cli import main
 from fastslots.data import SpritesDataset
-from fastslots.data.given import as_split
+from fastslots.data.map_style import as_split
 from fastslots.errors import UserError
 from fastslots.evaluation.analyses import attribute_scores, recombination_scores
 from fastslots.metrics.attributes import circular, match_slots, probe

@@ -11,7 +11,7 @@ from tiny import MODEL_8
 from torch import Tensor
 
 from fastslots.data.builtin.sprites import SpritesDataset
-from fastslots.data.given import as_split
+from fastslots.data.map_style import as_split
 from fastslots.errors import UserError
 from fastslots.evaluation.evaluate import evaluate
 from fastslots.evaluation.grids import SlotPictures

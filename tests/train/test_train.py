@@ -18,7 +18,7 @@ from tiny import MODEL_16
 
 from fastslots.cli import main
 from fastslots.data import read_batch
-from fastslots.data.given import as_split
+from fastslots.data.map_style import as_split
 from fastslots.errors import UserError
 from fastslots.evaluation.evaluate import evaluate
 from fastslots.files import write_atomic

@@ -45,20 +45,15 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--grid, --size and --batch_size must be at least 1, --heads and --max_objects at least 0")
     from fastslots.config.run import TrainConfig
     from fastslots.data.packed.features import FeatureDataset
-    from fastslots.features import make_features
+    from fastslots.features import Encoding, VitFile, make_features
 
     device = TrainConfig(device=args.device).torch_device()
     make_features(
         args.source,
-        args.checkpoint,
+        VitFile(args.checkpoint, args.heads, args.scale),
         args.out,
-        grid=args.grid,
-        size=args.size,
-        heads=args.heads,
-        scale=args.scale,
-        dtype=args.dtype,
+        Encoding(args.grid, args.size, args.dtype, args.batch_size),
         max_objects=args.max_objects or None,
-        batch=args.batch_size,
         device=device,
     )
     print(FeatureDataset(args.out).info)

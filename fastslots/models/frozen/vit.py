@@ -44,7 +44,7 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, patch: int, width: int, hidden: int, depth: int, heads: int, positions: int, scale: str):
         super().__init__()
-        self.patch, self.width = patch, width
+        self.patch, self.width, self.heads = patch, width, heads
         self.patches = nn.Conv2d(3, width, patch, stride=patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, positions, width))

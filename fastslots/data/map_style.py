@@ -19,11 +19,11 @@ MASK_LIKE = {"masks", "segmentation", "segmentations", "label_map", "labels", "i
 
 
 def as_scenes(dataset: Any) -> SceneDataset:
-    """One of ours as it is, any other map-style data set behind ``GivenDataset``.
+    """One of ours as it is, any other map-style data set behind ``MapStyleDataset``.
 
     A method ``batch`` alone makes none of ours: that of Hugging Face's ``datasets`` groups rows.
     """
-    return dataset if isinstance(dataset, SceneDataset) else GivenDataset(dataset)
+    return dataset if isinstance(dataset, SceneDataset) else MapStyleDataset(dataset)
 
 
 def as_split(dataset: Any, rows: range | np.ndarray | None = None) -> Split:
@@ -32,7 +32,7 @@ def as_split(dataset: Any, rows: range | np.ndarray | None = None) -> Split:
     return Split(scenes, range(len(scenes)) if rows is None else rows)
 
 
-class GivenDataset:
+class MapStyleDataset:
     """A map-style data set of Python code: ``len()``, and items by number as ``read_items`` takes them."""
 
     info = None
@@ -165,19 +165,19 @@ def check_map_style(dataset: Any) -> None:
         raise UserError(f"{name} is empty: expected {expected}, and at least one image")
 
 
-def look_at(given: GivenDataset, splits: Iterable[Split]) -> tuple[np.ndarray, list[str]]:
+def look_at(scenes: MapStyleDataset, splits: Iterable[Split]) -> tuple[np.ndarray, list[str]]:
     """Read the first and the last item of each split: the images, and what looks wrong without being an error.
 
     A data set may be slow to read, or count what is read: no more than that. UserError as of ``read_items``.
     """
-    owner = type(given.dataset).__name__
+    owner = type(scenes.dataset).__name__
     rows = [int(row) for split in splits for row in dict.fromkeys((split.rows[0], split.rows[-1]))]
-    items = [(row, given.dataset[row]) for row in rows]
+    items = [(row, scenes.dataset[row]) for row in rows]
     images, masks = _together(items, owner)
     warnings = [f"images of the {owner} are all equal"] if len(images) > 2 and (images == images[:1]).all() else []
     if masks is None:
         warnings += _unread(items[0][1], owner)
-    elif (masks == 255).any() and given.ignore_label is None:
+    elif (masks == 255).any() and scenes.ignore_label is None:
         warnings.append(
             f"masks of the {owner} have the label 255, scored as an object: where it means 'do not score', set its "
             f"attribute ignore_label = 255"

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from fastslots.data import SpritesDataset, read_batch, to_float
 from fastslots.data.dataset import Split
-from fastslots.data.given import GivenDataset, look_at, read_items
+from fastslots.data.map_style import MapStyleDataset, look_at, read_items
 from fastslots.errors import UserError
 from fastslots.train import TrainConfig, fit
 
@@ -235,12 +235,12 @@ def test_label_255_is_said_and_left_out_where_the_data_say_so(tmp_path):
 
 def test_a_set_is_looked_at_here_and_there():
     dataset = Items(lambda i: IMAGES[i])
-    given = GivenDataset(dataset)
-    images, warnings = look_at(given, [Split(given, range(0, 20)), Split(given, range(20, 24))])
+    scenes = MapStyleDataset(dataset)
+    images, warnings = look_at(scenes, [Split(scenes, range(0, 20)), Split(scenes, range(20, 24))])
     assert np.array_equal(images, IMAGES[[0, 19, 20, 23]]) and not warnings and dataset.read == 4
-    given = GivenDataset(Items(lambda i: IMAGES[0]))
-    assert look_at(given, [Split(given, range(24))])[1] == []
-    warnings = look_at(given, [Split(given, range(24)), Split(given, range(3))])[1]
+    scenes = MapStyleDataset(Items(lambda i: IMAGES[0]))
+    assert look_at(scenes, [Split(scenes, range(24))])[1] == []
+    warnings = look_at(scenes, [Split(scenes, range(24)), Split(scenes, range(3))])[1]
     assert warnings == ["images of the Items are all equal"]
 
 
