@@ -39,6 +39,7 @@ from .cpu_attention import (
 )
 from .cpu_calls import ISAS, MAX_CHAIN, binding, isa, kernel, mask, plain, set_isa, torch_on_one_thread, unit_rows, wide
 from .cpu_encoder import encoder_bwd, encoder_fwd, encoder_saved_size
+from .cpu_step import step_update, train_step
 
 MAX_SLOTS = 64
 MAX_KEYS = 128
@@ -47,11 +48,32 @@ MAX_COLUMNS = 512
 encoder: what the C++ tests cover."""
 
 __all__ = [
-    "ISAS", "attention_statistics_bwd", "attention_statistics_fwd", "cross_attention_bwd", "cross_attention_fwd",
-    "decoder_layer_bwd", "decoder_layer_fwd", "decoder_loss", "encoder_bwd", "encoder_fwd", "encoder_saved_size",
-    "folded_cross_attention_bwd", "folded_cross_attention_fwd", "isa", "muon", "norm", "set_isa", "slot_attention_bwd",
-    "slot_attention_fwd", "slot_jacobian", "token_attention_bwd", "token_attention_fwd",
-    "torch_on_one_thread", "why_not",
+    "ISAS",
+    "attention_statistics_bwd",
+    "attention_statistics_fwd",
+    "cross_attention_bwd",
+    "cross_attention_fwd",
+    "decoder_layer_bwd",
+    "decoder_layer_fwd",
+    "decoder_loss",
+    "encoder_bwd",
+    "encoder_fwd",
+    "encoder_saved_size",
+    "folded_cross_attention_bwd",
+    "folded_cross_attention_fwd",
+    "isa",
+    "muon",
+    "norm",
+    "set_isa",
+    "slot_attention_bwd",
+    "slot_attention_fwd",
+    "slot_jacobian",
+    "step_update",
+    "token_attention_bwd",
+    "token_attention_fwd",
+    "torch_on_one_thread",
+    "train_step",
+    "why_not",
 ]  # fmt: skip
 
 

@@ -187,10 +187,29 @@ def _cnn(config: SlotVAEConfig, width: int) -> nn.Sequential:
 
 def operator_inputs(encoder: Encoder, images: Tensor, query_noise: Tensor | None) -> EncoderInputs:
     """What the operator is handed of an encoder and its images."""
+    queries, picks, seed = encoder.first_queries.before_tokens(encoder.queries, images, query_noise)
+    return EncoderInputs(
+        images=images,
+        queries=queries,
+        grid=encoder.grid if encoder.cnn else None,
+        picks=picks,
+        weights=operator_weights(encoder, seed),
+        strides=strides(encoder),
+        heads=cast(EncoderLayer, encoder.transformer[0]).self_attention.heads,
+        eps=encoder.norm.eps,
+    )
+
+
+def strides(encoder: Encoder) -> list[int]:
+    """Those of its convolutions."""
+    return [module.stride[0] for module in encoder.cnn or () if isinstance(module, nn.Conv2d)]
+
+
+def operator_weights(encoder: Encoder, seed: Tensor | None) -> list[Tensor]:
+    """Its weights in the order of ``EncoderInputs``; seed: the weight of seeded first queries."""
     convolutions = [module for module in encoder.cnn or () if isinstance(module, nn.Conv2d)]
     maps = [module for module in encoder.token_mlp if isinstance(module, nn.Linear)]
     parts: list[nn.Module] = [*convolutions, *([encoder.position] if convolutions else []), *maps]
-    queries, picks, seed = encoder.first_queries.before_tokens(encoder.queries, images, query_noise)
     weights = _weights(parts) + ([] if seed is None else [seed])
     layers = cast("list[EncoderLayer]", list(encoder.transformer))
     for layer in layers:
@@ -198,17 +217,7 @@ def operator_inputs(encoder: Encoder, images: Tensor, query_noise: Tensor | None
         p = cross.projections
         weights += _weights([cross.norm_q, cross.norm_tokens, p.to_q, p.to_kv, p.to_out])
         weights += _weights([among.norm, among.to_qkv, among.to_out, ff.norm, ff.w1, ff.w2])
-    weights += _weights([encoder.norm, *([encoder.output] if isinstance(encoder.output, nn.Linear) else [])])
-    return EncoderInputs(
-        images=images,
-        queries=queries,
-        grid=encoder.grid if convolutions else None,
-        picks=picks,
-        weights=weights,
-        strides=[module.stride[0] for module in convolutions],
-        heads=layers[0].self_attention.heads,
-        eps=encoder.norm.eps,
-    )
+    return weights + _weights([encoder.norm, *([encoder.output] if isinstance(encoder.output, nn.Linear) else [])])
 
 
 def _weights(parts: Iterable[nn.Module]) -> list[Tensor]:

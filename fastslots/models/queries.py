@@ -169,5 +169,6 @@ def farthest_patches(patches: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _length(vectors: Tensor) -> Tensor:
-    """[B, n, P²] -> [B, P²]; torch's norm over an axis takes 60 times as long on a CPU."""
-    return vectors.square().sum(1).sqrt()
+    """[B, n, P²] -> [B, P²], rounded correctly: patches at equal distances are many, and torch's fp32 root is a bit
+    off on some CPUs. Its norm over an axis takes 60 times as long there."""
+    return vectors.square().sum(1).double().sqrt().to(vectors.dtype)

@@ -29,6 +29,8 @@ from fastslots.records import (
     LossResult,
     Statistics,
     StatisticsInputs,
+    StepDraws,
+    StepModel,
     Tangents,
     describe,
 )
@@ -36,7 +38,7 @@ from fastslots.records import (
 NAMES = ("reference", "cpu", "triton")
 OPS = (
     "cross_attention", "attention_statistics", "folded_cross_attention", "decoder_layer", "decoder_loss",
-    "token_attention", "slot_attention", "encoder", "slot_jacobian", "muon",
+    "token_attention", "slot_attention", "encoder", "slot_jacobian", "muon", "train_step", "step_update",
 )  # fmt: skip
 
 
@@ -151,6 +153,32 @@ class EncoderBackend(Backend, Protocol):
 
     def encoder_bwd(self, dout: Tensor, saved: Tensor, inputs: EncoderInputs) -> tuple[Tensor, list[Tensor]]:
         """-> the gradient of queries and those of the weights."""
+
+
+class StepFunction(Protocol):
+    """Loss and gradients of a model in one call."""
+
+    def run(self, images: Tensor, draws: StepDraws, weights: tuple[float, float, float]) -> tuple[float, float, float]:
+        """images [B, C, R, R] -> recon, kl and interaction, unweighted; the gradients of ``weights`` times those are
+        written."""  # fmt: skip
+
+
+class UpdateFunction(Protocol):
+    """The update of arrays that stay in their places."""
+
+    def run(self, muon: dict[str, Any], adamw: dict[str, Any], largest_norm: float, update: bool) -> float:
+        """-> the gradients' norm. Where ``update`` and it is finite, both optimisers step by their groups' settings, on
+        gradients scaled to a norm of at most ``largest_norm`` (0: as they are)."""  # fmt: skip
+
+
+class StepBackend(Backend, Protocol):
+    """A backend that serves ``train_step`` as well."""
+
+    def train_step(self, model: StepModel, channels: int, resolution: int) -> StepFunction:
+        """The step of a model whose arrays stay in their places."""
+
+    def step_update(self, matrices: Sequence[tuple[Tensor, ...]], rest: Sequence[tuple[Tensor, ...]]) -> UpdateFunction:
+        """matrices, for Muon: (param, grad, momentum) each. rest, for AdamW: (param, grad, mean, square, step)."""
 
 
 class JacobianBackend(Backend, Protocol):

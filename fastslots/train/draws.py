@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastslots.config.run import TrainConfig
 from fastslots.data.sampling import Purpose, random_u64, step_seed
+from fastslots.records import StepDraws
 from fastslots.train.pixels import drawn_pixels, pixel_probabilities, uniform_of
 
 PURPOSES = (Purpose.NOISE, Purpose.PIXELS, Purpose.JACOBIAN, Purpose.QUERIES)
@@ -74,6 +75,15 @@ def draw(config: TrainConfig, step: int, images: Tensor, start: int = 0, keys: T
     return Draws(noise, query_noise, pixels, weight, jacobian_pixels)
 
 
+def step_draws(config: TrainConfig, step: int, images: Tensor, start: int) -> StepDraws:
+    """The same for a kernel that draws noise and pixels itself, on the CPU; arguments as of ``draw``."""
+    if config.generator == "torch":
+        drawn = _draw_by_torch(config, step, images, start)
+        return StepDraws(drawn.noise, drawn.pixels, drawn.pixel_weight, (0, 0), start, config.pixels_per_step)
+    noise, pixels, *_ = random_u64(config.seed, step, _purposes()).tolist()
+    return StepDraws(None, None, None, (noise, pixels), start, config.pixels_per_step)
+
+
 def words(key: Tensor, count: int, start: int, *shape: int) -> Tensor:
     """Outputs of SplitMix64 seeded with ``key`` (int64, 0-d) for images ``start`` to ``start + count``, ``shape`` of
     them each: int64 [count, *shape], on the device of the key."""
@@ -97,13 +107,13 @@ def normal(key: Tensor, count: int, start: int, *shape: int) -> Tensor:
     size. The density is the normal one within 1 % up to 4 and 10 % up to 5 standard deviations.
     """
     quarters = words(key, count, start, *shape).view(torch.int16).int().add_(LEVELS // 2)
-    table = _quantiles(key.device)
+    table = quantiles(key.device)
     total = table.index_select(0, quarters.flatten()).view(count, *shape, 4).sum(-1, dtype=torch.int32)
     return total.float().mul_(UNIT / 2)
 
 
 @cache
-def _quantiles(device: torch.device) -> Tensor:
+def quantiles(device: torch.device) -> Tensor:
     """Quantiles (i + 1/2) / 2^16 of the normal distribution in units of ``UNIT``, scaled to variance 1: int32."""
     standard = NormalDist()
     lower = [standard.inv_cdf((i + 0.5) / LEVELS) for i in range(LEVELS // 2)]

@@ -16,8 +16,9 @@ from fastslots.distributed import Group
 from fastslots.errors import UserError
 from fastslots.models import SlotVAE
 from fastslots.ops import backends
-from fastslots.train.draws import Draws, draw
+from fastslots.train.draws import Draws, draw, step_draws
 from fastslots.train.extras import FurtherLosses, Loss
+from fastslots.train.fused import FusedLoss, fused_loss, fused_update
 from fastslots.train.optim import Optimizers, clip
 from fastslots.train.schedule import alpha_at, beta_at, jacobian_weight_at, lr_at
 
@@ -41,6 +42,11 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
         if device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
+
+    @property
+    def plain(self) -> bool:
+        """Whether everything is computed in fp32."""
+        return self._dtype is None and not self.scaler.is_enabled() and not torch.is_autocast_enabled(self._device)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self._device, self._dtype or torch.bfloat16, enabled=self._dtype is not None)
@@ -68,6 +74,9 @@ def training_step(
     parts = (model, optimizers, precision, config, step, images, group)
     if losses:
         return _step(*parts, losses)
+    if images.device.type == "cpu" and precision.plain and (fused := fused_loss(model, config)) is not None:
+        with cast(backends.OptimizerBackend, backends.load("cpu")).torch_on_one_thread():
+            return _fused(fused, *parts)
     with _threads_for_kernels(model, precision, config, images):
         return _step(*parts)
 
@@ -85,6 +94,42 @@ def _threads_for_kernels(model: SlotVAE, precision: Precision, config: TrainConf
         return
     with cast(backends.OptimizerBackend, backends.load("cpu")).torch_on_one_thread():
         yield
+
+
+def _fused(
+    fused: FusedLoss,
+    model: SlotVAE,
+    optimizers: Optimizers,
+    precision: Precision,
+    config: TrainConfig,
+    step: int,
+    images: Tensor,
+    group: Group,
+) -> dict[str, float]:
+    """``_step`` with the loss and all gradients out of one call of a kernel."""
+    lr, alpha, beta = lr_at(config, step), alpha_at(config, step), beta_at(config, step)
+    ours = group.share(config.batch_size)
+    share, expansion = len(images) / config.batch_size, config.resolution**2 / config.pixels_per_step
+    draws = step_draws(config, step, images, ours.start)
+    weights = (config.sigma * expansion * share, beta * share, alpha * share)
+    recon, kl, interaction = fused.run(images, draws, weights)
+    recon *= expansion
+    total = config.sigma * recon + beta * kl + alpha * interaction
+    sums = torch.tensor([share * value for value in (total, recon, kl, interaction)])
+    group.sum_step(model.parameters(), sums)
+    loss, recon, kl, interaction = sums.tolist()
+    optimizers.set_lr(lr)
+    finite = math.isfinite(loss)
+    if (update := fused_update(optimizers)) is not None:
+        grad_norm = update.run(config.grad_clip, finite)
+    else:
+        grad_norm = clip(model.parameters(), config.grad_clip).item()
+        if finite and math.isfinite(grad_norm):
+            for optimizer, _ in optimizers.parts:
+                optimizer.step()
+    normalized = interaction / model.slot_decoder.heads**2
+    values = {"loss": loss, "recon": recon, "kl": kl, "interaction": interaction, "interaction_normalized": normalized}
+    return values | {"grad_norm": grad_norm, "lr": lr, "alpha": alpha, "beta": beta}
 
 
 def _step(

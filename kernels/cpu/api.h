@@ -183,8 +183,10 @@ struct EncoderArgs {
   int64_t token_hidden, layer_count, outputs;  // outputs: rows of the output layer, 0 without one
   const int64_t* ff_widths;                    // [layer_count]
   const T *images, *queries;
-  const int64_t* picks;                        // [B, K] the token that seeds each query; null: none, and no seed weight
+  bool seeded;                                 // whether there are picks and a seed weight
+  const int64_t* picks;                        // [B, K] the token that seeds each query
   const T* grid;                               // [T, 4] of the tokens; null for features
+  int64_t seed_stride;                         // elements between rows of the seed weight; 0: S
   const T* const* weights;
   T* out;                                      // [B, K, outputs or S]; null: backward
   T* saved;                                    // [B, saved_size] what the forward leaves; null: nothing, it runs again
@@ -194,6 +196,42 @@ struct EncoderArgs {
   double eps;
   bool winograd;                               // whether convolutions may take that form
   int threads;
+};
+
+// How the slots of an image come into a decoder layer; the output's bias is LayerArrays::b. I = H·d.
+template <typename P>
+struct SlotFoldArrays {
+  P norm_q_weight, norm_q_bias;          // [D]
+  P norm_slots_weight, norm_slots_bias;  // [slot_width]
+  P q_weight, q_bias;                    // [I, D], [I]
+  P kv_weight, kv_bias;                  // [2I, slot_width], [2I]
+  P out_weight;                          // [D, I]
+};
+
+// Loss and gradients of the whole model, each image decoding pixels of its own (train_step.h).
+template <typename T>
+struct TrainStepArgs {
+  EncoderArgs<T> encoder;     // queries: the learned ones, [1, rows, S], as is queries_grad; no picks, out, saved, out_grad
+  DecoderLossArgs<T> decoder;  // pixels: P; code [L, E]; no G, g, U, target, pixel_weight, results
+  int64_t slot_dim, slot_hidden, slot_width, inner;
+  double attention_scale;
+  const T* const* slot_mlp;   // weight, bias, weight, bias
+  T* const* slot_mlp_grads;
+  const SlotFoldArrays<const T*>* folds;  // [layer_count]
+  const SlotFoldArrays<T*>* fold_grads;
+  bool variational;           // the encoder gives mean | log-scale
+  int64_t patch_side;         // seeded queries: patches along a side (P² in all); 0: query k is learned query k
+  const T* places;            // [P², 2]
+  const int64_t* token_of;    // [P²] the token over each patch
+  const T* noise;             // [B, K, Z], where variational; null: drawn with noise_key
+  const int64_t* pixels;      // [B, P] the pixels of each image; null: drawn with pixel_key
+  const T* pixel_weight;      // [B, P], of given pixels, or null
+  uint64_t noise_key, pixel_key;
+  int64_t first_image;        // the place of the first image among those that the keys are for
+  const int32_t* quantiles;   // [2^16] of the normal distribution
+  int favours;                // 0: all pixels alike, 1: the foreground, 2: edges and the foreground
+  double kl_weight;
+  double recon, kl, interaction;  // results, unweighted
 };
 
 // Muon's update of matrices, in place (fastslots/train/muon.py).
@@ -207,6 +245,30 @@ struct MuonArgs {
   double momentum, lr, weight_decay;
   double coefficients[3];         // of the Newton-Schulz polynomial
   int iterations, threads;
+  double grad_scale;              // of every gradient
+};
+
+// AdamW's update of arrays, in place (Loshchilov and Hutter, 2019; torch.optim.AdamW).
+template <typename T>
+struct AdamwArgs {
+  int64_t count;
+  const int64_t* sizes;           // [count]
+  T* const* params;
+  const T* const* grads;
+  T *const *means, *const *squares;
+  float* const* steps;            // updates of each so far, counted here
+  double lr, beta1, beta2, eps, weight_decay, grad_scale;
+};
+
+// A step's whole update: gradients clipped to a norm, Muon's matrices, and AdamW's rest.
+template <typename T>
+struct UpdateArgs {
+  MuonArgs<T> muon;
+  AdamwArgs<T> adamw;
+  double largest_norm;            // 0: not clipped
+  bool update;                    // false: the norm alone
+  int threads;
+  double norm;                    // result, before clipping; where it is not finite nothing is updated
 };
 
 // Entry points of one instruction set and element type.
@@ -220,7 +282,9 @@ struct Kernels {
   void (*slot_attention)(const SlotAttentionArgs<T>&);
   void (*encoder)(const EncoderArgs<T>&);
   int64_t (*encoder_saved_size)(const EncoderArgs<T>&);
+  void (*train_step)(TrainStepArgs<T>&);
   void (*muon)(const MuonArgs<T>&);
+  void (*update)(UpdateArgs<T>&);
   void (*normal_cdf)(const T* x, T* cdf, T* density, int64_t count);  // Φ and φ, for tests of their error
   void (*exponential)(const T* x, T* out, int64_t count);
 };

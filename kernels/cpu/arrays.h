@@ -99,7 +99,7 @@ class Arrays {
   template <typename E>
   [[noreturn]] static void throw_type(const std::string& name, const char* layout) {
     constexpr bool whole = std::is_integral_v<E>;
-    const char* type = whole ? (sizeof(E) == 1 ? "uint8" : "int64") : sizeof(E) == 4 ? "float32" : "float64";
+    const char* type = whole ? (sizeof(E) == 1 ? "uint8" : sizeof(E) == 4 ? "int32" : "int64") : sizeof(E) == 4 ? "float32" : "float64";
     throw nb::type_error((name + " must be a " + layout + " " + type + " array on the CPU").c_str());
   }
 

@@ -13,9 +13,10 @@ class PackedDecoder {
   const int64_t D, HK;
 
   explicit PackedDecoder(const DecoderArgs<T>& args)
-      : a(args), D(args.width), HK(args.heads * args.slots), packed_(pack(nullptr)), projection_size_(project(0, nullptr)),
+      : a(args), D(args.width), HK(args.heads * args.slots), packed_(pack(nullptr)), projection_size_(args.layers[0].G ? project(0, nullptr) : 0),
         projections_(args.batch * projection_size_) {
     pack(packed_.get());
+    if (!a.layers[0].G) return;  // the caller projects the slots of an image itself (pack_image)
     auto body = [&](int64_t b, int) { project(b, projections_.get() + b * projection_size_); };
     parallel_for(a.batch, a.threads, body);
   }
@@ -63,6 +64,17 @@ class PackedDecoder {
     }
   }
 
+  // The same from G and U as rows [HK][whole D] (columns past D are not read), packed into the carver's memory.
+  template <typename Folded>
+  void pack_image(const Folded* folded, Carver<T>& carver, Tile& tile) const {
+    const int64_t stride = (D + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+    for (int64_t i = 0; i < a.layer_count; ++i) {
+      tile.layers[i] = layers_[i];
+      tile.layers[i].scores = pack_linear<T>(folded[i].G, HK, D, stride, 1, folded[i].g, carver);
+      tile.layers[i].values = pack_linear<T>(folded[i].U, D, HK, 1, stride, a.layers[i].b, carver);
+    }
+  }
+
   TileShape<T> shape(int64_t b, int64_t count) const {
     return {(count + kPanel<T> - 1) / kPanel<T>, D, a.heads, a.slots, T(a.eps), T(1) / T(a.layer_count),
             a.slot_mask ? a.slot_mask + b * a.slots : nullptr};
@@ -77,7 +89,12 @@ class PackedDecoder {
 
   // The queries of a tile, made: [panels][D][W].
   const T* make_queries(int64_t start, int64_t count, int64_t panels, Tile& tile) const {
-    load_pixels<T>(a.code + start * a.code_width, a.code_width, count, a.code_width, panels, tile.code);
+    return make_queries_of(a.code + start * a.code_width, count, panels, tile);
+  }
+
+  // Of any codes [count][code_width].
+  const T* make_queries_of(const T* codes, int64_t count, int64_t panels, Tile& tile) const {
+    load_pixels<T>(codes, a.code_width, count, a.code_width, panels, tile.code);
     return query_mlp_.forward(tile.code, panels, tile.query);
   }
 

@@ -16,6 +16,11 @@ class DecoderLoss {
         plan(args.batch, args.pixels, args.layer_count * 2 * D * HK, args.query_batch == 1 ? D : 0, args.threads),
         query_grad(plan, backward ? args.queries_grad : nullptr, args.query_batch == 1, D) {}
 
+  // For a caller that walks image by image itself, and uses what is public below.
+  DecoderLoss(DecoderLossArgs<T>& args, const Plan<T>& own)
+      : a(args), decoder(args), D(args.width), HK(args.heads * args.slots), backward(true), plan(own),
+        query_grad(plan, nullptr, false, D) {}
+
   void run() {
     shared_size = backward ? shared_sums(nullptr).used : 0;
     image_size = backward ? image_sums(nullptr).used : 0;
@@ -41,15 +46,11 @@ class DecoderLoss {
     if (backward) reduce();
   }
 
- private:
   DecoderLossArgs<T>& a;
   const PackedDecoder<T> decoder;
   const int64_t D, HK;
   const bool backward;
   const Plan<T> plan;
-  PixelGradient<T> query_grad;
-  int64_t shared_size = 0, image_size = 0;
-  T *shared_base = nullptr, *image_base = nullptr;
 
   double pixel_count() const { return a.batch * a.pixels > 0 ? double(a.batch * a.pixels) : 1.0; }
 
@@ -107,6 +108,74 @@ class DecoderLoss {
     }
   };
 
+  // From the queries in ws.x: adds the tile's losses and gradients; that of the queries is in ws.dx where needed.
+  void run_tile(const TileShape<T>& s, int64_t b, int64_t start, int64_t count, bool query_needed, const Sums& sums,
+                Workspace& ws, double* losses) const {
+    forward_tile(s, b, start, count, ws, losses);
+    if (!backward) return;
+    decoder.backward_head(s, sums.head, ws, ws.dx);
+    for (int64_t i = a.layer_count - 1; i >= 0; --i) {
+      backward_layer(ws.layers[i], sums.layers[i], s, ws.states[i], ws.dmap, i > 0 || query_needed, ws.dx, ws.wide,
+                     ws.narrow, ws.scratch);
+    }
+  }
+
+  // Adds the tile's losses; leaves the gradient of its pixels in ws.wide and that of its map in ws.dmap.
+  void forward_tile(const TileShape<T>& s, int64_t b, int64_t start, int64_t count, Workspace& ws,
+                    double* losses) const {
+    constexpr int W = kPanel<T>;
+    const T* out = decoder.forward(s, ws);
+    const T pair_factor = T(a.interaction_weight / pixel_count());
+    for (int64_t i = 0; i < s.panels * W; ++i) {
+      ws.weight[i] = i >= count ? T(0) : a.pixel_weight ? a.pixel_weight[b * a.pixels + start + i] : T(1);
+      ws.factor[i] = ws.weight[i] * pair_factor;
+    }
+    interaction<T>(ws.map, a.slots, s.panels, ws.factor, ws.pairs, backward ? ws.dmap : nullptr);
+    for (int64_t i = 0; i < count; ++i) losses[1] += double(ws.pairs[i]) * double(ws.weight[i]);
+    losses[0] += compare(out, b, start, count, s.panels, ws);
+  }
+
+  // Σ weight·(out − target)², and its gradient into ws.wide (0 past the last pixel).
+  double compare(const T* out, int64_t b, int64_t start, int64_t count, int64_t panel_count, Workspace& ws) const {
+    constexpr int W = kPanel<T>;
+    const int64_t C = a.head_rows[a.head_count - 1];
+    const T factor = T(2 * a.recon_weight / double(a.batch));
+    const T* target = a.target + (b * a.pixels + start) * C;
+    double total = 0;
+    for (int64_t i = 0; i < panel_count * W; ++i) {
+      for (int64_t c = 0; c < C; ++c) {
+        const int64_t at = (i / W * C + c) * W + i % W;
+        const T error = i < count ? out[at] - target[i * C + c] : T(0);
+        total += double(ws.weight[i]) * double(error) * double(error);
+        ws.wide[at] = factor * ws.weight[i] * error;
+      }
+    }
+    return total;
+  }
+
+  // The gradients of what all images share, out of sums that lie in one piece.
+  void reduce_shared(const Sums& shared) const {
+    const Partials all{1, 0};
+    for (int64_t i = 0; i < a.layer_count; ++i) {
+      const auto& w = a.layers[i];
+      const auto& to = a.layer_grads[i];
+      const auto& sums = shared.layers[i];
+      if (to.b) reduce_rows<T>(sums.values_bias, all, D, to.b);
+      reduce_normed<T>(sums.widen, all, a.ff_widths[i], D, w.w1, w.norm_weight, w.norm_bias, to.w1, to.b1,
+                       to.norm_weight, to.norm_bias);
+      reduce_linear<T>(sums.narrow, all, D, a.ff_widths[i], to.w2, to.b2);
+    }
+    reduce_normed<T>(shared.head[0], all, a.head_rows[0], D, a.head[0].weight, a.head_norm_weight, a.head_norm_bias,
+                     a.head_grads[0].weight, a.head_grads[0].bias, a.head_norm_weight_grad, a.head_norm_bias_grad);
+    reduce_mlp(decoder.head(), 1, shared.head, all, a.head_grads);
+    if (a.query_map_grads) reduce_mlp(decoder.query_mlp(), 0, shared.query, all, a.query_map_grads);
+  }
+
+ private:
+  PixelGradient<T> query_grad;
+  int64_t shared_size = 0, image_size = 0;
+  T *shared_base = nullptr, *image_base = nullptr;
+
   void run_task(int64_t task, Workspace& ws, double* losses) {
     losses[0] = losses[1] = 0;
     T* const shared = shared_base + task * shared_size;
@@ -160,68 +229,9 @@ class DecoderLoss {
         });
   }
 
-  // From the queries in ws.x: adds the tile's losses and gradients; that of the queries is in ws.dx where needed.
-  void run_tile(const TileShape<T>& s, int64_t b, int64_t start, int64_t count, bool query_needed, const Sums& sums,
-                Workspace& ws, double* losses) const {
-    forward_tile(s, b, start, count, ws, losses);
-    if (!backward) return;
-    decoder.backward_head(s, sums.head, ws, ws.dx);
-    for (int64_t i = a.layer_count - 1; i >= 0; --i) {
-      backward_layer(ws.layers[i], sums.layers[i], s, ws.states[i], ws.dmap, i > 0 || query_needed, ws.dx, ws.wide,
-                     ws.narrow, ws.scratch);
-    }
-  }
-
-  // Adds the tile's losses; leaves the gradient of its pixels in ws.wide and that of its map in ws.dmap.
-  void forward_tile(const TileShape<T>& s, int64_t b, int64_t start, int64_t count, Workspace& ws,
-                    double* losses) const {
-    constexpr int W = kPanel<T>;
-    const T* out = decoder.forward(s, ws);
-    const T pair_factor = T(a.interaction_weight / pixel_count());
-    for (int64_t i = 0; i < s.panels * W; ++i) {
-      ws.weight[i] = i >= count ? T(0) : a.pixel_weight ? a.pixel_weight[b * a.pixels + start + i] : T(1);
-      ws.factor[i] = ws.weight[i] * pair_factor;
-    }
-    interaction<T>(ws.map, a.slots, s.panels, ws.factor, ws.pairs, backward ? ws.dmap : nullptr);
-    for (int64_t i = 0; i < count; ++i) losses[1] += double(ws.pairs[i]) * double(ws.weight[i]);
-    losses[0] += compare(out, b, start, count, s.panels, ws);
-  }
-
-  // Σ weight·(out − target)², and its gradient into ws.wide (0 past the last pixel).
-  double compare(const T* out, int64_t b, int64_t start, int64_t count, int64_t panel_count, Workspace& ws) const {
-    constexpr int W = kPanel<T>;
-    const int64_t C = a.head_rows[a.head_count - 1];
-    const T factor = T(2 * a.recon_weight / double(a.batch));
-    const T* target = a.target + (b * a.pixels + start) * C;
-    double total = 0;
-    for (int64_t i = 0; i < panel_count * W; ++i) {
-      for (int64_t c = 0; c < C; ++c) {
-        const int64_t at = (i / W * C + c) * W + i % W;
-        const T error = i < count ? out[at] - target[i * C + c] : T(0);
-        total += double(ws.weight[i]) * double(error) * double(error);
-        ws.wide[at] = factor * ws.weight[i] * error;
-      }
-    }
-    return total;
-  }
-
   void reduce() {
-    const Sums shared = shared_sums(shared_base);
     add_partials<T>(shared_base, plan.tasks(), shared_size, a.threads);
-    const Partials all{1, shared_size};
-    for (int64_t i = 0; i < a.layer_count; ++i) {
-      const auto& w = a.layers[i];
-      const auto& to = a.layer_grads[i];
-      const auto& sums = shared.layers[i];
-      if (to.b) reduce_rows<T>(sums.values_bias, all, D, to.b);
-      reduce_normed<T>(sums.widen, all, a.ff_widths[i], D, w.w1, w.norm_weight, w.norm_bias, to.w1, to.b1,
-                       to.norm_weight, to.norm_bias);
-      reduce_linear<T>(sums.narrow, all, D, a.ff_widths[i], to.w2, to.b2);
-    }
-    reduce_normed<T>(shared.head[0], all, a.head_rows[0], D, a.head[0].weight, a.head_norm_weight, a.head_norm_bias,
-                     a.head_grads[0].weight, a.head_grads[0].bias, a.head_norm_weight_grad, a.head_norm_bias_grad);
-    reduce_mlp(decoder.head(), 1, shared.head, all, a.head_grads);
-    if (a.query_map_grads) reduce_mlp(decoder.query_mlp(), 0, shared.query, all, a.query_map_grads);
+    reduce_shared(shared_sums(shared_base));
     add_partials<T>(image_base, plan.pixel_parts, a.batch * image_size, a.threads);
     const Partials parts{1, a.batch * image_size};
     auto body = [&](int64_t b, int) {

@@ -2,12 +2,12 @@
 
 #include <cstdlib>
 #include <new>
+#include <vector>
 
 // ThreadSanitizer cannot see how an OpenMP runtime synchronises: under it, the same tasks run on plain threads.
 #if defined(__SANITIZE_THREAD__)
 #include <atomic>
 #include <thread>
-#include <vector>
 #else
 #include <omp.h>
 #endif
@@ -36,13 +36,74 @@ void run_tasks(int64_t tasks, int threads, void* context, TaskBody body) {
 #endif
 }
 
+namespace {
+
+constexpr size_t kLine = 64;
+
+// Blocks that a thread has released and may have again: what a step takes, the next takes too, and the system would hand
+// out fresh pages, cleared and mapped one by one. Each thread that calls has its own, so that nothing is shared.
+class Spare {
+ public:
+  ~Spare() {
+    for (const Kept& kept : blocks_) std::free(kept.memory);
+  }
+
+  void* take(size_t bytes) {
+    size_t best = blocks_.size();
+    for (size_t i = 0; i < blocks_.size(); ++i) {
+      const bool fits = blocks_[i].bytes >= bytes && blocks_[i].bytes <= 2 * bytes;
+      if (fits && (best == blocks_.size() || blocks_[i].bytes < blocks_[best].bytes)) best = i;
+    }
+    if (best == blocks_.size()) return nullptr;
+    void* const memory = blocks_[best].memory;
+    total_ -= blocks_[best].bytes;
+    blocks_[best] = blocks_.back();
+    blocks_.pop_back();
+    return memory;
+  }
+
+  bool keep(void* memory, size_t bytes) {
+    if (bytes < kSmallest || total_ + bytes > kMost) return false;
+    blocks_.push_back({memory, bytes});
+    total_ += bytes;
+    return true;
+  }
+
+ private:
+  struct Kept {
+    void* memory;
+    size_t bytes;
+  };
+  static constexpr size_t kSmallest = size_t(1) << 16, kMost = size_t(1) << 25;  // 64 KiB, 32 MiB
+  std::vector<Kept> blocks_;
+  size_t total_ = 0;
+};
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr bool kReuse = false;  // every block is one of its own, so that a use past its end or its life is seen
+#else
+constexpr bool kReuse = true;
+#endif
+thread_local Spare spare;
+
+}  // namespace
+
+// A line in front of a block holds its size.
 void* allocate(size_t bytes) {
-  constexpr size_t kLine = 64;
-  void* memory = std::aligned_alloc(kLine, (bytes / kLine + 1) * kLine);
-  if (memory == nullptr) throw std::bad_alloc();
-  return memory;
+  const size_t whole = (bytes / kLine + 2) * kLine;
+  void* memory = kReuse ? spare.take(whole) : nullptr;
+  if (memory == nullptr) {
+    memory = std::aligned_alloc(kLine, whole);
+    if (memory == nullptr) throw std::bad_alloc();
+    *static_cast<size_t*>(memory) = whole;
+  }
+  return static_cast<char*>(memory) + kLine;
 }
 
-void release(void* memory) { std::free(memory); }
+void release(void* memory) {
+  void* const block = static_cast<char*>(memory) - kLine;
+  if (kReuse && spare.keep(block, *static_cast<size_t*>(block))) return;
+  std::free(block);
+}
 
 }  // namespace fastslots

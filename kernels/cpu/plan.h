@@ -40,6 +40,13 @@ struct Plan {
     panels = panels > largest ? largest : panels < 1 ? 1 : panels;
   }
 
+  // Every image a task.
+  Plan(int64_t batch_size, int64_t pixel_count)
+      : batch(batch_size), pixels(pixel_count), image_parts(batch_size > 0 ? batch_size : 1), workers(1) {
+    const int64_t most = (pixels + kPanel<T> - 1) / kPanel<T>, largest = kTilePixels / kPanel<T>;
+    panels = most > largest ? largest : most > 0 ? most : 1;
+  }
+
   int64_t tasks() const { return pixel_parts * image_parts; }
   int64_t pixel_part(int64_t task) const { return task % pixel_parts; }
   int64_t image_part(int64_t task) const { return task / pixel_parts; }

@@ -8,7 +8,7 @@
 // Tokens come normalised once. All is row-major with whole vectors (row_maps.h), M = H·K rows in the cross-attention.
 #pragma once
 
-#include "row_maps.h"
+#include "heads.h"
 
 namespace fastslots::FASTSLOTS_ISA {
 
@@ -43,7 +43,6 @@ class QueryTransformer {
   int64_t L() const { return whole_lanes<T>(S); }
   int64_t M() const { return H * K; }
   int64_t lanes_M() const { return whole_lanes<T>(M()); }
-  int64_t head_panel() const { return (L() * whole_panels<T>(d()) + 15) / 16 * 16; }  // as a Carver takes it
 
   // next(): the addresses of the layer's arrays, in the order of `encoder_tensors` (fastslots/ops/encoder.py).
   template <typename Next>
@@ -63,9 +62,9 @@ class QueryTransformer {
       l.to_q = map(S, S);
       const T* const kv = next();
       const T* const kv_bias = next();
-      l.key = pad(kv, S, pack.weights), l.value = pad(kv + S * S, S, pack.weights);
-      if (pack.forward) l.value_heads = pack_heads(kv + S * S, pack.weights);
-      if (pack.backward) l.key_heads = pack_heads(kv, pack.weights);
+      l.key = heads().pack(kv, S, 1, pack.weights), l.value = heads().pack(kv + S * S, S, 1, pack.weights);
+      if (pack.forward) l.value_heads = heads().pack_transposed(kv + S * S, S, 1, pack.weights);
+      if (pack.backward) l.key_heads = heads().pack_transposed(kv, S, 1, pack.weights);
       l.value_bias = pack_vector<T>(kv_bias + S, S, pack.weights);
       l.key_sum = pack.sum(S * L()), l.value_sum = pack.sum(S * L()), l.value_bias_sum = pack.sum(L());
       l.to_out = map(S, S);
@@ -113,7 +112,7 @@ class QueryTransformer {
     w.panels = c.take(panels), w.dpanels = c.take(backward ? panels : 0);
     w.m1 = c.take(M() * L()), w.m2 = c.take(M() * L()), w.m3 = c.take(M() * L());
     w.k1 = c.take(K * L()), w.k2 = c.take(K * L()), w.wide = c.take(K * widest);
-    w.head = c.take(K * whole_lanes<T>(d()));
+    w.head = c.take(heads().scratch_size());
     w.scores = c.take(backward ? kRowTile * lanes_M() : 0);
     w.sums = c.take(3 * lanes_M());
     return w;
@@ -149,21 +148,7 @@ class QueryTransformer {
   }
 
  private:
-  // [S][S] -> [S][L]
-  const T* pad(const T* from, int64_t rows, Carver<T>& c) const {
-    T* const to = c.take(rows * L());
-    for (int64_t i = 0; c.base && i < rows; ++i) {
-      for (int64_t j = 0; j < L(); ++j) to[i * L() + j] = j < S ? from[i * S + j] : T(0);
-    }
-    return to;
-  }
-
-  // Per head, the panels of the transpose of its rows of a matrix [S, S]: [H][panel][L][W].
-  const T* pack_heads(const T* from, Carver<T>& c) const {
-    const T* const first = c.base ? c.base + c.used : nullptr;
-    for (int64_t h = 0; h < H; ++h) pack_panels<T>(from + h * d() * S, S, d(), L(), 1, S, c);
-    return first;
-  }
+  Heads<T> heads() const { return {K, H, d(), S, L()}; }
 
   // The gradient w.wide of a map's result back through the norm before it, added to dx.
   void normed_map_backward(const RowMap<T>& map, const RowNorm<T>& norm, const T* scaled, const T* normed, const T* rstd,
@@ -174,40 +159,16 @@ class QueryTransformer {
     normalise_rows_backward<T>(w.k1, normed, rstd, K, S, true, dx);
   }
 
-  // out [K][d of each head] = rows_h [K][S] · Mᵀ of the head, for all heads; `rows` [M][L].
-  void narrow_heads(const T* rows, const T* heads, T* out, Workspace& w) const {
-    const int64_t lanes_d = whole_lanes<T>(d());
-    for (int64_t h = 0; h < H; ++h) {
-      product<T, false>({rows + h * K * L(), L()}, {heads + h * head_panel(), kPanel<T>, L() * kPanel<T>}, K, lanes_d, S,
-                        false, {w.head, lanes_d});
-      for (int64_t k = 0; k < K; ++k) {
-        std::memcpy(out + k * L() + h * d(), w.head + k * lanes_d, size_t(d()) * sizeof(T));
-      }
-    }
-    for (int64_t k = 0; k < K; ++k) std::memset(out + k * L() + S, 0, size_t(L() - S) * sizeof(T));
-  }
-
-  // rows_h [K][S] = x_h [K][d] · M of the head, for all heads.
-  void widen_heads(const T* x, const T* matrix, T* rows) const {
-    for (int64_t h = 0; h < H; ++h) {
-      product<T, false>({x + h * d(), L()}, {matrix + h * d() * L(), L(), kPanel<T>}, K, L(), d(), false,
-                        {rows + h * K * L(), L()});
-    }
-  }
-
-  // sums_h [d][L] += x_hᵀ · rows_h, for all heads.
-  void accumulate_heads(const T* x, const T* rows, T* sums) const {
-    for (int64_t h = 0; h < H; ++h) {
-      product<T, true>({x + h * d(), L()}, {rows + h * K * L(), L(), kPanel<T>}, d(), L(), K, true,
-                       {sums + h * d() * L(), L()});
-    }
+  void narrow(const T* rows, const T* transposed, T* x, Workspace& w) const {
+    heads().narrow(rows, transposed, x, w.head);
+    for (int64_t k = 0; k < K; ++k) std::memset(x + k * L() + S, 0, size_t(L() - S) * sizeof(T));
   }
 
   void cross(const QueryLayer<T>& l, QueryState<T>& s, const T* n, T* x, Workspace& w) const {
     normalise_rows<T>(x, K, S, eps, s.normed1, s.rstd1);
     scale_rows<T>(l.norm_q, s.normed1, K, s.scaled1);
     apply_rows<T>(l.to_q, s.scaled1, K, false, s.q);
-    widen_heads(s.q, l.key, s.rows);
+    heads().widen(s.q, l.key, s.rows);
     const T scale = T(1) / std::sqrt(T(S));
     each_row(M(), [&](int64_t at, int64_t j) {
       const Vec<T> row = load<T>(s.rows + at) * scale;
@@ -218,7 +179,7 @@ class QueryTransformer {
     each_row(M(), [&](int64_t at, int64_t j) {
       store<T>(w.m1 + at, load<T>(s.gathered + at) * load<T>(l.norm_tokens.gamma + j) + load<T>(l.norm_tokens.beta + j));
     });
-    narrow_heads(w.m1, l.value_heads, s.heads1, w);
+    narrow(w.m1, l.value_heads, s.heads1, w);
     for (int64_t k = 0; k < K; ++k) add_to<T>(s.heads1 + k * L(), l.value_bias, L());
     apply_rows<T>(l.to_out, s.heads1, K, true, x);
   }
@@ -278,8 +239,8 @@ class QueryTransformer {
     each_row(M(), [&](int64_t at, int64_t j) {
       store<T>(w.m1 + at, load<T>(s.gathered + at) * load<T>(l.norm_tokens.gamma + j) + load<T>(l.norm_tokens.beta + j));
     });
-    accumulate_heads(w.k2, w.m1, sums + l.value_sum);
-    widen_heads(w.k2, l.value, w.m2);  // the gradient of γ∘gathered + β
+    heads().accumulate(w.k2, w.m1, sums + l.value_sum);
+    heads().widen(w.k2, l.value, w.m2);  // the gradient of γ∘gathered + β
     scale_rows_backward<T>(l.norm_tokens, s.gathered, M(), sums, w.m2);
     each_row(M(), [&](int64_t at, int64_t j) {
       store<T>(w.m1 + at, load<T>(s.rows + at) * load<T>(l.norm_tokens.gamma + j));
@@ -296,8 +257,8 @@ class QueryTransformer {
       }
       store<T>(sums + l.norm_tokens.gamma_sum + j, dgamma);
     }
-    accumulate_heads(s.q, w.m3, sums + l.key_sum);
-    narrow_heads(w.m3, l.key_heads, w.wide, w);
+    heads().accumulate(s.q, w.m3, sums + l.key_sum);
+    narrow(w.m3, l.key_heads, w.wide, w);
     normed_map_backward(l.to_q, l.norm_q, s.scaled1, s.normed1, s.rstd1, sums, dx, w);
   }
 

@@ -61,7 +61,7 @@ const T* pack_vector(const T* from, int64_t count, Carver<T>& carver) {
   return packed;
 }
 
-// y = x·Wᵀ + bias with W [out, in] as torch keeps it.
+// y = x·Wᵀ + bias with W [out, in] as torch keeps it, its rows `stride` apart (0: in).
 template <typename T>
 struct RowMap {
   int64_t in = 0, out = 0;              // widths; in memory rows have whole_lanes of them
@@ -70,12 +70,12 @@ struct RowMap {
 };
 
 template <typename T>
-RowMap<T> pack_row_map(const T* weight, const T* bias, int64_t in, int64_t out, Packer<T>& pack) {
+RowMap<T> pack_row_map(const T* weight, const T* bias, int64_t in, int64_t out, Packer<T>& pack, int64_t stride = 0) {
   RowMap<T> map;
   map.in = in, map.out = out;
-  const int64_t in_l = whole_lanes<T>(in), out_l = whole_lanes<T>(out);
-  if (pack.forward) map.forward = pack_panels<T>(weight, in, out, in_l, 1, in, pack.weights);
-  if (pack.backward) map.backward = pack_panels<T>(weight, out, in, out_l, in, 1, pack.weights);
+  const int64_t in_l = whole_lanes<T>(in), out_l = whole_lanes<T>(out), rows = stride ? stride : in;
+  if (pack.forward) map.forward = pack_panels<T>(weight, in, out, in_l, 1, rows, pack.weights);
+  if (pack.backward) map.backward = pack_panels<T>(weight, out, in, out_l, rows, 1, pack.weights);
   map.bias = pack_vector<T>(bias, out, pack.weights);
   map.weight_sum = pack.sum(in_l * out_l);
   map.bias_sum = pack.sum(out_l);
@@ -126,6 +126,33 @@ void accumulate_row_map(const RowMap<T>& map, const T* x, const T* dy, int64_t r
   const int64_t in = whole_lanes<T>(map.in), out = whole_lanes<T>(map.out);
   product<T, true>({x, in}, {dy, out, kPanel<T>}, in, out, rows, true, {sums + map.weight_sum, out});
   add_columns<T>(dy, rows, out, sums + map.bias_sum);
+}
+
+// Out of the arena, to arrays as torch keeps them; null where nobody asks.
+
+template <typename T>
+void write_vector(const T* from, int64_t count, T* to) {
+  if (to) std::memcpy(to, from, size_t(count) * sizeof(T));
+}
+
+// to [rows][columns] = the first columns of from [rows][stride].
+template <typename T>
+void write_rows(const T* from, int64_t rows, int64_t columns, int64_t stride, T* to) {
+  for (int64_t i = 0; to && i < rows; ++i) std::memcpy(to + i * columns, from + i * stride, size_t(columns) * sizeof(T));
+}
+
+// to [rows][columns], its rows to_stride apart, = the transpose of from [columns][stride].
+template <typename T>
+void write_transposed(const T* from, int64_t rows, int64_t columns, int64_t stride, int64_t to_stride, T* to) {
+  for (int64_t i = 0; to && i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) to[i * to_stride + j] = from[j * stride + i];
+  }
+}
+
+template <typename T>
+void write_row_map(const RowMap<T>& map, const T* sums, T* weight, T* bias) {
+  write_transposed(sums + map.weight_sum, map.out, map.in, whole_lanes<T>(map.out), map.in, weight);
+  write_vector(sums + map.bias_sum, map.out, bias);
 }
 
 // 1 in the lanes of a row's last vector that belong to its width, 0 past it.
@@ -224,6 +251,60 @@ void scale_rows_backward(const RowNorm<T>& norm, const T* normed, int64_t rows, 
     }
     store<T>(sums + norm.gamma_sum + j, dgamma);
     store<T>(sums + norm.beta_sum + j, dbeta);
+  }
+}
+
+// A norm over all rows and columns together, in place; returns 1/σ. Sums of the rows are added in double.
+template <typename T>
+T normalise_all(T* x, int64_t rows, int64_t width, double eps) {
+  const int64_t L = whole_lanes<T>(width), last = L - kLanes<T>;
+  const Vec<T> mask = last_lanes<T>(width);
+  double sum = 0, squares = 0;
+  for (int64_t t = 0; t < rows; ++t) {
+    Vec<T> row = {};
+    for (int64_t j = 0; j < L; j += kLanes<T>) row += load<T>(x + t * L + j);
+    sum += double(sum_of<T>(row));
+  }
+  const double count = double(rows) * double(width);
+  const T mean = T(sum / count);
+  for (int64_t t = 0; t < rows; ++t) {
+    Vec<T> row = {};
+    for (int64_t j = 0; j < L; j += kLanes<T>) {
+      Vec<T> d = load<T>(x + t * L + j) - mean;
+      if (j == last) d *= mask;
+      row += d * d;
+      store<T>(x + t * L + j, d);
+    }
+    squares += double(sum_of<T>(row));
+  }
+  const T scale = T(1 / std::sqrt(squares / count + eps));
+  for (int64_t i = 0; i < rows * L; i += kLanes<T>) store<T>(x + i, load<T>(x + i) * scale);
+  return scale;
+}
+
+// d: the gradient of the normed, replaced by that of what was normed.
+template <typename T>
+void normalise_all_backward(const T* normed, T scale, int64_t rows, int64_t width, T* d) {
+  const int64_t L = whole_lanes<T>(width), last = L - kLanes<T>;
+  const Vec<T> mask = last_lanes<T>(width);
+  double sum = 0, dot = 0;
+  for (int64_t t = 0; t < rows; ++t) {
+    Vec<T> row = {}, along = {};
+    for (int64_t j = t * L; j < (t + 1) * L; j += kLanes<T>) {
+      row += load<T>(d + j);
+      along += load<T>(d + j) * load<T>(normed + j);
+    }
+    sum += double(sum_of<T>(row)), dot += double(sum_of<T>(along));
+  }
+  const double count = double(rows) * double(width);
+  const T mean = T(sum / count), along = T(dot / count);
+  for (int64_t t = 0; t < rows; ++t) {
+    for (int64_t j = 0; j < L; j += kLanes<T>) {
+      T* const at = d + t * L + j;
+      Vec<T> value = scale * (load<T>(at) - mean - load<T>(normed + t * L + j) * along);
+      if (j == last) value *= mask;
+      store<T>(at, value);
+    }
   }
 }
 

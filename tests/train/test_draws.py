@@ -17,7 +17,7 @@ from fastslots.config.run import read_config
 from fastslots.data import SpritesDataset, to_float
 from fastslots.data.sampling import Purpose, random_u64
 from fastslots.train import TrainConfig
-from fastslots.train.draws import UNIT, _quantiles, draw, normal, step_keys, words
+from fastslots.train.draws import UNIT, draw, normal, quantiles, step_keys, words
 from fastslots.train.pixels import drawn_pixels, edge_pixels, foreground_pixels, pixel_probabilities
 
 MASK = (1 << 64) - 1
@@ -64,7 +64,7 @@ def test_keys_follow_from_seed_step_and_purpose():
 
 def test_normal_numbers_are_half_the_sum_of_four_quantiles():
     key = torch.tensor(99)
-    table = [value * UNIT for value in _quantiles(CPU).tolist()]
+    table = [value * UNIT for value in quantiles(CPU).tolist()]
     expected = []
     for i in range(12, 36):
         quarters = [(splitmix64(99, i) >> shift) & 0xFFFF for shift in (0, 16, 32, 48)]
@@ -90,7 +90,7 @@ def test_normal_numbers_are_normal():
 
 def test_the_table_never_changes():
     """Another bit in it would change every run: not with a version of Python, nor with a processor."""
-    table = _quantiles(CPU)
+    table = quantiles(CPU)
     assert torch.equal(table, -table.flip(0)) and (table.diff() > 0).all()
     assert table.double().mul(UNIT).square().mean().item() == pytest.approx(1, abs=1e-7)
     assert hashlib.sha256(table.numpy().tobytes()).hexdigest()[:16] == "e3f34f210a8cec7b"

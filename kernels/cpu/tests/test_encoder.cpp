@@ -174,6 +174,7 @@ static std::vector<std::vector<T>> run(const Kernels<T>& kernels, const Case& c,
   args.slots = c.K, args.width = c.S, args.heads = c.heads, args.conv_count = int64_t(c.rows.size());
   args.conv_rows = c.rows.data(), args.conv_kernels = c.kernels.data(), args.conv_strides = c.strides.data();
   args.token_hidden = c.hidden, args.layer_count = c.layers, args.outputs = c.outputs, args.ff_widths = ff.data();
+  args.seeded = c.picks;
   args.images = values[0].data(), args.queries = values[1].data(), args.picks = c.picks ? picks.data() : nullptr;
   args.grid = grid.data(), args.weights = weights.data(), args.eps = 1e-5, args.winograd = winograd;
   args.threads = threads;

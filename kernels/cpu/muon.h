@@ -14,33 +14,23 @@ class MuonUpdate {
  public:
   explicit MuonUpdate(const MuonArgs<T>& args) : a(args) {}
 
-  void run() {
+  // Elements of workspace that the largest matrix takes.
+  int64_t workspace() const {
     int64_t size = 0;
     for (int64_t i = 0; i < a.count; ++i) {
       Workspace w;
       const int64_t needed = carve({nullptr}, a.rows[i], a.columns[i], w);
       size = needed > size ? needed : size;
     }
+    return size;
+  }
+
+  void run() const {
+    const int64_t size = workspace();
     const int64_t workers = a.threads > 1 ? (a.threads < a.count ? a.threads : a.count) : 1;
     Block<T> memory(workers * size);
     auto body = [&](int64_t i, int thread) { update(i, memory.get() + thread * size); };
     parallel_for(a.count, int(workers), body);
-  }
-
- private:
-  const MuonArgs<T>& a;
-
-  struct Workspace {
-    T *x, *next, *panels, *gram, *square;
-  };
-
-  // The matrix has `few` rows and `many` columns here, transposed if need be.
-  static int64_t carve(Carver<T> c, int64_t rows, int64_t columns, Workspace& w) {
-    const int64_t few = rows < columns ? rows : columns, many = rows < columns ? columns : rows;
-    w.x = c.take(few * whole_lanes<T>(many)), w.next = c.take(few * whole_lanes<T>(many));
-    w.panels = c.take(whole_lanes<T>(many) * whole_panels<T>(few));
-    w.gram = c.take(few * whole_lanes<T>(few)), w.square = c.take(few * whole_lanes<T>(few));
-    return c.used;
   }
 
   void update(int64_t index, T* memory) const {
@@ -49,7 +39,7 @@ class MuonUpdate {
     const int64_t few = tall ? columns : rows, many = tall ? rows : columns, stride = whole_lanes<T>(many);
     T *const p = a.params[index], *const buffer = a.buffers[index];
     const T* const grad = a.grads[index];
-    const T momentum = T(a.momentum);
+    const T momentum = T(a.momentum), of_grad = T(a.grad_scale);
     Workspace w;
     carve({memory}, rows, columns, w);
     std::memset(w.x, 0, size_t(few * stride) * sizeof(T));
@@ -58,8 +48,9 @@ class MuonUpdate {
       T sum = 0;
       for (int64_t j = 0; j < columns; ++j) {
         const int64_t at = i * columns + j;
-        buffer[at] += (T(1) - momentum) * (grad[at] - buffer[at]);
-        const T direction = grad[at] + momentum * (buffer[at] - grad[at]);
+        const T g = of_grad * grad[at];
+        buffer[at] += (T(1) - momentum) * (g - buffer[at]);
+        const T direction = g + momentum * (buffer[at] - g);
         sum += direction * direction;
         w.x[tall ? j * stride + i : i * stride + j] = direction;
       }
@@ -76,6 +67,22 @@ class MuonUpdate {
         value = value * keep - step * w.x[tall ? j * stride + i : i * stride + j];
       }
     }
+  }
+
+ private:
+  const MuonArgs<T>& a;
+
+  struct Workspace {
+    T *x, *next, *panels, *gram, *square;
+  };
+
+  // The matrix has `few` rows and `many` columns here, transposed if need be.
+  static int64_t carve(Carver<T> c, int64_t rows, int64_t columns, Workspace& w) {
+    const int64_t few = rows < columns ? rows : columns, many = rows < columns ? columns : rows;
+    w.x = c.take(few * whole_lanes<T>(many)), w.next = c.take(few * whole_lanes<T>(many));
+    w.panels = c.take(whole_lanes<T>(many) * whole_panels<T>(few));
+    w.gram = c.take(few * whole_lanes<T>(few)), w.square = c.take(few * whole_lanes<T>(few));
+    return c.used;
   }
 
   // x <- a·x + (b·G + c·G²)·x with G = x·xᵀ.

@@ -1,0 +1,86 @@
+"""A step's update in one call of a kernel: the gradients' norm, clipping, Muon and AdamW.
+
+``clip`` and ``Optimizer.step`` are the definition, and serve everything else. State lies where torch's optimisers keep
+it, so that checkpoints are the same either way.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from fastslots.ops import backends
+from fastslots.records import describe
+from fastslots.train.muon import COEFFICIENTS, ITERATIONS, Muon
+from fastslots.train.optim import Optimizers
+
+_built: WeakKeyDictionary[Optimizers, FusedUpdate] = WeakKeyDictionary()
+
+
+def fused_update(optimizers: Optimizers) -> FusedUpdate | None:
+    """The kernel's update, once every parameter has a gradient; None where the optimisers step themselves."""
+    update = _built.get(optimizers)
+    if update is not None and update.fits():
+        return update
+    if not _serves(optimizers):
+        return None
+    update = _built[optimizers] = FusedUpdate(optimizers)
+    return update
+
+
+def _serves(optimizers: Optimizers) -> bool:
+    parts = [part for part, _ in optimizers.parts]
+    if [type(part) for part in parts] != [Muon, torch.optim.AdamW] or any(len(p.param_groups) != 1 for p in parts):
+        return False
+    group = parts[1].param_groups[0]
+    if group["amsgrad"] or group["maximize"] or group["differentiable"] or isinstance(group["lr"], Tensor):
+        return False
+    if any(p._optimizer_step_pre_hooks or p._optimizer_step_post_hooks for p in parts):
+        return False
+    tensors = [t for part in parts for p in part.param_groups[0]["params"] for t in (p, p.grad)]
+    if any(t is None or t.dtype != torch.float32 or not t.is_contiguous() for t in tensors):
+        return False
+    return backends.select(describe("step_update", tensors), "auto") == "cpu"
+
+
+class FusedUpdate:
+    """The kernel with the arrays of both optimisers."""
+
+    def __init__(self, optimizers: Optimizers):
+        (self._muon, _), (self._adamw, _) = optimizers.parts
+        matrices = []
+        for p in self._muon.param_groups[0]["params"]:
+            buffer = self._muon.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            matrices.append((p, p.grad, buffer))
+        rest = []
+        for p in self._adamw.param_groups[0]["params"]:
+            state = self._adamw.state[p]
+            state.setdefault("step", torch.zeros((), dtype=torch.float32))
+            means = [state.setdefault(name, torch.zeros_like(p)) for name in ("exp_avg", "exp_avg_sq")]
+            rest.append((p, p.grad, *means, state["step"]))
+        self._tensors = [*matrices, *rest]
+        self._addresses = self._read_addresses()
+        self._states = self._muon.state, self._adamw.state
+        self._update = cast(backends.StepBackend, backends.load("cpu")).step_update(matrices, rest)
+
+    def _read_addresses(self) -> list[int]:
+        return [p.data_ptr() for p, *_ in self._tensors]
+
+    def fits(self) -> bool:
+        """Whether parameters, gradients and state lie where they lay."""
+        return (
+            self._states[0] is self._muon.state  # loading a state makes another dictionary
+            and self._states[1] is self._adamw.state
+            and all(p.grad is grad for p, grad, *_ in self._tensors)
+            and self._addresses == self._read_addresses()
+        )
+
+    def run(self, largest_norm: float, update: bool) -> float:
+        """-> the norm of the gradients, which are left as they are; the update takes place where it is finite."""
+        muon: dict[str, Any] = {**self._muon.param_groups[0], "coefficients": COEFFICIENTS, "iterations": ITERATIONS}
+        norm = self._update.run(muon, self._adamw.param_groups[0], largest_norm, update)
+        torch.autograd.graph.increment_version([p for p, *_ in self._tensors])
+        return norm

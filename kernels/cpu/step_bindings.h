@@ -1,0 +1,9 @@
+#pragma once
+
+#include "binding_arrays.h"
+
+namespace fastslots {
+
+void bind_steps(nb::module_& m);  // TrainStep_float32 and the others of a training step
+
+}  // namespace fastslots
