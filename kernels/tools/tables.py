@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -12,6 +13,7 @@ from ..gpu.launch import Launch, as_dict, record
 from . import cost
 from .compile import compile_launch
 from .shipped import PRECISIONS, PRESETS, Shape, inputs, matmul_precision, run_op
+from .spills import spill_table
 
 Row = dict[str, Any]
 
@@ -22,6 +24,7 @@ def compile_row(name: str, launch: Launch, arch: str, shape: Shape, precision: s
     model = cost.launch_cost(launch)
     row = {
         "kernel": name, "preset": shape.name, "precision": precision, "target": arch, "grid": list(launch.grid),
+        "triton": triton.__version__,
         "config": as_dict(launch.config),
         "constexprs": dict(launch.constexprs),
         "arguments": {k: list(v.shape) if isinstance(v, Tensor) else v for k, v in launch.args.items()},
@@ -78,7 +81,7 @@ def markdown(rows: list[Row]) -> str:
             ", ".join(f"{us:g}" for us in model["floor_us"].values()),
         ]  # fmt: skip
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    return "\n".join([*lines, "", *step_floors(), ""])
+    return "\n".join([*lines, "", "## Local memory", "", *spill_table(rows), "", *step_floors(), ""])
 
 
 def step_floors(preset: str = "clevr6", layers: int = 2, encoder_layers: int = 5) -> list[str]:

@@ -20,7 +20,7 @@ import torch
 from fastslots.cli import kernels
 from fastslots.config.presets import PRESETS
 from fastslots.errors import UserError
-from fastslots.kernels.tools import roofline
+from fastslots.kernels.tools import roofline, spills
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is made for Linux alone", allow_module_level=True)
@@ -123,7 +123,23 @@ def test_report_writes_table_and_roofline(tmp_path):
     assert args.run(args) == 0
     table = (tmp_path / "report.md").read_text()
     assert "| folded_attention_dx |" in table and "| fused, bf16 |" in table
+    assert f"| {row['triton']} | sm_90 | 1 bf16 | none | none | none |" in table
     ET.fromstring((tmp_path / "roofline-sm_90.svg").read_text())  # well-formed
+
+
+def test_spills_are_named_by_triton_and_target():
+    """Those inside a loop apart from those outside; a launch that is too large for a block is named too."""
+
+    def row(kernel, precision, spills, inside, occupancy=0.5, target="sm_80"):
+        return {"kernel": kernel, "precision": precision, "target": target, "triton": "3.6.0", "spills": spills,
+                "loop_spills": inside, "occupancy": occupancy, "shared_bytes": 259 << 10}  # fmt: skip
+
+    rows = [row("fwd", "bf16", 20, 0), row("dx", "bf16", 35, 27), row("dx", "fp32", 2, 2), row("dw", "bf16", 0, 0, 0.0)]
+    lines = spills.spill_table([*rows, row("fwd", "bf16", 0, 0, target="sm_90")])
+    assert lines[2:] == [
+        "| 3.6.0 | sm_80 | 3 bf16, 1 fp32 | bf16: fwd 20 | bf16: dx 27 (35); fp32: dx 2 (2) | bf16: dw 259 KiB |",
+        "| 3.6.0 | sm_90 | 1 bf16 | none | none | none |",
+    ]
 
 
 def test_roofline_leaves_out_what_has_no_product():
