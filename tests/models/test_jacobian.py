@@ -1,4 +1,4 @@
-"""The slot Jacobian against forward-mode derivatives of the published decoder, written out without any folding."""
+"""The slot Jacobian of any decoder: routes, modes, pixels, second derivatives and its penalty."""
 
 from __future__ import annotations
 
@@ -8,117 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from jacobians import draw_slots, published_decoder, relative, tiny
 
-from fastslots.bench import published
 from fastslots.metrics import jacobian_ari, jacobian_interaction_score, slot_jacobian
 from fastslots.models import SlotVAEConfig
 from fastslots.models.decoder import Decoder
-from fastslots.models.decoder_jacobian import KERNEL_IMAGES
-from fastslots.ops import explain
 
 PARITY = os.environ.get("FASTSLOTS_PARITY")
-KERNELS = explain(torch.zeros(1, 1, 1), op="slot_jacobian").backend == "cpu"
-BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not KERNELS, reason="no C++ kernels here"))]
-
-
-def tiny(seed: int = 0, **overrides) -> Decoder:
-    """No two sizes coincide, and slots far enough apart that attention is not uniform."""
-    torch.manual_seed(seed)
-    sizes = dict(
-        resolution=5,
-        num_slots=3,
-        slot_dim=7,
-        encoder_heads=1,
-        decoder_heads=2,
-        slot_width=10,
-        slot_hidden=16,
-        octaves=3,
-    )
-    sizes |= dict(query_width=12, query_hidden=9, output_hidden=(8,), channels=3) | overrides
-    decoder = Decoder(SlotVAEConfig(**sizes)).double()
-    for layer in decoder.transformer:
-        torch.nn.init.normal_(layer.norm_q.bias)
-        torch.nn.init.normal_(layer.norm_q.weight, 1, 0.3)
-        layer.projections.to_q.weight.data *= 4
-    return decoder
-
-
-def draw_slots(decoder: Decoder, images: int = 2, K: int = 3) -> torch.Tensor:
-    return torch.randn(images, K, decoder.slot_mlp[0].in_features, dtype=torch.float64)
-
-
-def published_decoder(decoder: Decoder, slots: torch.Tensor, pixels=None, slot_mask=None) -> torch.Tensor:
-    """slots [K, D] -> [pixels, C]."""
-
-    def masked(q, k, v, scale):
-        weights = (q @ k.transpose(-1, -2) * scale).masked_fill(~slot_mask, -torch.inf).softmax(-1)
-        return weights @ v, weights
-
-    attend = published.stored_weights if slot_mask is None else masked
-    return published.decode(decoder, slots[None], attend, pixels)[0][0]
-
-
-def published_jacobian(decoder: Decoder, slots: torch.Tensor, pixels=None, slot_mask=None) -> torch.Tensor:
-    """vmap(jacfwd) -> [B, K, pixels]."""
-
-    def one(z, mask):
-        return torch.func.jacfwd(lambda s: published_decoder(decoder, s, pixels, mask))(z)  # [pixels, C, K, D]
-
-    mask = torch.ones(slots.shape[:2], dtype=torch.bool) if slot_mask is None else slot_mask
-    with torch.no_grad():
-        return torch.func.vmap(one)(slots, mask).abs().sum((2, 4)).transpose(1, 2)
-
-
-def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
-@pytest.mark.parametrize("overrides", [{}, {"decoder_layers": 1}, {"decoder_layers": 3}, {"channels": 20}])
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("chunk", [None, 1, 7, 60])
-def test_equals_the_published_form(overrides, chunk, backend):
-    decoder = tiny(**overrides)
-    slots = draw_slots(decoder, images=3)
-    jacobian = slot_jacobian(decoder, slots, chunk, backend=backend)
-    assert jacobian.shape == (3, 3, 5, 5) and jacobian.dtype == torch.float64
-    assert relative(jacobian.flatten(2), published_jacobian(decoder, slots)) < 1e-9
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("preset", ["sprites", "clevr6", "sprites-mini"])
-def test_presets_on_a_sample_of_pixels(preset, backend):
-    torch.manual_seed(1)
-    config = SlotVAEConfig.preset(preset, resolution=16)
-    decoder = Decoder(config)
-    slots = torch.randn(1, config.num_slots, config.slot_dim)
-    pixels = torch.tensor([0, 17, 100, 255])
-    expected = published_jacobian(decoder.double(), slots.double(), pixels)
-    actual = slot_jacobian(decoder.float(), slots, backend=backend).flatten(2)[..., pixels]
-    error = relative(actual, expected)
-    print(preset, backend, error)
-    assert actual.dtype == torch.float32
-    assert error < 1e-5  # seen: 5e-7
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_feature_maps_of_many_channels(backend):
-    torch.manual_seed(1)
-    config = SlotVAEConfig.preset("clevrtex", resolution=3, channels=50, num_slots=4, slot_dim=6, encoder_heads=1)
-    decoder = Decoder(config).double()
-    slots = torch.randn(1, 4, 6, dtype=torch.float64)
-    jacobian = slot_jacobian(decoder, slots, backend=backend).flatten(2)
-    assert relative(jacobian, published_jacobian(decoder, slots)) < 1e-9
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_masked_slots_have_no_influence(backend):
-    decoder = tiny()
-    slots = draw_slots(decoder)
-    mask = torch.tensor([[True, False, True], [True, True, True]])
-    jacobian = slot_jacobian(decoder, slots, slot_mask=mask, backend=backend).flatten(2)
-    assert not jacobian[0, 1].any()
-    assert relative(jacobian, published_jacobian(decoder, slots, slot_mask=mask)) < 1e-9
 
 
 @pytest.mark.parametrize("as_tuple", [False, True])
@@ -169,55 +65,6 @@ def test_half_precision_weights_are_widened():
     jacobian = slot_jacobian(decoder, slots)
     assert jacobian.dtype == torch.float32 and decoder.norm.weight.dtype == torch.bfloat16
     assert relative(jacobian, slot_jacobian(decoder.double(), slots.double())) < 1e-5
-
-
-@pytest.mark.skipif(not KERNELS, reason="no C++ kernels here")
-def test_the_kernel_many_images_and_every_number_of_threads():
-    """More images than one call hands over; the same bits for 1, 2 and 4 threads; a NaN comes through."""
-    decoder = tiny().float()
-    slots = draw_slots(decoder, images=2 * KERNEL_IMAGES + 1).float()
-    before = torch.get_num_threads()
-    maps = []
-    try:
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
-            maps.append(slot_jacobian(decoder, slots, backend="cpu"))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(maps[0], maps[1]) and torch.equal(maps[0], maps[2])
-    assert relative(maps[0], slot_jacobian(decoder, slots, backend="reference")) < 1e-5
-    slots[5, 0, 0] = torch.nan
-    poisoned = slot_jacobian(decoder, slots, backend="cpu")
-    assert poisoned[5].isnan().all() and not poisoned[[4, 6]].isnan().any()
-
-
-def test_what_has_no_kernel_is_said():
-    decoder = tiny()
-    slots = draw_slots(decoder)
-    with pytest.raises(ValueError, match="no kernel for slot_jacobian"):
-        slot_jacobian(decoder, slots, backend="triton")
-    with pytest.raises(ValueError, match="no differentiable, unreduced or traced Jacobian"):
-        slot_jacobian(decoder, slots, reduction=None, backend="cpu")
-    with pytest.raises(ValueError, match=r"takes a fastslots\.models Decoder, got function"):
-        slot_jacobian(lambda z: decoder(z), slots, backend="cpu")
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_tensor_of_all_pixels_but_the_queries_and_the_result(backend):
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for t in out if isinstance(out, tuple | list) else [out]:
-                self.numel = max(self.numel, t.numel() if isinstance(t, torch.Tensor) else 0)
-            return out
-
-    decoder = tiny(resolution=20)
-    slots = draw_slots(decoder)
-    with Largest() as largest:
-        slot_jacobian(decoder, slots, 100, backend=backend)
-    assert largest.numel == 20 * 20 * 12  # pixels x query_width; one channel's K·D numbers a pixel would be 21 wide
 
 
 def test_no_images():
