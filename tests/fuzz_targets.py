@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import struct
@@ -14,6 +15,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
+from fuzz_web import web_target
 from PIL import Image
 from wire import message
 
@@ -302,3 +304,5 @@ TARGETS = {
     ),
     "config.json": Target(lambda: TrainConfig().to_json().encode(), read_fields, 3_000),
 }
+if importlib.util.find_spec("aiohttp"):  # else fsspec asks no web servers
+    TARGETS["web server"] = Target(*web_target(packed_files), 3_000)

@@ -37,7 +37,8 @@ from fastslots.data.readers.pictures import FolderReader
 from fastslots.errors import UserError
 
 HEADROOM = 512 << 20  # bytes that a case may map beyond what the process has: the seeds have at most 40 KB
-SECONDS = 20.0  # a case that takes longer hangs
+SECONDS = 10.0  # of processor time: a case that takes longer hangs,
+WAITING = 120.0  # and of waiting: a busy machine may give a case nothing for long
 
 # ---- running a case --------------------------------------------------------------------------------------------------
 
@@ -48,12 +49,13 @@ class Hang(BaseException):
 
 @contextmanager
 def limits() -> Iterator[None]:
-    """Cases may take ``SECONDS`` each and map ``HEADROOM`` more than the process has."""
+    """Cases may take ``SECONDS`` and ``WAITING`` each and map ``HEADROOM`` more than the process has."""
 
     def hang(*_: object) -> None:
         raise Hang
 
-    old, memory = signal.signal(signal.SIGALRM, hang), resource.getrlimit(resource.RLIMIT_AS)
+    old = {number: signal.signal(number, hang) for number in (signal.SIGALRM, signal.SIGPROF)}
+    memory = resource.getrlimit(resource.RLIMIT_AS)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + HEADROOM, memory[1]))
     try:
@@ -62,15 +64,21 @@ def limits() -> Iterator[None]:
             yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, memory)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old)
+        clocks(0, 0)
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def clocks(seconds: float, waiting: float) -> None:
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, waiting)
 
 
 def run_case(target: Target, data: bytes, folder: Path) -> str:
     """'read', 'refused', or what went wrong: 'hang', 'over-allocation', 'crash: ...'."""
     for path in sorted(folder.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    clocks(SECONDS, WAITING)
     try:
         target.read(data, folder)
         return "read"
@@ -84,7 +92,7 @@ def run_case(target: Target, data: bytes, folder: Path) -> str:
     except Exception as error:
         return f"crash: {type(error).__name__}: {error}"
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        clocks(0, 0)
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastslots.data.packed import web
 from fastslots.data.packed.urls import check_protocol
 from fastslots.errors import UserError, first_line
 
@@ -35,7 +36,7 @@ def filesystem(url: str) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs
 
-        system, path = url_to_fs(url)
+        system, path = url_to_fs(url, **(web.options() if web.is_web(url) else {}))
         return system, str(path)
     except ImportError as error:
         raise UserError(f"{url} needs a package that is not there ({first_line(error)})") from None
@@ -95,7 +96,10 @@ def fetch(url: str, ranges: Sequence[Range]) -> dict[Range, bytes]:
         fs, _ = filesystem(url)
         paths, starts, ends = (list(column) for column in zip(*missing, strict=True))
         try:
-            answers = fs.cat_ranges(paths, starts, ends, on_error="return")
+            if web.is_web(url):
+                answers = web.ranges(fs, paths, starts, ends)
+            else:
+                answers = fs.cat_ranges(paths, starts, ends, on_error="return")
         except Exception as error:  # each backend has errors of its own
             answers = [error] * len(missing)
         wrong: Exception | None = None
@@ -104,7 +108,7 @@ def fetch(url: str, ranges: Sequence[Range]) -> dict[Range, bytes]:
             if isinstance(answer, bytes) and len(answer) == asked.end - asked.start:
                 got[asked] = answer
             elif wrong is None:
-                wrong = answer if isinstance(answer, Exception) else ValueError("the object has become shorter")
+                wrong = answer if isinstance(answer, Exception) else ValueError(f"{len(answer):,} bytes have come")
                 place = f"{asked.path} at byte {asked.start}"
         if wrong is not None:
             if wait is None or isinstance(wrong, FileNotFoundError | PermissionError | ValueError):

@@ -17,11 +17,13 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fastslots.data.packed import web
 from fastslots.data.packed.cache import cache_root
 from fastslots.data.packed.dataset import ARRAYS, PackedDataset, digest, parse_meta
 from fastslots.data.packed.ranges import RangedArray, filesystem
@@ -86,18 +88,21 @@ def openers(url: str, max_objects: int | None) -> list[Callable[[], PackedDatase
 def _find(url: str, root: Path) -> list[Shard]:
     fs, base = filesystem(url)
     try:
-        listed = fs.find(base, detail=True)
+        listed = fs.find(base, detail=True, **({"maxdepth": 2} if web.is_web(url) else {}))
         folders: dict[str, dict[str, tuple[str, int]]] = {}
-        for path, info in listed.items():
+        ours: dict[str, tuple[str, ...]] = {}
+        for path in listed:
             inside = PurePosixPath(path).relative_to(PurePosixPath(base)).parts
-            if len(inside) <= 2 and inside[-1] in (*ALWAYS, *ARRAYS):
-                folders.setdefault("/".join(inside[:-1]), {})[inside[-1]] = (path, int(info["size"]))
+            if 1 <= len(inside) <= 2 and inside[-1] in (*ALWAYS, *ARRAYS):
+                ours[path] = inside
+        for (path, inside), size in zip(ours.items(), _sizes(fs, list(ours), listed), strict=True):
+            folders.setdefault("/".join(inside[:-1]), {})[inside[-1]] = (path, size)
         packed = {name: files for name, files in sorted(folders.items()) if "meta.json" in files}
         packed = {"": packed[""]} if "" in packed else {n: f for n, f in packed.items() if not n.endswith(".partial")}
         if any(files["meta.json"][1] > MOST_META for files in packed.values()):
             raise UserError(f"{url}: a meta.json of over {MOST_META:,} bytes describes no packed data set: {MEND}")
         paths = [files["meta.json"][0] for files in packed.values()]
-        texts = fs.cat(paths) if paths else {}
+        texts = _texts(fs, paths, root) if web.is_web(url) else fs.cat(paths) if paths else {}
     except UserError:
         raise
     except Exception as error:  # each backend has errors of its own
@@ -112,6 +117,27 @@ def _find(url: str, root: Path) -> list[Shard]:
         key = hashlib.blake2b(json.dumps([where, text, sorted(files.items())]).encode(), digest_size=12)
         shards.append(Shard(url, where, files, text, root / key.hexdigest()))
     return shards
+
+
+def _sizes(fs: Any, paths: list[str], listed: dict[str, Any]) -> list[int]:
+    """Bytes of each file; a web server's pages do not say, so that it is asked. ValueError where it does not know."""
+    sizes = [listed[path]["size"] for path in paths]
+    unknown = [path for path, size in zip(paths, sizes, strict=True) if size is None]
+    asked = dict(zip(unknown, fs.sizes(unknown), strict=True)) if unknown else {}
+    for path, size in asked.items():
+        if size is None:
+            raise ValueError(f"the server does not say how large {path} is")
+    return [int(asked.get(path, size)) for path, size in zip(paths, sizes, strict=True)]
+
+
+def _texts(fs: Any, paths: list[str], folder: Path) -> dict[str, bytes]:
+    """Small files of a web server, of which no more than ``MOST_META`` is taken, whatever it sends."""
+    texts = {}
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        for path in paths:
+            fs.get_file(path, f"{scratch}/text", callback=web.at_most(MOST_META))
+            texts[path] = Path(scratch, "text").read_bytes()
+    return texts
 
 
 def _open(shard: Shard, whole: bool, keep: set[Path], limit: int, max_objects: int | None) -> PackedDataset:
@@ -132,6 +158,8 @@ def _open(shard: Shard, whole: bool, keep: set[Path], limit: int, max_objects: i
                 for name in ("images.u8", "masks.u8"):
                     (shard.folder / name).unlink(missing_ok=True)
             there = (shard.folder / "images.u8").exists()
+            if not whole:
+                web.check_ranges(filesystem(shard.set_url)[0], shard.set_url, shard.files["images.u8"][0])
             if (whole and not there) or not (shard.folder / "meta.json").exists():
                 names = [name for name in shard.files if whole or name in ALWAYS]
                 _make_room(shard.folder.parent, limit - sum(shard.files[name][1] for name in names), keep)
@@ -156,7 +184,7 @@ def _download(shard: Shard, names: list[str], expected: str | None) -> None:
     for name in names:
         path, size = shard.files[name]
         try:
-            fs.get_file(path, str(partial / name))
+            fs.get_file(path, str(partial / name), callback=web.at_most(size))
         except OSError as error:
             if error.errno is not None and not isinstance(error, FileNotFoundError | PermissionError):
                 raise  # the disk
