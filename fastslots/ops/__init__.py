@@ -15,6 +15,7 @@ from fastslots.ops.api import (
 )
 from fastslots.ops.backends import explain
 from fastslots.ops.decoder_loss import DecoderLossTerms, decoder_loss
+from fastslots.ops.flops import tell_counter
 from fastslots.ops.reference import fold_norm
 from fastslots.records import (
     FeedForward,
@@ -46,3 +47,5 @@ __all__ = [
     "slot_attention",
     "token_attention",
 ]
+
+tell_counter()
