@@ -10,9 +10,22 @@ import torch.nn as nn
 from torch import Tensor
 
 from fastslots.ops import fold_projections, folded_cross_attention, slot_attention
+from fastslots.ops.backends import check_name
 from fastslots.records import FoldedProjections
 
 __all__ = ["InteractionCrossAttention", "SlotAttention"]
+
+
+def _check_positive(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+
+
+def _check_rows(width: int, **rows: Tensor) -> None:
+    for name, value in rows.items():
+        if value.ndim != 3 or value.shape[-1] != width:
+            raise ValueError(f"{name} must be [B, n, {width}], got shape {list(value.shape)}")
 
 
 class AttentionProjections(nn.Module):
@@ -65,10 +78,12 @@ class InteractionCrossAttention(nn.Module):
 
     Args:
         query_width, slot_width: widths of the inputs. heads: H. inner_width: all heads together (None: query_width).
-        scale: factor on the scores; None means query_width^-1/2, as published.
-        backend: see ``fastslots.ops.cross_attention``.
+        scale: factor on the scores; None means query_width^-1/2, as published. The function
+            ``fastslots.ops.cross_attention`` knows no query width, and takes the usual d^-1/2 of a head.
+        backend: "auto", "reference", "cpu" or "triton", see ``fastslots.ops.cross_attention``.
 
-    Raises ValueError where inner_width is no multiple of heads.
+    Raises ValueError where a width or the number of heads is below 1, where inner_width is no multiple of heads, for an
+    unknown backend, and in ``forward`` for shapes that do not fit, by the argument's name.
     """
 
     def __init__(
@@ -82,9 +97,11 @@ class InteractionCrossAttention(nn.Module):
     ):
         super().__init__()
         inner_width = query_width if inner_width is None else inner_width
+        _check_positive(query_width=query_width, slot_width=slot_width, heads=heads, inner_width=inner_width)
+        check_name(backend)
         if inner_width % heads:
             raise ValueError(f"inner_width {inner_width} must be a multiple of heads {heads}")
-        self.backend = backend
+        self.widths, self.backend = (query_width, slot_width), backend
         self.projections = AttentionProjections(query_width, slot_width, inner_width, heads, scale)
 
     def forward(self, queries: Tensor, slots: Tensor, slot_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -92,6 +109,10 @@ class InteractionCrossAttention(nn.Module):
 
         slot_mask: [B, K] bool, True for a real slot: images with fewer slots are padded.
         """
+        _check_rows(self.widths[0], queries=queries)
+        _check_rows(self.widths[1], slots=slots)
+        if len(queries) not in (1, len(slots)):
+            raise ValueError(f"queries are of {len(queries)} images, slots of {len(slots)}: expected as many, or 1")
         folded = self.projections.fold(*self.projections.keys_values(slots))
         return folded_cross_attention(queries, folded, self.backend, slot_mask=slot_mask)
 
@@ -114,6 +135,9 @@ class SlotAttention(nn.Module):
         implicit: only the last iteration has a gradient, the first-order form of implicit differentiation (Chang et al.
             2022, arXiv 2207.00787): the others only bring the slots to where it starts.
         backend: see ``fastslots.ops.cross_attention``.
+
+    Raises ValueError for a width or a number of iterations below 1, an unknown backend, and in ``forward`` for shapes
+    that do not fit, by the argument's name.
     """
 
     def __init__(
@@ -129,8 +153,9 @@ class SlotAttention(nn.Module):
     ):
         super().__init__()
         token_width, hidden = token_width or width, hidden or 2 * width
-        if iterations < 1:
-            raise ValueError(f"iterations must be at least 1, got {iterations}")
+        _check_positive(width=width, token_width=token_width, hidden=hidden, iterations=iterations)
+        check_name(backend)
+        self.widths = width, token_width
         self.iterations, self.eps, self.implicit, self.backend = iterations, eps, implicit, backend
         self.scale = width**-0.5 if scale is None else scale
         self.norm_tokens, self.norm_slots = nn.LayerNorm(token_width), nn.LayerNorm(width)
@@ -146,6 +171,10 @@ class SlotAttention(nn.Module):
 
         slot_mask: [B, K] bool, True for a real slot; the others win no token.
         """
+        _check_rows(self.widths[0], slots=slots)
+        _check_rows(self.widths[1], tokens=tokens)
+        if len(slots) != len(tokens):
+            raise ValueError(f"slots are of {len(slots)} images, tokens of {len(tokens)}: expected as many")
         tokens = self.norm_tokens(tokens)
         slot_map = tokens.new_zeros(0)
         for i in range(self.iterations):

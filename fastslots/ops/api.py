@@ -53,7 +53,8 @@ def cross_attention(
     Args:
         q: [B, H, L, d] fp16, bf16, fp32 or fp64, any strides (a [B, L, H, d] layout by ``transpose(1, 2)``).
         k, v: [B, H, K, d], dtype and device of q.
-        scale: factor on the scores; None means d^-1/2.
+        scale: factor on the scores; None means d^-1/2, of a head's width. (``fastslots.nn.InteractionCrossAttention``,
+            like the published model, takes that of the queries before projection.)
         backend: "auto", "reference", "cpu" or "triton"; one named outright either serves or raises.
         slot_mask: [B, K] bool, True for a real slot; padded slots get weight 0, and what they hold, NaN included,
             reaches no result and no gradient. None means all are real.

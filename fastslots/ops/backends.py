@@ -282,6 +282,12 @@ def explain_call(call: Call, backend: str = "auto") -> Explanation:
     return Explanation(call.op, name, reasons)
 
 
+def check_name(backend: str) -> None:
+    """ValueError for a name that is no backend's."""
+    if backend not in ("auto", *NAMES):
+        raise ValueError(f"backend must be one of auto, {', '.join(NAMES)}, got {backend!r}")
+
+
 def select(call: Call, backend: str) -> str:
     """Name of the backend that serves; ValueError with the reason where one named outright cannot."""
     if backend == "reference":  # the common request in tests and under transforms: no import, no questions
@@ -291,8 +297,7 @@ def select(call: Call, backend: str) -> str:
 
 def _choose(call: Call, backend: str) -> tuple[str, dict[str, str]]:
     """The first backend that serves, and why those before it do not; no other is imported."""
-    if backend not in ("auto", *NAMES):
-        raise ValueError(f"backend must be one of auto, {', '.join(NAMES)}, got {backend!r}")
+    check_name(backend)
     if backend == "auto":
         candidates: tuple[str, ...] = ("triton" if call.device.type == "cuda" else "cpu", "reference")
     else:

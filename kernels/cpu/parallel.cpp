@@ -11,13 +11,23 @@
 #else
 #include <omp.h>
 #endif
+#include <pthread.h>
 
 namespace fastslots {
+
+namespace {
+
+// A forked child has none of its parent's threads, and an OpenMP runtime that had made them waits for them forever: a
+// child runs its tasks on the one thread that it has.
+bool forked = false;
+[[maybe_unused]] const int kRegistered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+}  // namespace
 
 void run_tasks(int64_t tasks, int threads, void* context, TaskBody body) {
   if (tasks <= 0) return;
   if (threads > tasks) threads = int(tasks);
-  if (threads <= 1) {
+  if (threads <= 1 || forked) {
     for (int64_t task = 0; task < tasks; ++task) body(context, task, 0);
     return;
   }
