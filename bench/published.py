@@ -63,7 +63,7 @@ def decode(
 ) -> tuple[Tensor, list[Tensor]]:
     """slots [B, K, D] -> pixels [B, L, C], the weights of each layer; pixels: [P], these alone."""
     hidden = decoder.slot_mlp(slots)
-    code = cast(Tensor, decoder.position_code)
+    code = decoder.position_code
     x = decoder.query_mlp(code if pixels is None else code[pixels]).repeat(slots.shape[0], 1, 1)
     weights = []
     for layer in cast(Iterable[DecoderLayer], decoder.transformer):

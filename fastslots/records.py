@@ -234,7 +234,7 @@ class StepDraws(NamedTuple):
     pixel_weight: Tensor | None  # [B, P], of given pixels
     keys: tuple[int, int]  # of noise and pixels, in 0..2^64 - 1
     first: int  # the place of the first image in the global batch
-    count: int  # P, pixels an image
+    pixel_count: int  # P, pixels an image
 
 
 class StatisticsInputs(NamedTuple):

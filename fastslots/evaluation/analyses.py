@@ -77,7 +77,10 @@ def attribute_scores(model: SlotVAE, split: Split, batch_size: int = 10, group: 
         slots.append(z.cpu()[image, slot])
         matches.append(torch.stack([image + first, label - start], 1))
     z, matched = group.gather(torch.cat(slots)), group.gather(torch.cat(matches))
-    return json.loads(group.on_first(lambda: json.dumps(_probed(z, matched, factors, len(split))).encode()))
+    probed: dict[str, Any] = json.loads(
+        group.on_first(lambda: json.dumps(_probed(z, matched, factors, len(split))).encode())
+    )
+    return probed
 
 
 def _probed(slots: Tensor, matched: Tensor, factors: dict[str, np.ndarray], images: int) -> dict[str, Any]:

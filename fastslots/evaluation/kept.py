@@ -47,9 +47,10 @@ def keep_evaluation(folder: RunFolder, scores: dict[str, Any], asked: Asked, wei
 def kept_scores(folder: RunFolder, asked: Asked) -> dict[str, Any] | None:
     """What was measured when this, and perhaps more, was asked of the weights that the run has now; else None."""
     wanted = {name: value for name, value in asdict(asked).items() if value or name not in ANALYSES}
+    entry: dict[str, Any]
     for entry in reversed(folder.read_evaluations()):
-        found = entry.get("asked")
-        if isinstance(found, dict) and wanted.items() <= found.items():
+        of_entry = entry.get("asked")
+        if isinstance(of_entry, dict) and wanted.items() <= of_entry.items():
             if entry.get("digest_of_weights") == digest_of(folder.weights(asked.weights)):
                 return entry
     return None

@@ -74,4 +74,5 @@ def try_once(model: SlotVAE, metrics: Mapping[str, Metric], images: Tensor, mask
         except RuntimeError as error:
             raise UserError(f"the Jacobian of {type(decoder).__name__} fails: {first_line(error)}") from error
     model.train(training)
-    return result.slots
+    slots: Tensor = result.slots
+    return slots

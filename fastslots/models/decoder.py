@@ -52,6 +52,8 @@ class Decoder(SlotDecoder):
 
     any_slots = decodes_pixels = True
 
+    position_code: Tensor
+
     def __init__(self, config: SlotVAEConfig):
         super().__init__()
         self.resolution, self.channels, self.slot_dim = config.resolution, config.channels, config.slot_dim
@@ -66,11 +68,11 @@ class Decoder(SlotDecoder):
 
     def queries(self) -> Tensor:
         """The pixels' queries, the same for every image: [1, L, query_width]."""
-        return _by_rows(self.query_mlp, cast(Tensor, self.position_code))[None]
+        return _by_rows(self.query_mlp, self.position_code)[None]
 
     def _queries_at(self, pixels: Tensor) -> Tensor:
         """Queries of each image's own pixels, [B, P] int64 -> [B, P, query_width]: by whichever is less work."""
-        code = cast(Tensor, self.position_code)
+        code = self.position_code
         return self.query_mlp(code[pixels]) if pixels.numel() < len(code) else rows_at(self.queries()[0], pixels)
 
     def layers(self, slots: Tensor) -> list[FoldedLayer]:
@@ -123,7 +125,7 @@ class Decoder(SlotDecoder):
         (slots,) = real_slots(slot_mask, 1, slots)
         target = images.flatten(2).transpose(1, 2)
         expansion = 1.0  # the error is a sum over all pixels, of which P are seen; the penalty is a mean
-        queries: Tensor | QueryMlp = QueryMlp(cast(Tensor, self.position_code), *_linear_maps(self.query_mlp))
+        queries: Tensor | QueryMlp = QueryMlp(self.position_code, *_linear_maps(self.query_mlp))
         if pixels is not None:
             expansion = R * R / pixels.shape[1]
             queries = self._queries_at(pixels)
@@ -157,7 +159,7 @@ class Decoder(SlotDecoder):
         if stride == 1:
             return self
         thin, side = copy.deepcopy(self), (self.resolution, self.resolution)
-        code = cast(Tensor, self.position_code).unflatten(0, side)[::stride, ::stride]
+        code = self.position_code.unflatten(0, side)[::stride, ::stride]
         thin.resolution, thin.position_code = code.shape[0], code.flatten(0, 1)
         return thin
 

@@ -172,7 +172,8 @@ def _decoder_arrays(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
     yield from (("head.norm_weight", decoder.norm.weight), ("head.norm_bias", decoder.norm.bias))
     for i, layer in enumerate(cast(Sequence[DecoderLayer], decoder.transformer)):
         p = layer.projections
-        parts = {"norm_q": layer.norm_q, "norm_slots": layer.norm_slots, "q": p.to_q, "kv": p.to_kv}
+        norms, maps = {"norm_q": layer.norm_q, "norm_slots": layer.norm_slots}, {"q": p.to_q, "kv": p.to_kv}
+        parts: dict[str, nn.LayerNorm | nn.Linear] = {**norms, **maps}
         for name, part in parts.items():
             yield from ((f"layers.{i}.{name}_weight", part.weight), (f"layers.{i}.{name}_bias", part.bias))
         yield from ((f"layers.{i}.out_weight", p.to_out.weight), (f"layers.{i}.b", p.to_out.bias))
