@@ -16,8 +16,9 @@ from pathlib import Path
 import fastslots
 from fastslots.errors import first_line
 
-NEEDED = ("torch", "triton", "numpy", "scipy", "pillow", "safetensors", "fsspec", "pytest")
+NEEDED = ("torch", "triton", "numpy", "scipy", "pillow", "safetensors", "fsspec")
 OPTIONAL = {
+    "pytest": "the self-check of `fastslots doctor` in place of the tests",
     "pytest-timeout": "tests have no time limit",
     "xformers": "no row of this peer",
     "nvidia-ml-py": "no energy and no clocks",
