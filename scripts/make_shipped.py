@@ -7,7 +7,8 @@ the last weights on the test split with mean latents, and writes into fastslots/
 
     config.json          the first seed's configuration, without paths of this machine
     model.safetensors    its weights; the metadata hold the model's configuration and these scores
-    seeds.json           test scores of every seed, and the curve of its validation scores
+    seeds.json           test scores of every seed, and the curve of its validation scores; as "earlier" those of other
+                         seeds that the file had, which an earlier version trained
 
 Runs that are complete in --runs already are not trained again.
 """
@@ -68,7 +69,10 @@ def main(preset: str, seeds: list[int], runs: Path, out: Path, data: str = "", i
     made = RunFolder(out / preset)
     write_atomic(made.last_weights, SlotVAE.from_run(folders[0].path, "last").weights_bytes(scores[0]))
     write_atomic(made.config, f"{kept.to_json()}\n".encode())
-    write_atomic(made.path / "seeds.json", f"{json.dumps({'seeds': scores}, indent=1)}\n".encode())
+    there = made.read_json(made.path / "seeds.json")
+    others = [run for run in [*there.get("seeds", []), *there.get("earlier", [])] if run["seed"] not in seeds]
+    kept_scores = {"seeds": scores} | ({"earlier": others} if others else {})
+    write_atomic(made.path / "seeds.json", f"{json.dumps(kept_scores, indent=1)}\n".encode())
     return made.path
 
 
@@ -78,10 +82,12 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", default="0,1,2", help="the first one's weights ship (default 0,1,2)")
     parser.add_argument("--data", default="", help="for presets of data that are not built in")
     parser.add_argument("--steps", type=int, help="default: the preset's")
+    parser.add_argument("--images", type=int, default=0, help="test images that are scored (default 0: all)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept (default runs/)")
     parser.add_argument("--out", type=Path, default=SHIPPED, help="default: the package's own folder")
     args = parser.parse_args()
     args.out.joinpath(args.preset).mkdir(parents=True, exist_ok=True)
     fields = {"steps": args.steps} if args.steps else {}
-    made = main(args.preset, [int(seed) for seed in args.seeds.split(",")], args.runs, args.out, args.data, **fields)
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    made = main(args.preset, seeds, args.runs, args.out, args.data, args.images, **fields)
     print(f"{made}: {sum(path.stat().st_size for path in made.iterdir()):,} bytes")
