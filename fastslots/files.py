@@ -94,6 +94,14 @@ def refuse_special(path: Path) -> None:
         raise UserError(f"{path} is no regular file: remove it")
 
 
+def refuse_links(folder: Path) -> None:
+    """``refuse_special`` of a folder that is to be written to, and of all that is in it, at every depth."""
+    refuse_special(folder)
+    for root, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            refuse_special(Path(root, name))
+
+
 def set_aside(path: Path) -> str:
     """Rename a file that cannot be read, so that neither a resume nor a rotation takes it for good -> its new name.
 

@@ -25,6 +25,7 @@ from fastslots.data.readers.npz import mask_file
 from fastslots.data.readers.scene import BadRecordError, Reader, Scene, default_size, preprocess
 from fastslots.data.storage.paths import stamp, visible
 from fastslots.errors import UserError
+from fastslots.files import refuse_links
 from fastslots.notices import Progress, notice
 
 KNOWN = (
@@ -128,6 +129,7 @@ def pack(
             raise UserError(f"{place}: packing reads and writes local folders: download the data, pack, and upload OUT")
     shards = find_shards(path)
     unfinished = folder.with_name(folder.name + ".partial")
+    refuse_links(unfinished)
     splits = published_parts([str(shard) for shard in shards])
     names = (
         splits

@@ -139,7 +139,8 @@ class RunFolder:
         """What a run would write over."""
         yield from (self.checkpoints, self.images, self.config, self.data, self.machine, self.metrics, self.machine_log)
         yield from (self.last_weights, self.scores, self.explorer, self.report, self.evaluations)
-        for pattern in ("nan_batch*", "checkpoints/*", "images/*"):
+        trackers = ("wandb*", "trackio*", "events.out.*")
+        for pattern in ("code.json", "nan_batch*", "checkpoints/*", "images/*", *trackers):
             yield from self.path.glob(pattern)
 
     def remake(self, config: str) -> None:

@@ -6,7 +6,6 @@ Each gets the same names: train/loss, val/j_ari, ..., and the picture val/slots 
 from __future__ import annotations
 
 import importlib
-import json
 import secrets
 from types import ModuleType
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from fastslots.errors import UserError
-from fastslots.files import read_file
 from fastslots.runs.folder import RunFolder, write_json
 
 
@@ -53,7 +51,9 @@ class Hosted:
         path = folder.tracker(package)
         if not path.exists():
             write_json(path, {"id": secrets.token_hex(4)})
-        identity = json.loads(read_file(path))["id"]
+        identity = folder.read_json(path).get("id")
+        if not isinstance(identity, str):
+            raise UserError(f"{path} is damaged: remove it, and {package} begins a run of its own")
         options: dict[str, Any] = {"project": "fastslots", "config": config, "resume": "allow"}
         if package == "wandb":
             options |= {"id": identity, "name": folder.path.resolve().name, "dir": str(folder.path)}

@@ -23,6 +23,7 @@ from fastslots.config.run import TrainConfig
 from fastslots.errors import UserError
 from fastslots.evaluation.kept import kept_scores
 from fastslots.evaluation.of_run import Asked
+from fastslots.files import open_log, refuse_special
 from fastslots.runs.folder import RunFolder
 from fastslots.runs.log import read_metrics
 from fastslots.threads import COUNT, asked, usable_processors
@@ -192,7 +193,7 @@ def run_trial(trial: Trial, scoring: Scoring | None, processes: Processes) -> Tr
     try:
         trial.folder.mkdir(parents=True, exist_ok=True)
         if not finished(trial):
-            with open(trial.folder / LOG, "ab") as log:
+            with open_log(trial.folder / LOG) as log:
                 code = processes.run(command(trial), log, log)
             if code or not finished(trial):
                 return TrialResult(trial, {}, _reason(trial, code))
@@ -211,7 +212,8 @@ def _evaluated(trial: Trial, scoring: Scoring, processes: Processes) -> dict[str
         if (kept["arguments"], kept["step"]) == (list(scoring.arguments), trial.config.steps):
             return dict(kept["scores"])
     output, errors = trial.folder / ".eval.out", trial.folder / LOG
-    with open(output, "wb") as out, open(errors, "ab") as log:
+    refuse_special(output)
+    with open(output, "wb") as out, open_log(errors) as log:
         own = ["--model", trial.config.model] if trial.config.model else []  # named on the sweep's command line
         flags = [*EVALUATED, "--allow-remote", *own, *scoring.arguments, "--json"]
         code = processes.run(["eval", str(trial.folder), *flags], out, log)

@@ -21,6 +21,7 @@ import numpy as np
 from fastslots.data.packed.dataset import ARRAYS, MAGIC, UNKNOWN, VERSION, digest, is_packed, read_arrays
 from fastslots.data.readers.scene import BadRecordError, Scene
 from fastslots.errors import UserError
+from fastslots.files import refuse_links
 from fastslots.notices import notice
 
 FLUSH_EVERY = 256  # scenes of the source
@@ -70,7 +71,9 @@ def write_packed(
 
 @contextlib.contextmanager
 def locked(partial: Path, folder: Path) -> Iterator[None]:
-    """One writer at a time; the lock goes with the process that holds it."""
+    """One writer at a time; the lock goes with the process that holds it. UserError where links stand in ``partial``,
+    which may have come with somebody else's folder."""
+    refuse_links(partial)
     partial.mkdir(parents=True, exist_ok=True)
     with open(partial / "lock", "ab") as file:
         try:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastslots.errors import UserError
+from fastslots.files import refuse_special
 
 BLOCK = 1 << 20
 TIMEOUT = 60  # seconds without a byte
@@ -40,6 +41,8 @@ def fetch(
     if target.is_file():
         return
     partial, note = target.with_name(target.name + ".partial"), target.with_name(target.name + ".partial.json")
+    for path in (partial, note):
+        refuse_special(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for attempt in range(ATTEMPTS):
