@@ -232,9 +232,10 @@ class Encoder {
     w.transformer = transformer_.carve_workspace(c, backward);
     w.x = c.take(K * L), w.picked = c.take(K * L), w.out = c.take(K * whole_lanes<T>(results()));
     w.dx = c.take(backward ? K * L : 0);
-    w.dtokens = c.take(backward ? tokens_ * L : 0);
     w.dhidden = c.take(backward ? kRowTile * hidden_lanes() : 0);
-    cnn_.carve(c, tokens_ * whole_lanes<T>(token_input_), backward, w.cnn);
+    const int64_t lanes = whole_lanes<T>(token_input_);
+    cnn_.carve(c, tokens_ * (lanes > L ? lanes : L), backward, w.cnn);
+    w.dtokens = w.cnn.pictures[0];  // which the CNN's backward takes when it has been read
     return c.used;
   }
 

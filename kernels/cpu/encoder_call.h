@@ -35,26 +35,26 @@ class EncoderCall {
     const int64_t groups = a.batch < kGroups ? (a.batch > 0 ? a.batch : 1) : kGroups;
     const int64_t state = a.saved ? 0 : encoder.measure_state(), scratch = encoder.measure_scratch(true);
     const int64_t workers = a.threads > 1 ? (a.threads < groups ? a.threads : groups) : 1;
-    Block<T> memory(workers * (state + scratch)), sums(groups * sums_size);
+    Block<T> memory(workers * (state + scratch));
+    GroupSums<T> sums(sums_size, workers);
     auto body = [&](int64_t group, int thread) {
       T* const own = memory.get() + thread * (state + scratch);
-      T* const to = sums.get() + group * sums_size;
-      std::memset(to, 0, size_t(sums_size) * sizeof(T));
-      auto w = encoder.carve_scratch(own, true);
-      encoder.begin_group(w);
-      for (int64_t b = a.batch * group / groups; b < a.batch * (group + 1) / groups; ++b) {
-        auto s = state_of(b, own + scratch);
-        if (!a.saved) forward_image(b, s, w, nullptr);
-        encoder.backward_image(a.out_grad + b * encoder.K * encoder.results(), picks_of(b), s, w, to);
-        add_queries(b, w.dx, to);
-      }
-      encoder.end_group(w, to);
+      sums.add(group, thread, [&](T* to) {
+        auto w = encoder.carve_scratch(own, true);
+        encoder.begin_group(w);
+        for (int64_t b = a.batch * group / groups; b < a.batch * (group + 1) / groups; ++b) {
+          auto s = state_of(b, own + scratch);
+          if (!a.saved) forward_image(b, s, w, nullptr);
+          encoder.backward_image(a.out_grad + b * encoder.K * encoder.results(), picks_of(b), s, w, to);
+          add_queries(b, w.dx, to);
+        }
+        encoder.end_group(w, to);
+      });
     };
     parallel_for(groups, int(workers), body);
-    add_partials<T>(sums.get(), groups, sums_size, a.threads);
-    encoder.write_gradients(sums.get(), a.grads);
+    encoder.write_gradients(sums.total(), a.grads);
     if (a.queries_grad && a.query_batch == 1) {
-      write_rows(sums.get() + query_sum, encoder.K, encoder.S, encoder.L, a.queries_grad);
+      write_rows(sums.total() + query_sum, encoder.K, encoder.S, encoder.L, a.queries_grad);
     }
   }
 

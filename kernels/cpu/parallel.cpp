@@ -1,6 +1,8 @@
 #include "parallel.h"
 
+#include <condition_variable>
 #include <cstdlib>
+#include <mutex>
 #include <new>
 #include <vector>
 
@@ -41,9 +43,32 @@ void run_tasks(int64_t tasks, int threads, void* context, TaskBody body) {
   }
   for (std::thread& thread : pool) thread.join();
 #else
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  // Monotonic: tasks begin in their order, on which Turns rely.
+#pragma omp parallel for num_threads(threads) schedule(monotonic : dynamic, 1)
   for (int64_t task = 0; task < tasks; ++task) body(context, task, omp_get_thread_num());
 #endif
+}
+
+struct Turns::State {
+  std::mutex mutex;
+  std::condition_variable changed;
+  int64_t next = 0;
+};
+
+Turns::Turns() : state_(new State) {}
+Turns::~Turns() { delete state_; }
+
+void Turns::wait(int64_t task) {
+  std::unique_lock<std::mutex> lock(state_->mutex);
+  state_->changed.wait(lock, [&] { return state_->next == task; });
+}
+
+void Turns::done() {
+  {
+    const std::lock_guard<std::mutex> lock(state_->mutex);
+    ++state_->next;
+  }
+  state_->changed.notify_all();
 }
 
 namespace {

@@ -18,6 +18,22 @@ void parallel_for(int64_t tasks, int threads, Body& body) {
   });
 }
 
+// Tasks that finish in any order and take turns in theirs, asleep until it is theirs: wait(i) returns when all tasks
+// before i have called done. Tasks must be handed out in order, as run_tasks does.
+class Turns {
+ public:
+  Turns();
+  ~Turns();
+  Turns(const Turns&) = delete;
+  Turns& operator=(const Turns&) = delete;
+  void wait(int64_t task);
+  void done();
+
+ private:
+  struct State;
+  State* state_;
+};
+
 // Cache-line aligned memory, not initialised; std::bad_alloc where there is none. Freed by release().
 void* allocate(size_t bytes);
 void release(void* memory);

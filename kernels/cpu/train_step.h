@@ -37,26 +37,26 @@ class TrainStep {
     const int64_t groups = B < kStepGroups ? (B > 0 ? B : 1) : kStepGroups;
     const int64_t most = a.encoder.threads > 1 ? a.encoder.threads : 1, workers = most < groups ? most : groups;
     const int64_t size = Memory(*this, nullptr).used;
-    Block<T> memory(workers * size), sums(groups * sums_size_);
+    Block<T> memory(workers * size);
+    GroupSums<T> sums(sums_size_, workers);
     Block<double> losses(3 * groups);
     auto body = [&](int64_t group, int thread) {
       Memory m(*this, memory.get() + thread * size);
-      T* const to = sums.get() + group * sums_size_;
       double* const of_group = losses.get() + 3 * group;
-      std::memset(to, 0, size_t(sums_size_) * sizeof(T));
       of_group[0] = of_group[1] = of_group[2] = 0;
-      m.shared = decoder_.shared_sums(to + decoder_sum_);
-      encoder_.begin_group(m.scratch);
-      for (int64_t b = B * group / groups; b < B * (group + 1) / groups; ++b) image(b, m, to, of_group);
-      encoder_.end_group(m.scratch, to);
+      sums.add(group, thread, [&](T* to) {
+        m.shared = decoder_.shared_sums(to + decoder_sum_);
+        encoder_.begin_group(m.scratch);
+        for (int64_t b = B * group / groups; b < B * (group + 1) / groups; ++b) image(b, m, to, of_group);
+        encoder_.end_group(m.scratch, to);
+      });
     };
     parallel_for(groups, int(workers), body);
     double total[3] = {};
     for (int64_t i = 0; i < 3 * groups; ++i) total[i % 3] += losses.get()[i];
     a.recon = total[0] / double(B > 0 ? B : 1), a.interaction = total[1] / decoder_.pixel_count();
     a.kl = total[2] / double(B > 0 ? B : 1);
-    add_partials<T>(sums.get(), groups, sums_size_, a.encoder.threads);
-    write(sums.get());
+    write(sums.total());
   }
 
  private:

@@ -84,6 +84,32 @@ void add_partials(T* sums, int64_t count, int64_t size, int threads) {
   parallel_for(count > 1 ? (size + kPart - 1) / kPart : 0, threads, body);
 }
 
+// Sums of groups, each over elements of its own, added up in the order of the groups: group 0 adds into the total itself,
+// and a thread has one buffer for the others that it takes, whatever their number.
+template <typename T>
+class GroupSums {
+ public:
+  GroupSums(int64_t size, int64_t workers) : size_(size), memory_(size * (workers + 1)) {}
+
+  T* total() const { return memory_.get(); }
+
+  // Calls body(sums), whose sums are cleared, for a group; in tasks that are handed out in order.
+  template <typename Body>
+  void add(int64_t group, int thread, Body body) {
+    T* const own = group ? memory_.get() + (thread + 1) * size_ : total();
+    std::memset(own, 0, size_t(size_) * sizeof(T));
+    body(own);
+    turns_.wait(group);
+    if (group) add_to<T>(total(), own, size_);
+    turns_.done();
+  }
+
+ private:
+  int64_t size_;
+  Block<T> memory_;
+  Turns turns_;
+};
+
 // The same sums in each of `count` equal partial buffers, `stride` elements apart.
 struct Partials {
   int64_t count, stride;
