@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from fastslots import threads
-from fastslots.cli.common import Parser
-from fastslots.config.code import CodeWarning
 from fastslots.errors import UserError, first_line, is_out_of_memory, print_error
 
 OUT_OF_MEMORY = (
@@ -23,8 +21,10 @@ OUT_OF_MEMORY = (
 
 
 def build_parser() -> argparse.ArgumentParser:
+    # Late, as all that imports torch: ``threads.prepare`` comes before.
     from fastslots import __version__
     from fastslots.cli import bench, compare, data, doctor, evaluate, explore, kernels, report, sweep, train
+    from fastslots.cli.common import Parser
 
     parser = Parser(prog="fastslots", description="Train the Transformer VAE of Interaction Asymmetry, fast.")
     parser.add_argument("--version", action="version", version=__version__)
@@ -36,6 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _say_warnings() -> None:
     """Warnings of our own in a line each, as commands say them; others as Python does."""
+    from fastslots.config.code import CodeWarning
+
     warnings.simplefilter("always", CodeWarning)
     python = warnings.showwarning
 

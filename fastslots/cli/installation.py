@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import re
 import shutil
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -104,7 +105,10 @@ def check_compiled(found: Findings) -> None:
     try:
         importlib.import_module("torch")  # its OpenMP pool comes first
         importlib.import_module("fastslots._cpu")
-        found.say("C++ module", "present")
+        backend = importlib.import_module("fastslots.kernels.cpu_backend")
+        asked = os.environ.get("FASTSLOTS_ISA")
+        why = f"FASTSLOTS_ISA is {asked}" if asked else f"the best of {', '.join(backend.ISAS)} here"
+        found.say("C++ module", f"present, computes with {backend.isa()}: {why}")
     except ImportError as error:
         found.problem("C++ module", f"present, but cannot be loaded ({error})", again)
 

@@ -6,6 +6,8 @@
 // They meet in the sums of the weights' gradients alone, `sums` here.
 #pragma once
 
+#include <initializer_list>
+
 #include "cnn.h"
 #include "query_transformer.h"
 #include "weights.h"
@@ -34,7 +36,8 @@ class Encoder {
   // What the backward of an image reads.
   struct State {
     typename Cnn<T>::State cnn;
-    T *normed, *hidden, *slope, *tokens, *token_rstd, *scalars;  // scalars: rstd of the joint norm
+    T *normed, *tokens, *token_rstd, *scalars;  // scalars: rstd of the joint norm
+    T *hidden, *slope;                          // of the token MLP, unless it is made again
     QueryState<T> layers[kMostMaps];
     T *final_normed, *final_rstd, *final_scaled;
   };
@@ -53,7 +56,7 @@ class Encoder {
   struct Scratch {
     typename QueryTransformer<T>::Workspace transformer;
     typename Cnn<T>::Workspace cnn;
-    T *x, *picked, *dx, *out, *dtokens, *dhidden;  // dx: after the backward, the gradient of the first queries [K][L]
+    T *x, *picked, *dx, *out, *dtokens, *hidden, *slope, *dhidden;  // dx: after the backward, the gradient of the first queries [K][L]
   };
 
   Scratch carve_scratch(T* base, bool backward) const {
@@ -78,10 +81,9 @@ class Encoder {
     if (positions_) add_to<T>(s.normed, positions_, tokens_ * L);
     s.scalars[0] = normalise_all<T>(s.normed, tokens_, token_input_, a.eps);
     row_tiles(tokens_, [&](int64_t first, int64_t count) {
-      T* const hidden = s.hidden + first * hidden_lanes();
-      apply_rows<T>(token1_, s.normed + first * whole_lanes<T>(token_input_), count, false, hidden);
-      gelu<T>(hidden, s.slope + first * hidden_lanes(), count * hidden_lanes());
-      apply_rows<T>(token2_, hidden, count, false, s.tokens + first * L);
+      const Hidden h = hidden_of(s, w, first);
+      make_hidden(s, first, count, h);
+      apply_rows<T>(token2_, h.value, count, false, s.tokens + first * L);
       normalise_rows<T>(s.tokens + first * L, count, S, T(a.eps), s.tokens + first * L, s.token_rstd + first);
     });
     for (int64_t k = 0; k < K; ++k) {
@@ -172,6 +174,24 @@ class Encoder {
   }
 
   int64_t hidden_lanes() const { return whole_lanes<T>(a.token_hidden); }
+
+  // The hidden layer of many tokens is made again in the backward, tile by tile, rather than kept: clevr6's takes 17 MB
+  // of memory a thread, and 2 % of the step's time.
+  bool keeps_hidden() const { return tokens_ * hidden_lanes() * int64_t(sizeof(T)) <= int64_t(1) << 20; }
+
+  struct Hidden {
+    T *value, *slope;
+  };
+
+  Hidden hidden_of(const State& s, const Scratch& w, int64_t first) const {
+    const int64_t at = first * hidden_lanes();
+    return keeps_hidden() ? Hidden{s.hidden + at, s.slope + at} : Hidden{w.hidden, w.slope};
+  }
+
+  void make_hidden(const State& s, int64_t first, int64_t count, const Hidden& h) const {
+    apply_rows<T>(token1_, s.normed + first * whole_lanes<T>(token_input_), count, false, h.value);
+    gelu<T>(h.value, h.slope, count * hidden_lanes());
+  }
   int64_t seed_stride() const { return a.seed_stride ? a.seed_stride : S; }
 
   // -> elements used; with a null base only these.
@@ -192,7 +212,9 @@ class Encoder {
       positions_ = positions;
       if (base && forward) make_positions(positions);
     }
+    pack.forward = forward || !keeps_hidden();
     token1_ = map(token_input_, a.token_hidden);
+    pack.forward = forward;
     token2_ = map(a.token_hidden, S);
     if (a.seeded) seed_ = pack_row_map<T>(next(), nullptr, S, S, pack, seed_stride());
     transformer_.K = K, transformer_.S = S, transformer_.H = a.heads, transformer_.tokens = tokens_;
@@ -218,8 +240,8 @@ class Encoder {
   int64_t fill_state(Carver<T> c, State& s) const {
     cnn_.carve(c, s.cnn);
     s.normed = s.cnn.pictures[a.conv_count].data;
-    s.hidden = c.take(tokens_ * hidden_lanes());
-    s.slope = c.take(tokens_ * hidden_lanes());
+    s.hidden = c.take(keeps_hidden() ? tokens_ * hidden_lanes() : 0);
+    s.slope = c.take(keeps_hidden() ? tokens_ * hidden_lanes() : 0);
     s.tokens = c.take(tokens_ * L);
     s.token_rstd = c.take(tokens_);
     s.scalars = c.take(1);
@@ -232,6 +254,7 @@ class Encoder {
     w.transformer = transformer_.carve_workspace(c, backward);
     w.x = c.take(K * L), w.picked = c.take(K * L), w.out = c.take(K * whole_lanes<T>(results()));
     w.dx = c.take(backward ? K * L : 0);
+    for (T** memory : {&w.hidden, &w.slope}) *memory = c.take(keeps_hidden() ? 0 : kRowTile * hidden_lanes());
     w.dhidden = c.take(backward ? kRowTile * hidden_lanes() : 0);
     const int64_t lanes = whole_lanes<T>(token_input_);
     cnn_.carve(c, tokens_ * (lanes > L ? lanes : L), backward, w.cnn);
@@ -247,9 +270,11 @@ class Encoder {
       T* const d = w.dtokens + first * L;
       const T* const normed = s.normed + first * lanes;
       normalise_rows_backward<T>(d, s.tokens + first * L, s.token_rstd + first, count, S, false, d);
-      accumulate_row_map<T>(token2_, s.hidden + first * hidden_lanes(), d, count, sums);
+      const Hidden h = hidden_of(s, w, first);
+      if (!keeps_hidden()) make_hidden(s, first, count, h);
+      accumulate_row_map<T>(token2_, h.value, d, count, sums);
       apply_rows_transposed<T>(token2_, d, count, false, w.dhidden);
-      scale_by<T>(w.dhidden, s.slope + first * hidden_lanes(), count * hidden_lanes());
+      scale_by<T>(w.dhidden, h.slope, count * hidden_lanes());
       accumulate_row_map<T>(token1_, normed, w.dhidden, count, sums);
       if (a.conv_count) apply_rows_transposed<T>(token1_, w.dhidden, count, false, dnormed + first * lanes);
     });

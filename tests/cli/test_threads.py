@@ -109,3 +109,12 @@ def test_torch_takes_what_was_chosen():
         count, told, asleep = out.split()
         assert process.returncode == 0 and not err and (told, asleep) == (asked, "True")
         assert 1 <= int(count) <= len(os.sched_getaffinity(0))
+
+
+def test_commands_choose_before_torch_is_there():
+    """Whatever a command imports: the choice is made, and its threads wait asleep."""
+    code = "import sys, fastslots.cli; assert 'torch' not in sys.modules; sys.exit(fastslots.cli.main(['doctor']))"
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "wait for one another asleep" in done.stdout and "a thread for each core" in done.stdout
