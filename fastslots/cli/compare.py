@@ -8,8 +8,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from fastslots.cli.common import Subparsers
-from fastslots.cli.tables import show_table
+from fastslots.cli.common import Subparsers, show_table
 from fastslots.errors import UserError
 from fastslots.runs.folder import RunFolder
 

@@ -10,8 +10,16 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastslots.cli.common import RUN_HELP, Parser, Subparsers, add_allow_remote, add_code, code_named, progress_of
-from fastslots.cli.tables import show_table
+from fastslots.cli.common import (
+    RUN_HELP,
+    Parser,
+    Subparsers,
+    add_allow_remote,
+    add_code,
+    code_named,
+    progress_of,
+    show_table,
+)
 from fastslots.errors import UserError
 from fastslots.runs.folder import RunFolder
 from fastslots.runs.own_code import OwnCode

@@ -10,11 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastslots.cli.common import Parser, Subparsers
+from fastslots.cli.common import Parser, Subparsers, show_table
 from fastslots.cli.evaluate import asked_by
-from fastslots.cli.tables import show_table
-from fastslots.cli.train import DEFAULT_PRESET, add_fields, preset_of
-from fastslots.config.presets import preset_names
+from fastslots.cli.fields import add_fields, add_help
+from fastslots.cli.train import add_preset, preset_of
 from fastslots.errors import UserError
 
 
@@ -25,8 +24,11 @@ def add_parser(commands: Subparsers) -> None:
         description="Train every combination of the fields that are given a comma list (--alpha 0,0.05), with several "
         "seeds, and write one table and one plot a metric. The same command again keeps finished trials, resumes "
         "interrupted ones and tries failed ones anew.",
+        usage="fastslots sweep [PRESET] --out FOLDER [--seeds N] [--FIELD VALUE,VALUE ...]",
+        add_help=False,
     )
-    parser.add_argument("preset", nargs="?", help=f"one of {', '.join(preset_names())} (default {DEFAULT_PRESET})")
+    add_preset(parser)
+    add_help(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder of the sweep: a folder a trial, the tables")
     parser.add_argument("--seeds", type=int, help="seeds 0 .. N-1 (default 1); or name them with --seed 3,5,8")
     parser.add_argument("--jobs", type=int, default=1, help="trials at once, each with its share of the cores")

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fastslots.cli.common import Subparsers, add_allow_remote, add_trust, trust_all
+from fastslots.cli.fields import DEFAULT_PRESET, add_fields, add_help
 from fastslots.config.code import check_trusted
 from fastslots.config.presets import preset_names
 from fastslots.config.run import TrainConfig, read_config
-from fastslots.config.spans import Span, checked_span
 from fastslots.data.packed.urls import check_allowed
 from fastslots.errors import UserError, print_error
 from fastslots.runs.folder import RunFolder
 from fastslots.runs.own_code import OwnCode
 
-DEFAULT_PRESET = "sprites-mini"
-CONFIG_HELP = "fields from a run's config.json; what it leaves out is PRESET's, or without one the default given below"
-RESTART_HELP = "with --resume, where no checkpoint can be read: set all aside and begin at step 0"
-_FLAGS_ELSEWHERE = ("preset_name",)
+CONFIG_HELP = "fields from a run's config.json; what it leaves out is PRESET's, or without one a default of its own"
+PRINT_HELP = "print the configuration as JSON, which --config takes, and train nothing"
+RESTART_HELP = "with --resume: begin at step 0 where no checkpoint can be read, and set all aside"
 
 
 def add_parser(commands: Subparsers) -> None:
@@ -31,80 +28,20 @@ def add_parser(commands: Subparsers) -> None:
         "train",
         help="train a model",
         description="Train a model. Without arguments: the preset sprites-mini on images made on the fly.",
+        usage="fastslots train [PRESET] [--out FOLDER] [--FIELD VALUE ...]",
+        add_help=False,
     )
-    parser.add_argument("preset", nargs="?", help=f"one of {', '.join(preset_names())} (default {DEFAULT_PRESET})")
-    parser.add_argument("--out", type=Path, help="folder of the run (default: the next free one in runs/)")
+    add_preset(parser)
+    add_help(parser)
+    parser.add_argument("--out", metavar="FOLDER", type=Path, help="of the run (default: the next free one in runs/)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--restart", action="store_true", help=RESTART_HELP)
     parser.add_argument("--config", type=Path, metavar="FILE", help=CONFIG_HELP)
+    parser.add_argument("--print-config", "--print_config", action="store_true", help=PRINT_HELP)
     add_allow_remote(parser)
     add_trust(parser)
     add_fields(parser)
     parser.set_defaults(run=run)
-
-
-Converter = Callable[[str], Any]
-"""The text of a flag -> its value."""
-
-
-def add_fields(
-    parser: argparse.ArgumentParser, each: Callable[[str, Converter], Converter] = lambda field_type, convert: convert
-) -> None:
-    """A flag for every field of TrainConfig, --batch_size and --batch-size alike; absent unless given.
-
-    each: (type of the field, its text -> value) -> what the flag takes, one value or something made of them.
-    """
-    group = parser.add_argument_group("fields (an explicit flag beats the preset and --config)")
-    for field in dataclasses.fields(TrainConfig):
-        if field.name in _FLAGS_ELSEWHERE:
-            continue
-        names = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
-        group.add_argument(
-            *names,
-            dest=f"field_{field.name}",
-            default=argparse.SUPPRESS,
-            type=each(str(field.type), _converter(field)),
-            metavar="LENGTH" if field.type == "int | str" else str(field.type).split("[")[0].upper(),
-            help=f"{field.metadata['help']} (default {field.default}; presets set their own)".replace("%", "%%"),
-            nargs="?" if field.type == "bool" else None,
-            const="true" if field.type == "bool" else None,  # a text, so that argparse converts it
-        )
-
-
-def _converter(field: dataclasses.Field[Any]) -> Converter:
-    """Text -> value; an error names the flag (argparse adds it) and what was expected."""
-
-    def whole(text: str) -> int:
-        try:
-            return int(text.replace("_", ""))
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
-
-    def number(text: str) -> float:
-        try:
-            return float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
-
-    def truth(text: str) -> bool:
-        if text in preset_names():
-            raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false: put the preset before the flags")
-        if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
-            raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-        return text.lower() in ("true", "1", "yes")
-
-    def widths(text: str) -> tuple[int, ...]:
-        return tuple(whole(part) for part in text.split(",") if part)
-
-    def span(text: str) -> Span:
-        try:
-            return checked_span(field.name, text)
-        except UserError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return {"int": whole, "int | str": span, "float": number, "bool": truth, "tuple[int, ...]": widths}.get(
-        str(field.type), str
-    )
 
 
 def config_of(args: argparse.Namespace) -> TrainConfig:
@@ -145,6 +82,11 @@ def stored_extras(folder: RunFolder, trusted: bool) -> dict[str, Any]:
     return {"losses": losses, "metrics": metrics}
 
 
+def add_preset(parser: argparse.ArgumentParser) -> None:
+    names = ", ".join(preset_names())
+    parser.add_argument("preset", metavar="PRESET", nargs="?", help=f"one of {names} (default {DEFAULT_PRESET})")
+
+
 def preset_of(given: str | None) -> str:
     """The PRESET, where the second value of a list without commas (``--alpha 0 0.05``) ends up too: UserError."""
     if given and given not in preset_names() and given.replace(".", "").isdigit():
@@ -154,6 +96,9 @@ def preset_of(given: str | None) -> str:
 
 def run(args: argparse.Namespace) -> int:
     config = config_of(args)
+    if args.print_config:
+        print(config.to_json())
+        return 0
     if args.resume and args.out is None:
         raise UserError("--resume needs --out, the folder of the run to go on with")
     if args.restart and not args.resume:

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from fastslots.cli import build_parser, main
+from fastslots.cli.fields import headings
 from fastslots.cli.train import config_of
+from fastslots.config.presets import preset_names
 from fastslots.config.run import read_config
 from fastslots.errors import UserError
 from fastslots.models import SlotVAEConfig
@@ -43,6 +45,46 @@ def test_every_field_is_a_flag(capsys):
     text = capsys.readouterr().out
     for field in dataclasses.fields(TrainConfig):
         assert field.name == "preset_name" or f"--{field.name}" in text, field.name
+
+
+def help_of(capsys, *argv: str) -> list[str]:
+    with pytest.raises(SystemExit) as ended:
+        main([*argv])
+    assert ended.value.code == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_help_fits_two_screens_and_has_the_values_of_the_preset(monkeypatch, capsys):
+    """It had 230 lines, each field in both spellings, and the defaults of no preset."""
+    monkeypatch.setenv("COLUMNS", "100")
+    short, everything = help_of(capsys, "train", "clevr6", "--help"), help_of(capsys, "train", "--help-all")
+    assert len(short) <= 50 and max(map(len, short + everything)) <= 100
+    assert "  --batch_size INT        images a step, over all processes [32]" in short
+    assert "  --steps INT             training steps [500000]" in short
+    assert "  --steps INT             training steps [3500]" in help_of(capsys, "train", "--help")
+    assert any(line.startswith("  --output_hidden TUPLE   hidden widths of") for line in everything)
+    assert not any(line.startswith("  --output_hidden") and "widths" in line for line in short)
+    assert len(help_of(capsys, "sweep", "--help")) <= 60
+    for heading in ("data:", "model:", "loss:", "training:", "evaluation and records:"):
+        assert heading in short and heading in everything
+
+
+def test_every_field_stands_under_one_heading():
+    under = [name for names in headings().values() for name in names]
+    assert len(under) == len(set(under))
+    assert set(under) == {field.name for field in dataclasses.fields(TrainConfig)} - {"preset_name"}
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_a_printed_configuration_is_taken_again(preset, tmp_path, capsys):
+    flags = ["--seed", "5", "--output_hidden", "8,9", "--warmup", "3%"]
+    assert main(["train", preset, *flags, "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    path = tmp_path / "config.json"
+    path.write_text(printed)
+    assert config("--config", str(path)) == config(preset, "--config", str(path)) == config(preset, *flags)
+    assert main(["train", "--config", str(path), "--print-config"]) == 0
+    assert capsys.readouterr().out == printed
 
 
 def test_a_device_that_is_not_here_is_refused_before_anything_is_made(tmp_path, monkeypatch, capsys):

@@ -14,8 +14,8 @@ from xml.etree import ElementTree
 import pytest
 
 from fastslots.cli import main
+from fastslots.cli.common import aligned
 from fastslots.cli.sweep import cell_of
-from fastslots.cli.tables import aligned
 from fastslots.config.run import TrainConfig
 from fastslots.errors import UserError
 from fastslots.sweep.tables import cells_of, csv_table, json_table, mean_and_std, plot, table_rows
