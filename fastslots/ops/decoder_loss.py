@@ -110,9 +110,10 @@ class _TiledLoss(torch.autograd.Function):
             raise RuntimeError(
                 "decoder.loss was already differentiated: its gradients are handed out once. Call it again."
             )
-        factor = dtotal / ctx.grad_scale
-        grads: dict[str, Tensor] = {n: g.mul_(factor.to(g.dtype)) for n, g in ctx.grads.items()}  # nobody else's
+        factor, grads = dtotal / ctx.grad_scale, ctx.grads
         ctx.grads = None
+        for dtype in dict.fromkeys(g.dtype for g in grads.values()):  # in place: they are nobody else's
+            torch._foreach_mul_([g for g in grads.values() if g.dtype == dtype], factor.to(dtype))
         return None, None, None, *(grads.get(name) for name in ctx.names)
 
 

@@ -7,6 +7,7 @@ Everything here is O(D · columns) an image at most, thousands of times below th
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -66,6 +67,11 @@ def fit_slots(config: LaunchConfig, K: int) -> LaunchConfig:
     return config if over < 2 else replace(config, block_l=max(16, config.block_l // over))
 
 
+def attention_block(config: LaunchConfig, heads: int, slots: int) -> int:
+    """Columns of a group: whole heads of padded slots."""
+    return max(16, slots, min(config.block_c, next_power(heads * slots)))
+
+
 def pack_attention(
     folded: FoldedProjections, slot_mask: Tensor | None, dtype: torch.dtype, config: LaunchConfig
 ) -> Packed:
@@ -73,7 +79,7 @@ def pack_attention(
     G, g, U, _ = folded
     B, D, H, K = G.shape
     slots = padded_slots(K)
-    block = max(16, slots, min(config.block_c, next_power(H * slots)))
+    block = attention_block(config, H, slots)
     heads, width = round_up(H * slots, block) // slots, round_up(D, config.block_d)
     w_in = G.new_zeros(B, width, heads, slots, dtype=dtype)
     w_in[:, :D, :H, :K] = G
@@ -130,3 +136,58 @@ def pack_feed_forward(first: MergedLinear, w2: Tensor, dtype: torch.dtype, confi
     b_in = w2.new_zeros(1, columns, dtype=torch.float32)
     b_in[0, :F] = first.b
     return Packed(w_in, b_in, w_out, block, 1)
+
+
+class LayerPacks:
+    """The weights of a layer as its kernels load them: packed once for each layout, however many kernels and tiles.
+
+    Args:
+        folded, slot_mask: of all images. ff: None where there is an attention alone. dtype: of the products.
+    """
+
+    def __init__(
+        self, folded: FoldedProjections, ff: FeedForward | None, slot_mask: Tensor | None, dtype: torch.dtype
+    ) -> None:
+        self.folded = self._whole = folded
+        self._ff, self._slot_mask, self._dtype = ff, slot_mask, dtype
+        self.bias = folded.b.float().contiguous()
+        self._known: dict[tuple[str, int, int], Packed] = {}
+        self._images: slice | None = None
+
+    @property
+    def ff(self) -> FeedForward:
+        assert self._ff is not None
+        return self._ff
+
+    def of_images(self, images: slice) -> LayerPacks:
+        """Those of some images, cut out of what is packed for all."""
+        part = copy.copy(self)
+        part.folded, part._images = self._whole.of_images(images), images
+        return part
+
+    def attention(self, config: LaunchConfig) -> Packed:
+        _, D, H, K = self.folded.G.shape
+        block = attention_block(config, H, padded_slots(K))
+        key = ("attention", round_up(H * padded_slots(K), block), round_up(D, config.block_d))
+        if key not in self._known:
+            self._known[key] = pack_attention(self._whole, self._slot_mask, self._dtype, config)
+        packed = self._known[key]._replace(block=block)
+        if self._images is None:
+            return packed
+        w_in, b_in, w_out, *_ = packed
+        return packed._replace(w_in=w_in[self._images], b_in=b_in[self._images], w_out=w_out[self._images])
+
+    def feed_forward(self, config: LaunchConfig) -> Packed:
+        F, D = self.ff.w1.shape
+        block = config.block_f or config.block_c
+        key = ("feed-forward", round_up(F, block), round_up(D, config.block_d))
+        if key not in self._known:
+            self._known[key] = pack_feed_forward(merge_norm(self.ff), self.ff.w2, self._dtype, config)
+        return self._known[key]._replace(block=block)
+
+
+def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of operands in the compute dtype -> fp32, summed up in fp32."""
+    if a.dtype == torch.float32:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()

@@ -4,7 +4,8 @@
 
 Given the slots, pixels are independent. So a tile (whole images, or part of one where an image is larger) goes through
 the decoder and back before the next one starts; what leaves it are gradients of weights, folded projections and
-queries. Memory beyond those does not grow with the batch or the resolution. Layers are the fused kernels; the output
+queries. Memory beyond those does not grow with the batch or the resolution: a tile takes at most ``TILE_BYTES``. Weights
+are packed once, outside the loop over tiles. Layers are the fused kernels; the output
 head (a norm and a few products 180 wide) is cuBLAS, differentiated by hand. Nothing waits for the device (a test runs
 it on tensors without values), so on CUDA all tiles together are captured in a CUDA graph and replayed (``graphs``).
 """
@@ -23,33 +24,33 @@ from torch import Tensor
 
 from fastslots.records import LayerGrads, LossInputs, LossResult, OutputHead
 
-from .decoder_layer import Needs, decoder_layer_bwd, decoder_layer_fwd
+from ._pack import LayerPacks
+from .decoder_layer import Needs, layer_backward, layer_forward
 from .graphs import GRAPHS, Graphs, wanted
 from .launch import allows_tf32
 from .output_head import SavedHead, output_head_bwd, output_head_fwd
 
-TILE_ROWS = 65536
-"""Rows (images x pixels) of a tile where the size of L2 is not known."""
-LIVE_TENSORS = 4
-"""Tensors [rows, D] that a layer's backward goes back and forth between: x, z and their gradients."""
-MIN_ROWS, MAX_ROWS = 16384, 131072
-"""At least a program of 128 rows for each of about 128 multiprocessors; beyond the most, L2 would not be the limit."""
+TILE_BYTES, TILE_SHARE = 4 << 30, 8
+"""Memory of a tile's tensors: this, or where that is less, one part in so many of the device's."""
+ROW_TENSORS = 26
+"""Tensors [rows, D] of a tile that lives at once, in the compute dtype: input, z and output of each layer, what the head
+keeps and makes, and n, h and du (twice as wide) of the layer whose gradients are made. Seen at the published widths: 22."""
 
 
 @cache
-def _rows_in_l2(device: int, row_bytes: int) -> int:
-    fit = torch.cuda.get_device_properties(device).L2_cache_size // (LIVE_TENSORS * row_bytes)
-    return min(max(fit // 4096 * 4096, MIN_ROWS), MAX_ROWS)
+def _tile_bytes(device: int) -> int:
+    return min(TILE_BYTES, torch.cuda.get_device_properties(device).total_memory // TILE_SHARE)
 
 
 def tile_rows(like: Tensor, dtype: torch.dtype) -> int:
-    """Rows of a tile whose tensors, of the width of ``like``, stay in the L2 of its device (H100: 32,768 x 180 bf16).
+    """Rows (images x pixels) of a tile whose tensors, of the width of ``like``, take the memory of a tile.
 
     A function of device, width and type alone, so the order of sums, and with it every bit, is the same in each run.
+    A tile is a few dozen launches, so fewer of them are faster; what bounds them is memory, which does not grow with
+    the batch or the resolution.
     """
-    if not like.is_cuda:
-        return TILE_ROWS
-    return _rows_in_l2(like.device.index or 0, like.shape[-1] * dtype.itemsize)
+    memory = _tile_bytes(like.device.index or 0) if like.is_cuda else TILE_BYTES
+    return max(1, memory // (ROW_TENSORS * like.shape[-1] * dtype.itemsize))
 
 
 def _tiles(batch: int, pixels: int, rows: int) -> Iterator[tuple[slice, slice]]:
@@ -80,7 +81,7 @@ def decoder_loss(
         inputs: with queries [B or 1,L,D] that are made already.
         need: names of ``inputs.tensors()`` whose gradients are needed; without any, only the forward runs.
         grad_scale: the loss scale of mixed precision, a float or a 0-d tensor.
-        rows: images x pixels of a tile; None: as many as fit L2.
+        rows: images x pixels of a tile; None: as many as ``tile_rows`` says.
         graphs: where to capture and replay; None: this process's for CUDA tensors (``graphs.wanted``), else nowhere.
     """
     tensors = inputs.tensors()
@@ -99,6 +100,10 @@ def decoder_loss(
             recon, interaction, *grads = _replay(graphs, inputs, needed, grad_scale, tiling)
     like = {name: grad.to(tensors[name].dtype) for name, grad in zip(needed, grads, strict=True)}
     return LossResult(recon, interaction, like)
+
+
+Part = slice | tuple[slice, slice] | EllipsisType
+"""Where in a tensor a tile's gradient belongs."""
 
 
 class Tiling(NamedTuple):
@@ -143,21 +148,23 @@ def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
 class _Sums:
     """The gradients that are needed, summed over tiles in fp32, by the names of ``LossInputs.tensors``."""
 
-    def __init__(self, inputs: LossInputs, need: Sequence[str]):
-        tensors = inputs.tensors()
-        self.sums = {name: torch.zeros_like(tensors[name], dtype=torch.float32) for name in need}
+    def __init__(self, inputs: LossInputs, need: Sequence[str], whole: bool):
+        """whole: one tile holds all images and pixels, so that its gradients are the sums."""
+        self._tensors, self._need, self._whole = inputs.tensors(), list(need), whole
+        self._sums: dict[str, Tensor] = {}
+        self._pending: dict[str, tuple[Tensor, Part]] = {}
         self.layers = [
-            Needs(*(any(f"layers.{i}.{name}" in self.sums for name in record._fields) for record in layer))
+            Needs(*(any(f"layers.{i}.{name}" in need for name in record._fields) for record in layer))
             for i, layer in enumerate(inputs.decoder.layers)
         ]
         self.head = any(name.startswith("head.") for name in need)
-        reached = [any(layer) or "queries" in self.sums for layer in self.layers]
+        reached = [any(layer) or "queries" in need for layer in self.layers]
         self.first = reached.index(True) if any(reached) else len(reached)
         """The first layer that the backward has to reach."""
 
-    def add(self, name: str, grad: Tensor, part: slice | tuple[slice, slice] | EllipsisType = ...) -> None:
-        if name in self.sums:
-            self.sums[name][part] += grad
+    def add(self, name: str, grad: Tensor, part: Part = ...) -> None:
+        if name in self._need:
+            self._pending[name] = grad, part
 
     def add_layer(self, i: int, grads: LayerGrads, images: slice) -> None:
         for name, grad in {} if grads.folded is None else grads.folded._asdict().items():
@@ -172,30 +179,62 @@ class _Sums:
             self.add(f"head.weights.{i}", dweight)
             self.add(f"head.biases.{i}", dbias)
 
+    def end_tile(self) -> None:
+        """One addition for all gradients of a tile; of the only tile none."""
+        if self._whole:
+            self._sums = {name: grad for name, (grad, _) in self._pending.items()}
+            return
+        if not self._sums:
+            sizes = [self._tensors[name].numel() for name in self._need]
+            flat = torch.zeros(sum(sizes), dtype=torch.float32, device=self._tensors["queries"].device)
+            parts = zip(self._need, flat.split(sizes), strict=True)
+            self._sums = {name: part.view(self._tensors[name].shape) for name, part in parts}
+        if self._pending:
+            sums = [self._sums[name][part] for name, (_, part) in self._pending.items()]
+            torch._foreach_add_(sums, [grad.float() for grad, _ in self._pending.values()])
+            self._pending.clear()
+
+    def total(self) -> list[Tensor]:
+        """In the order of ``need``, fp32; those that no tile reached are zeros."""
+        if not self._whole:
+            self.end_tile()
+            return [self._sums[name] for name in self._need]
+        return [
+            self._sums[name].float()
+            if name in self._sums
+            else torch.zeros_like(self._tensors[name], dtype=torch.float32)
+            for name in self._need
+        ]
+
 
 class _Decoded(NamedTuple):
     """A tile on its way forward, and what its backward needs."""
 
     xs: list[Tensor]  # the input of each layer
-    slot_map: Tensor  # mean over layers
+    zs: list[Tensor]  # what each layer's attention gives, its residual in it; where a backward follows
+    slot_map: Tensor  # sum over layers
     pixels: Tensor  # [N, C]
     head: SavedHead
 
 
-def _decode(tile: LossInputs) -> _Decoded:
-    layers = tile.decoder.layers
-    xs, slot_map = [cast(Tensor, tile.decoder.queries)], torch.zeros((), device=tile.target.device)
-    for folded, ff in layers:
-        y, layer_map = decoder_layer_fwd(xs[-1], folded, ff, tile.slot_mask, tile.eps)
-        slot_map = slot_map + layer_map / len(layers)
+def _decode(tile: LossInputs, packs: Sequence[LayerPacks], keep: bool) -> _Decoded:
+    xs, zs, maps = [cast(Tensor, tile.decoder.queries)], [], []
+    for layer in packs:
+        y, layer_map, z = layer_forward(xs[-1], layer, tile.eps, keep)
         xs.append(y)
-    return _Decoded(xs, slot_map, *output_head_fwd(xs.pop().flatten(0, 1), tile.decoder.head, tile.eps))
+        zs.append(z)
+        maps.append(layer_map)
+    slot_map = maps[0]
+    for layer_map in maps[1:]:
+        slot_map += layer_map
+    return _Decoded(xs, zs, slot_map, *output_head_fwd(xs.pop().flatten(0, 1), tile.decoder.head, tile.eps))
 
 
 def _run(inputs: LossInputs, need: Sequence[str], grad_scale: float | Tensor, tiling: Tiling) -> list[Tensor]:
     """-> recon, interaction and the gradients that are needed, in fp32."""
-    sums = _Sums(inputs, need)
     B, L, _ = inputs.target.shape
+    tiles = list(_tiles(B, L, tiling.rows))
+    sums = _Sums(inputs, need, len(tiles) == 1)
     queries, layers, head = inputs.decoder
     head = OutputHead(
         head.norm_weight.to(tiling.dtype), head.norm_bias.to(tiling.dtype),
@@ -203,42 +242,44 @@ def _run(inputs: LossInputs, need: Sequence[str], grad_scale: float | Tensor, ti
     )  # fmt: skip
     queries = cast(Tensor, queries).to(tiling.dtype)
     inputs = replace(inputs, decoder=inputs.decoder._replace(queries=queries, head=head))
-    recon = torch.zeros((), device=queries.device, dtype=torch.float32)
-    interaction = torch.zeros_like(recon)
-    for images, pixels in _tiles(B, L, tiling.rows):
+    packs = [LayerPacks(folded, ff, inputs.slot_mask, tiling.dtype) for folded, ff in layers]
+    terms = torch.zeros(2, device=queries.device, dtype=torch.float32)
+    for images, pixels in tiles:
         tile = inputs.part(pixels, images)
+        tile_packs = packs if images == slice(0, B) else [layer.of_images(images) for layer in packs]
         weight = None if tile.pixel_weight is None else tile.pixel_weight.float()
-        decoded = _decode(tile)
-        slot_map = decoded.slot_map
-        error = decoded.pixels.float() - tile.target.flatten(0, 1).float()
-        pairs = _pair_sum(slot_map)
-        if weight is None:
-            recon += error.square().sum() / B
-            interaction += pairs.sum() / (B * L)
-        else:
-            recon += (error.square().sum(-1) * weight.flatten()).sum() / B
-            interaction += (pairs * weight).sum() / (B * L)
+        decoded = _decode(tile, tile_packs, bool(need))
+        error = decoded.pixels.float() - tile.target.flatten(0, 1)
+        # The maps' mean over N layers: their pair sum is N² times that of the mean.
+        pairs, squares = _pair_sum(decoded.slot_map), error.square()
+        if weight is not None:
+            squares, pairs = squares * weight.flatten()[:, None], pairs * weight
+        terms += torch.stack([squares.sum(), pairs.sum()])
         if not need:
             continue
-        dpixels = error * (2 / B) * (grad_scale * inputs.recon_weight)
-        dmap = (slot_map.sum(-1, keepdim=True) - slot_map) / (B * L * len(layers))
-        dmap = dmap * (grad_scale * inputs.interaction_weight)
+        dpixels = error * (2 / B * (grad_scale * inputs.recon_weight))
+        factor = grad_scale * inputs.interaction_weight / (B * L * len(layers) ** 2)
+        dmap = (decoded.slot_map.sum(-1, keepdim=True) - decoded.slot_map) * factor
         if weight is not None:
             dpixels, dmap = dpixels * weight.flatten()[:, None], dmap * weight[..., None]
-        dx = _backward(tile, decoded, dpixels.to(tiling.dtype), dmap, images, sums)
+        dx = _backward(tile, tile_packs, decoded, dpixels.to(tiling.dtype), dmap, images, sums)
         sums.add("queries", dx, (slice(None) if len(queries) != B else images, pixels))
-    return [recon, interaction, *sums.sums.values()]
+        sums.end_tile()
+    recon, interaction = terms.unbind()
+    return [recon / max(B, 1), interaction / max(B * L * len(layers) ** 2, 1), *sums.total()]
 
 
-def _backward(tile: LossInputs, decoded: _Decoded, dpixels: Tensor, dmap: Tensor, images: slice, sums: _Sums) -> Tensor:
+def _backward(
+    tile: LossInputs, packs: Sequence[LayerPacks], decoded: _Decoded, dpixels: Tensor, dmap: Tensor, images: slice,
+    sums: _Sums,
+) -> Tensor:  # fmt: skip
     """Adds the gradients of a tile's head and layers -> that of the first layer reached: of the queries, if needed."""
     dx, dhead = output_head_bwd(dpixels, tile.decoder.head, decoded.head, sums.head)
     dx = dx.view(-1, tile.target.shape[1], dx.shape[-1])
     if dhead is not None:
         sums.add_head(dhead)
-    for i in reversed(range(sums.first, len(tile.decoder.layers))):
-        folded, ff = tile.decoder.layers[i]
-        grads = decoder_layer_bwd(dx, dmap, decoded.xs[i], folded, ff, tile.slot_mask, tile.eps, sums.layers[i])
+    for i in reversed(range(sums.first, len(packs))):
+        grads = layer_backward(dx, dmap, decoded.xs[i], decoded.zs[i], packs[i], tile.eps, sums.layers[i])
         sums.add_layer(i, grads, images)
         dx = grads.x
     return dx

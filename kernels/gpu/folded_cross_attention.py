@@ -31,7 +31,7 @@ from torch import Tensor
 from fastslots.records import FoldedProjections
 
 from . import launch
-from ._pack import Packed, fit_slots, pack_attention, unpack_attention
+from ._pack import LayerPacks, Packed, fit_slots, unpack_attention
 from ._tiles import (
     bias_rows,
     dot,
@@ -237,17 +237,22 @@ def constexprs(packed: Packed, K: int, config: launch.LaunchConfig, dtype: torch
 
 
 def folded_cross_attention_fwd(
-    x: Tensor, folded: FoldedProjections, slot_mask: Tensor | None = None, norm: bool = False, eps: float = 1e-5
+    x: Tensor, folded: FoldedProjections, slot_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """x [B or 1,L,D] (already normed; with ``norm`` not) -> y [B,L,D] like x, slot_map [B,L,K] fp32."""
+    """x [B or 1,L,D], already normed -> y [B,L,D] like x, slot_map [B,L,K] fp32."""
+    return attention_forward(x, LayerPacks(folded, None, slot_mask, x.dtype), False, 0.0)
+
+
+def attention_forward(x: Tensor, packs: LayerPacks, norm: bool, eps: float) -> tuple[Tensor, Tensor]:
+    """``folded_cross_attention_fwd`` of packed weights; with ``norm`` also the norm before it and the residual."""
     x = x.contiguous()
-    (B, D, _, K), L = folded.G.shape, x.shape[1]
+    (B, D, _, K), L = packs.folded.G.shape, x.shape[1]
     config = fit_slots(launch.select(_folded_attention_fwd_kernel, x, D), K)
-    packed = pack_attention(folded, slot_mask, x.dtype, config)
+    packed = packs.attention(config)
     y, slot_map = x.new_empty(B, L, D), x.new_empty(B, L, K, dtype=torch.float32)
     args = {
         "x_ptr": x, "w_in_ptr": packed.w_in, "b_in_ptr": packed.b_in, "w_out_ptr": packed.w_out,
-        "bias_ptr": folded.b.float().contiguous(), "y_ptr": y, "map_ptr": slot_map, "L": L, "eps": eps,
+        "bias_ptr": packs.bias, "y_ptr": y, "map_ptr": slot_map, "L": L, "eps": eps,
     }  # fmt: skip
     values = constexprs(packed, K, config, x.dtype, D) | {"NORM": norm, "SHARED_X": x.shape[0] != B}
     launch.run(_folded_attention_fwd_kernel, (triton.cdiv(L, config.block_l), B), args, values, config)
@@ -255,22 +260,25 @@ def folded_cross_attention_fwd(
 
 
 def folded_cross_attention_bwd(
-    dy: Tensor,
-    dslot_map: Tensor,
-    x: Tensor,
-    folded: FoldedProjections,
-    slot_mask: Tensor | None = None,
-    norm: bool = False,
-    eps: float = 1e-5,
-    need_folded: bool = True,
+    dy: Tensor, dslot_map: Tensor, x: Tensor, folded: FoldedProjections, slot_mask: Tensor | None = None
+) -> tuple[Tensor, FoldedProjections]:
+    """-> dx like x and the gradients of ``folded``, each like its tensor."""
+    dx, dfolded = attention_backward(
+        dy.to(x.dtype).contiguous(), dslot_map, x, LayerPacks(folded, None, slot_mask, x.dtype), False, 0.0
+    )
+    assert dfolded is not None
+    return dx, dfolded
+
+
+def attention_backward(
+    dy: Tensor, dslot_map: Tensor, x: Tensor, packs: LayerPacks, norm: bool, eps: float, need_folded: bool = True
 ) -> tuple[Tensor, FoldedProjections | None]:
-    """-> dx like x and the gradients of ``folded``, each like its tensor; None where none of those is needed."""
-    x, dy, dslot_map = x.contiguous(), dy.to(x.dtype).contiguous(), dslot_map.float().contiguous()
-    call = _Backward(dy, dslot_map, x, folded, slot_mask, norm, eps)
+    """-> dx like x and the gradients of ``packs.folded``, each like its tensor; None where none is needed."""
+    call = _Backward(dy, dslot_map.float().contiguous(), x.contiguous(), packs, norm, eps)
     dx, db = _input_grad(call)
     if not need_folded:
         return dx, None
-    return dx, FoldedProjections(*_weight_grads(call), db.to(folded.b.dtype))
+    return dx, FoldedProjections(*_weight_grads(call), db.to(packs.folded.b.dtype))
 
 
 class _Backward(NamedTuple):
@@ -279,8 +287,7 @@ class _Backward(NamedTuple):
     dy: Tensor
     dslot_map: Tensor
     x: Tensor
-    folded: FoldedProjections
-    slot_mask: Tensor | None
+    packs: LayerPacks
     norm: bool
     eps: float
 
@@ -291,9 +298,9 @@ class _Backward(NamedTuple):
 
 def _input_grad(call: _Backward) -> tuple[Tensor, Tensor]:
     """-> dx, and db [D] in fp32, whose sum over rows passes by here anyway."""
-    x, dy, (B, D, _, K) = call.x, call.dy, call.folded.G.shape
+    x, dy, (B, D, _, K) = call.x, call.dy, call.packs.folded.G.shape
     config = fit_slots(launch.select(_folded_attention_dx_kernel, x, D), K)
-    packed = pack_attention(call.folded, call.slot_mask, x.dtype, config)
+    packed = call.packs.attention(config)
     dx, tiles, shared = torch.empty_like(x), triton.cdiv(x.shape[1], config.block_l), x.shape[0] != B
     db = x.new_empty(B, tiles, packed.w_in.shape[1], dtype=torch.float32)
     residual = dy.sum(0, keepdim=True, dtype=torch.float32) if shared and call.norm else dy
@@ -306,9 +313,10 @@ def _input_grad(call: _Backward) -> tuple[Tensor, Tensor]:
 
 def _weight_grads(call: _Backward) -> tuple[Tensor, Tensor, Tensor]:
     """-> dG, dg, dU."""
-    x, (B, D, _, K) = call.x, call.folded.G.shape
+    x, G = call.x, call.packs.folded.G
+    B, D, _, K = G.shape
     config = fit_slots(launch.select(_folded_attention_dw_kernel, x, D), K)
-    packed = pack_attention(call.folded, call.slot_mask, x.dtype, config)
+    packed = call.packs.attention(config)
     parts, blocks = launch.split(x.shape[1], config.block_l, B * packed.groups)
     size = (B, parts, packed.w_in.shape[1], packed.columns)
     dw_in, dw_out = (x.new_empty(size, dtype=torch.float32) for _ in range(2))
@@ -317,4 +325,4 @@ def _weight_grads(call: _Backward) -> tuple[Tensor, Tensor, Tensor]:
     args |= {"dw_in_ptr": dw_in, "db_in_ptr": db_in, "dw_out_ptr": dw_out, "blocks": blocks}
     values = constexprs(packed, K, config, x.dtype, D) | {"NORM": call.norm, "SHARED_X": x.shape[0] != B}
     launch.run(_folded_attention_dw_kernel, (packed.groups, parts, B), args, values, config)
-    return unpack_attention(dw_in.sum(1), db_in.sum(1), dw_out.sum(1), call.folded.G, packed.slots)
+    return unpack_attention(dw_in.sum(1), db_in.sum(1), dw_out.sum(1), G, packed.slots)

@@ -134,21 +134,15 @@ def _decoder_layer_fwd(t: _Terms) -> tuple[int, int, int]:
     requested, flops, issued = _folded_attention_fwd(t)
     rows, units = t.grid[1] * t.number("L"), t.consts["UNITS"]
     requested += t.programs * t.size("w1_ptr", "w2_ptr", "b1_ptr", "b2_ptr")
+    requested += t.size("z_ptr") if t.consts["KEEP"] else 0
     return requested, flops + 4 * rows * units * t.D, issued + 4 * t.programs * t.BL * units * t.W
 
 
 def _feed_forward_dx(t: _Terms) -> tuple[int, int, int]:
     rows, units = t.number("rows"), t.consts["UNITS"]
     requested = t.size("z_ptr", "dy_ptr", "dz_ptr", "db2_ptr") + t.programs * t.size("w1_ptr", "w2_ptr", "b1_ptr")
+    requested += t.size("n_ptr", "h_ptr", "du_ptr", "db1_ptr") if t.consts["KEEP"] else 0
     return requested, 6 * rows * units * t.D, 6 * t.programs * t.BL * units * t.W
-
-
-def _feed_forward_dw(t: _Terms) -> tuple[int, int, int]:
-    rows, units = t.number("rows"), t.consts["UNITS"]
-    groups, parts = t.grid
-    requested = groups * t.size("z_ptr", "dy_ptr") + parts * t.size("w1_ptr", "w2_ptr", "b1_ptr")
-    requested += t.size("dw1_ptr", "dw2_ptr", "db1_ptr")
-    return requested, 8 * rows * units * t.D, 8 * parts * t.number("blocks") * t.BL * units * t.W
 
 
 _PARTS = ("part_sum_ptr", "part_top_ptr", "part_total_ptr")
@@ -183,7 +177,6 @@ _MODELS: dict[str, Callable[[_Terms], tuple[int, int, int]]] = {
     "folded_attention_dw": _folded_attention_dw,
     "decoder_layer_fwd": _decoder_layer_fwd,
     "feed_forward_dx": _feed_forward_dx,
-    "feed_forward_dw": _feed_forward_dw,
     "token_attention_fwd": _token_attention_fwd,
     "token_attention_combine": _token_attention_combine,
     "token_attention_bwd": _token_attention_bwd,
