@@ -16,6 +16,7 @@ from .gpu.cross_attention import cross_attention_bwd, cross_attention_fwd
 from .gpu.decoder_layer import decoder_layer_bwd, decoder_layer_fwd
 from .gpu.decoder_loss import decoder_loss
 from .gpu.folded_cross_attention import folded_cross_attention_bwd, folded_cross_attention_fwd
+from .gpu.joint_norm import joint_norm_bwd, joint_norm_fwd
 from .gpu.token_attention import MAX_CELLS, MAX_ROWS, padded_rows, token_attention_bwd, token_attention_fwd
 
 MAX_IMAGES = 65535
@@ -30,7 +31,8 @@ layer runs the kernels of its two halves, which bear their names: ``folded_atten
 
 __all__ = [
     "cross_attention_bwd", "cross_attention_fwd", "decoder_layer_bwd", "decoder_layer_fwd", "decoder_loss",
-    "folded_cross_attention_bwd", "folded_cross_attention_fwd", "token_attention_bwd", "token_attention_fwd", "why_not",
+    "folded_cross_attention_bwd", "folded_cross_attention_fwd", "joint_norm_bwd", "joint_norm_fwd",
+    "token_attention_bwd", "token_attention_fwd", "why_not",
 ]  # fmt: skip
 
 
@@ -71,6 +73,8 @@ def _too_large(call: Call) -> str | None:
     dtype, width, slots = call.dtypes[0], call.width, call.slots
     if call.images > MAX_IMAGES:
         return f"{call.images} images are more than {MAX_IMAGES}, the most of one launch"
+    if call.op == "joint_norm":
+        return None
     if width > launch.WIDTH_CLASSES[-1]:
         return f"rows of {width} elements are wider than {launch.WIDTH_CLASSES[-1]}"
     if call.op == "token_attention":

@@ -15,8 +15,10 @@ FREE = ("empty", "new_empty", "detach", "alias", "view", "_unsafe_view", "as_str
 """What launches nothing, besides views."""
 NOT_READ = ("copy_", "fill_", "zero_", "normal_", "uniform_")
 """Operators that write their first argument without reading it."""
-KERNELS = {"native_layer_norm_backward": 3, "index_put_": 5, "_index_put_impl_": 5, "sort": 4}
+KERNELS = {"index_put_": 5, "_index_put_impl_": 5, "sort": 4}
 """Kernels of an operator that launches several."""
+NEAR = 65536
+"""Bytes of a row that a norm reads twice and finds the second time in its multiprocessor's own cache."""
 LISTS = (0, 110, 64, 48, 36, 30)
 """Tensors that one kernel of a ``_foreach_*`` or ``_fused_*`` operator takes, by how many lists it works on."""
 
@@ -65,14 +67,16 @@ def work(func: Any, args: Any, kwargs: Any, out: Any) -> Work:
         return _convolution(args, outputs[0], flops)
     if name == "convolution_backward":
         return _convolution_backward(args, flops)
-    processors = math.inf
+    processors, kernels = math.inf, KERNELS.get(name, 1)
     if name == "native_layer_norm":  # a row is one block's
         processors = outputs[1].numel()
-        moved += size([args[0]])  # read for the moments, then again
+        moved += size([args[0]]) if size([args[0]]) > NEAR * processors else 0  # read for the moments, then again
     if name == "native_layer_norm_backward":
         processors = args[3].numel()
-        moved += size(args[:2])
-    return Work(moved, flops, KERNELS.get(name, 1), processors)
+        moved += size(args[:2]) if size([args[1]]) > NEAR * processors else 0
+        # One for the rows, one for the affine part; of many rows that one leaves partial sums of both.
+        kernels = 1 + bool(args[7][1]) * (3 if processors > 65536 else 1)
+    return Work(moved, flops, kernels, processors)
 
 
 def laid_out(func: Any, args: Any, out: Any) -> Any:

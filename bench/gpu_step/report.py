@@ -69,7 +69,9 @@ def _timed(
 def _dtype(item: Launch) -> torch.dtype:
     """Of the rows that a launch works on."""
     rows: Tensor = next(
-        t for name in ("x_ptr", "z_ptr", "tokens_ptr", "gathered_ptr") if (t := item.args.get(name)) is not None
+        t
+        for name in ("x_ptr", "z_ptr", "tokens_ptr", "gathered_ptr", "y_ptr")
+        if (t := item.args.get(name)) is not None
     )
     return rows.dtype
 

@@ -17,7 +17,9 @@ from fastslots.models.queries import KINDS
 from fastslots.nn import AttentionProjections
 from fastslots.ops import backends, token_attention
 from fastslots.ops.encoder import encode
-from fastslots.ops.reference import feed_forward
+from fastslots.ops.encoder_layers import encode_queries
+from fastslots.ops.joint_norm import joint_norm
+from fastslots.ops.reference import feed_forward, without_autocast
 from fastslots.records import EncoderInputs, describe
 
 
@@ -111,14 +113,22 @@ class TokenEncoder(nn.Module):
         self.token_mlp = mlp(token_input, config.token_hidden or width, width)
 
     def tokens(self, images: Tensor) -> Tensor:
-        """The tokens that every layer attends to, normalised once: [B, T, S]."""
-        x = images if self.cnn is None else self.cnn(images)
+        """The tokens that every layer attends to, normalised once: [B, T, S].
+
+        Under autocast in 16 bits: what all layers read is not cast by each of them, and not kept twice. Norms sum up in
+        fp32 whatever they are given, so they too take it as it comes.
+        """
+        x = images
+        if self.cnn is not None:
+            if x.is_cuda:  # as the tensor cores' convolutions want it, and tokens then lie as they are read
+                x = x.contiguous(memory_format=torch.channels_last)
+            x = self.cnn(x)
         x = x.flatten(2).transpose(1, 2)
         if self.cnn is not None:
             x = x + self.position(self.grid)
-        x = F.layer_norm(x, x.shape[1:])  # over tokens and channels jointly
-        x = self.token_mlp(x)
-        return F.layer_norm(x, x.shape[-1:])
+        x = self.token_mlp(joint_norm(x))
+        with without_autocast(x.device):
+            return F.layer_norm(x, x.shape[-1:])
 
     def serving_backend(self, images: Tensor, backend: str = "auto") -> str:
         """Name of the backend that takes these images; plain PyTorch is "reference"."""
@@ -149,9 +159,16 @@ class Encoder(TokenEncoder):
             return encode(operator_inputs(self, images, query_noise), name)
         tokens = self.tokens(images)
         queries = self.first_queries(self.queries, images, tokens, query_noise)
-        for layer in self.transformer:
-            queries = layer(queries, tokens)
-        out: Tensor = self.output(self.norm(queries))
+        with without_autocast(images.device):  # K rows an image: 16 bits would save nothing, and cast every weight
+            queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
+            if images.is_cuda and backend == "auto" and not unlike_the_operator(self):
+                layers = cast("list[EncoderLayer]", list(self.transformer))
+                heads, of_layers = layers[0].self_attention.heads, [t for layer in layers for t in _of_layer(layer)]
+                queries = encode_queries(queries, tokens, of_layers, heads, self.norm.eps)
+            else:
+                for layer in self.transformer:
+                    queries = layer(queries, tokens)
+            out: Tensor = self.output(self.norm(queries))
         return out
 
     def serving_backend(self, images: Tensor, backend: str = "auto") -> str:
@@ -212,12 +229,15 @@ def operator_weights(encoder: Encoder, seed: Tensor | None) -> list[Tensor]:
     parts: list[nn.Module] = [*convolutions, *([encoder.position] if convolutions else []), *maps]
     weights = _weights(parts) + ([] if seed is None else [seed])
     layers = cast("list[EncoderLayer]", list(encoder.transformer))
-    for layer in layers:
-        cross, among, ff = layer.cross, layer.self_attention, layer.ff
-        p = cross.projections
-        weights += _weights([cross.norm_q, cross.norm_tokens, p.to_q, p.to_kv, p.to_out])
-        weights += _weights([among.norm, among.to_qkv, among.to_out, ff.norm, ff.w1, ff.w2])
+    weights += [t for layer in layers for t in _of_layer(layer)]
     return weights + _weights([encoder.norm, *([encoder.output] if isinstance(encoder.output, nn.Linear) else [])])
+
+
+def _of_layer(layer: EncoderLayer) -> list[Tensor]:
+    cross, among, ff = layer.cross, layer.self_attention, layer.ff
+    p = cross.projections
+    parts = [cross.norm_q, cross.norm_tokens, p.to_q, p.to_kv, p.to_out, among.norm, among.to_qkv, among.to_out]
+    return _weights([*parts, ff.norm, ff.w1, ff.w2])
 
 
 def _weights(parts: Iterable[nn.Module]) -> list[Tensor]:

@@ -248,6 +248,7 @@ def _token_attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> No
     rows, tokens, ctx.backend = inputs
     gathered, lse = output
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # zeros for lse, which nothing reads
     ctx.save_for_backward(rows, tokens, gathered, lse)
 
 

@@ -99,6 +99,7 @@ def _feed_forward_dx_kernel(
     mask_l = start + tl.arange(0, BLOCK_L) < rows
     dy = load_rows(dy_ptr + start * D, D, mask_l, D, BLOCK_L, BLOCK_D)
     normed, rstd = norm_rows(load_rows(z_ptr + start * D, D, mask_l, D, BLOCK_L, BLOCK_D), eps, D, BLOCK_D, DTYPE)
+    store_column_sums(db2_ptr + tile * WIDTH, dy, BLOCK_D)
     if KEEP:
         store_rows(n_ptr + start * WIDTH, WIDTH, normed, mask_l, WIDTH, BLOCK_L, BLOCK_D)
     dnormed = zero_rows(BLOCK_L, BLOCK_D, len(normed))
@@ -126,11 +127,12 @@ def _feed_forward_dx_kernel(
             out = out + (dot(du, tl.trans(w1[c]), dnormed[c], PRECISION),)
         dnormed = out
     dnormed = norm_rows_grad(dnormed, normed, rstd, D)
+    # dy once more, from the cache: kept across the loop for this alone, it would push other registers out.
+    residual = load_rows(dy_ptr + start * D, D, mask_l, D, BLOCK_L, BLOCK_D)
     dz = ()
     for c in tl.static_range(len(normed)):
-        dz = dz + (dnormed[c] + dy[c].to(tl.float32),)
+        dz = dz + (dnormed[c] + residual[c].to(tl.float32),)
     store_rows(dz_ptr + start * D, D, dz, mask_l, D, BLOCK_L, BLOCK_D)
-    store_column_sums(db2_ptr + tile * WIDTH, dy, BLOCK_D)
 
 
 def decoder_layer_fwd(

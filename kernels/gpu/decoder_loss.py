@@ -4,10 +4,10 @@
 
 Given the slots, pixels are independent. So a tile (whole images, or part of one where an image is larger) goes through
 the decoder and back before the next one starts; what leaves it are gradients of weights, folded projections and
-queries. Memory beyond those does not grow with the batch or the resolution: a tile takes at most ``TILE_BYTES``. Weights
-are packed once, outside the loop over tiles. Layers are the fused kernels; the output
-head (a norm and a few products 180 wide) is cuBLAS, differentiated by hand. Nothing waits for the device (a test runs
-it on tensors without values), so on CUDA all tiles together are captured in a CUDA graph and replayed (``graphs``).
+queries. Memory beyond those does not grow with the batch or the resolution: a tile takes at most ``TILE_BYTES``.
+Weights are packed once, outside the loop over tiles. Layers are the fused kernels; the output head (a norm and a few
+products 180 wide) is cuBLAS, differentiated by hand. Nothing waits for the device (a test runs it on tensors without
+values), so on CUDA all tiles together are captured in a CUDA graph and replayed (``graphs``).
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from .output_head import SavedHead, output_head_bwd, output_head_fwd
 
 TILE_BYTES, TILE_SHARE = 4 << 30, 8
 """Memory of a tile's tensors: this, or where that is less, one part in so many of the device's."""
-ROW_TENSORS = 26
-"""Tensors [rows, D] of a tile that lives at once, in the compute dtype: input, z and output of each layer, what the head
-keeps and makes, and n, h and du (twice as wide) of the layer whose gradients are made. Seen at the published widths: 22."""
+ROW_TENSORS = 22
+"""Tensors [rows, D] that a tile of a two-layer decoder has at once, in the compute dtype: input, z and output of each
+layer, what the head keeps and makes, and n, h and du (these twice as wide) of the layer whose gradients are made."""
 
 
 @cache
@@ -199,12 +199,9 @@ class _Sums:
         if not self._whole:
             self.end_tile()
             return [self._sums[name] for name in self._need]
-        return [
-            self._sums[name].float()
-            if name in self._sums
-            else torch.zeros_like(self._tensors[name], dtype=torch.float32)
-            for name in self._need
-        ]
+        none = {name: t for name, t in self._tensors.items() if name in self._need and name not in self._sums}
+        zeros = {name: torch.zeros_like(t, dtype=torch.float32) for name, t in none.items()}
+        return [(self._sums | zeros)[name].float() for name in self._need]
 
 
 class _Decoded(NamedTuple):

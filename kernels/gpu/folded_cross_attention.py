@@ -237,10 +237,10 @@ def constexprs(packed: Packed, K: int, config: launch.LaunchConfig, dtype: torch
 
 
 def folded_cross_attention_fwd(
-    x: Tensor, folded: FoldedProjections, slot_mask: Tensor | None = None
+    x: Tensor, folded: FoldedProjections, slot_mask: Tensor | None = None, norm: bool = False, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """x [B or 1,L,D], already normed -> y [B,L,D] like x, slot_map [B,L,K] fp32."""
-    return attention_forward(x, LayerPacks(folded, None, slot_mask, x.dtype), False, 0.0)
+    """x [B or 1,L,D] (already normed; with ``norm`` not) -> y [B,L,D] like x, slot_map [B,L,K] fp32."""
+    return attention_forward(x, LayerPacks(folded, None, slot_mask, x.dtype), norm, eps)
 
 
 def attention_forward(x: Tensor, packs: LayerPacks, norm: bool, eps: float) -> tuple[Tensor, Tensor]:
@@ -260,12 +260,12 @@ def attention_forward(x: Tensor, packs: LayerPacks, norm: bool, eps: float) -> t
 
 
 def folded_cross_attention_bwd(
-    dy: Tensor, dslot_map: Tensor, x: Tensor, folded: FoldedProjections, slot_mask: Tensor | None = None
-) -> tuple[Tensor, FoldedProjections]:
+    dy: Tensor, dslot_map: Tensor, x: Tensor, folded: FoldedProjections, slot_mask: Tensor | None = None,
+    norm: bool = False, eps: float = 1e-5,
+) -> tuple[Tensor, FoldedProjections]:  # fmt: skip
     """-> dx like x and the gradients of ``folded``, each like its tensor."""
-    dx, dfolded = attention_backward(
-        dy.to(x.dtype).contiguous(), dslot_map, x, LayerPacks(folded, None, slot_mask, x.dtype), False, 0.0
-    )
+    packs = LayerPacks(folded, None, slot_mask, x.dtype)
+    dx, dfolded = attention_backward(dy.to(x.dtype).contiguous(), dslot_map, x, packs, norm, eps)
     assert dfolded is not None
     return dx, dfolded
 

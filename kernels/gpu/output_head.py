@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fastslots.records import OutputHead
 
+from ._pack import matmul_fp32
+
 
 class SavedHead(NamedTuple):
     """What the head's forward leaves for its backward."""
@@ -35,18 +37,19 @@ def output_head_fwd(x: Tensor, head: OutputHead, eps: float) -> tuple[Tensor, Sa
 def output_head_bwd(
     dpixels: Tensor, head: OutputHead, saved: SavedHead, need: bool
 ) -> tuple[Tensor, OutputHead | None]:
-    """-> dx and, where there is need, the head's gradients in fp32."""
+    """-> dx and, where there is need, the head's gradients in fp32. Empties ``saved`` as it goes."""
     x, mean, rstd, inputs, sums = saved
     dweights: list[Tensor] = []
     dbiases: list[Tensor] = []
     d = dpixels
     for i in reversed(range(len(head.weights))):
         if need:
-            dweights.insert(0, (d.t() @ inputs[i]).float())
+            dweights.insert(0, matmul_fp32(d.t(), inputs[i]))
             dbiases.insert(0, d.sum(0, dtype=torch.float32))
+        inputs.pop(), sums.pop()
         d = d @ head.weights[i]
         if i:
-            d = torch.ops.aten.gelu_backward(d, sums[i - 1])
+            d = torch.ops.aten.gelu_backward(d, sums[-1])
     norm, mask = (head.norm_weight, head.norm_bias), [True, need, need]
     dx, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward(
         d, x, x.shape[-1:], mean, rstd, *norm, mask

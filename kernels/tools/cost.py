@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..gpu._pack import round_up
 from ..gpu.launch import Launch
 
 
@@ -63,10 +64,10 @@ class _Terms:
     """Short names for the sizes of a launch."""
 
     def __init__(self, launch: Launch) -> None:
-        self.args, self.consts, self.grid = launch.args, launch.constexprs, launch.grid
+        self.launch, self.args, self.consts, self.grid = launch, launch.args, launch.constexprs, launch.grid
         self.programs = math.prod(launch.grid)
-        self.D, self.BL = self.consts["D"], self.consts.get("BLOCK_L", 0)  # 0: a kernel without tiles of rows
-        self.W = -(-self.D // self.consts["BLOCK_D"]) * self.consts["BLOCK_D"]
+        self.D, self.BL = self.consts.get("D", 0), self.consts.get("BLOCK_L", 0)  # 0: a kernel without rows or tiles
+        self.W = round_up(self.D, self.consts["BLOCK_D"]) if self.D else 0
 
     def of(self, name: str) -> Tensor:
         tensor: Tensor = self.args[name]
@@ -140,9 +141,25 @@ def _decoder_layer_fwd(t: _Terms) -> tuple[int, int, int]:
 
 def _feed_forward_dx(t: _Terms) -> tuple[int, int, int]:
     rows, units = t.number("rows"), t.consts["UNITS"]
-    requested = t.size("z_ptr", "dy_ptr", "dz_ptr", "db2_ptr") + t.programs * t.size("w1_ptr", "w2_ptr", "b1_ptr")
+    requested = t.size("z_ptr", "dy_ptr", "dy_ptr", "dz_ptr", "db2_ptr") + t.programs * t.size(
+        "w1_ptr", "w2_ptr", "b1_ptr"
+    )
     requested += t.size("n_ptr", "h_ptr", "du_ptr", "db1_ptr") if t.consts["KEEP"] else 0
     return requested, 6 * rows * units * t.D, 6 * t.programs * t.BL * units * t.W
+
+
+def _joint_norm(t: _Terms) -> tuple[int, int, int]:
+    """Each tensor of pixels once; what every program reads of the others is small."""
+    others = ("mean_ptr", "square_ptr", "first_ptr", "second_ptr")
+    reads = 1 if t.launch.name in ("joint_norm_moments", "joint_norm_sums") else t.grid[0]
+    partials = [name for name in others if name in t.launch.args]
+    scalar = 0
+    if t.launch.name == "joint_norm_fwd":
+        scalar = t.size("rstd_ptr")
+    if t.launch.name == "joint_norm_bwd":
+        scalar = t.grid[0] * t.size("rstd_ptr")
+    pixels = [name for name in ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr") if name in t.launch.args]
+    return t.size(*pixels) + reads * t.size(*partials) + scalar, 0, 0
 
 
 _PARTS = ("part_sum_ptr", "part_top_ptr", "part_total_ptr")
@@ -177,83 +194,11 @@ _MODELS: dict[str, Callable[[_Terms], tuple[int, int, int]]] = {
     "folded_attention_dw": _folded_attention_dw,
     "decoder_layer_fwd": _decoder_layer_fwd,
     "feed_forward_dx": _feed_forward_dx,
+    "joint_norm_moments": _joint_norm,
+    "joint_norm_fwd": _joint_norm,
+    "joint_norm_sums": _joint_norm,
+    "joint_norm_bwd": _joint_norm,
     "token_attention_fwd": _token_attention_fwd,
     "token_attention_combine": _token_attention_combine,
     "token_attention_bwd": _token_attention_bwd,
 }
-
-
-# ---- layers in plain PyTorch, operation by operation -----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class EagerOp:
-    """Per pixel or token: values read and written by the forward, and the multiply-adds of a product."""
-
-    reads: int
-    writes: int
-    product: int = 0
-
-
-def eager_ops(method: str, D: int, F: int, H: int, d: int, K: int) -> list[EagerOp]:
-    """The operations of one layer as eager PyTorch runs them: "published" or "folded"."""
-    HK, Hd = H * K, H * d
-    published = [
-        EagerOp(D, D),  # norm
-        EagerOp(D, Hd, D * Hd),  # query projection
-        EagerOp(Hd, Hd),  # scale
-        EagerOp(Hd, HK, Hd * K),  # scores
-        EagerOp(HK, HK),  # softmax
-        EagerOp(HK, K),  # slot map
-        EagerOp(HK, Hd, Hd * K),  # A v
-        EagerOp(Hd, D, D * Hd),  # output projection
-    ]
-    folded = [
-        EagerOp(D, D),  # norm
-        EagerOp(D, HK, D * HK),  # x G
-        EagerOp(HK, HK),  # + g
-        EagerOp(HK, HK),  # softmax
-        EagerOp(HK, K),  # slot map
-        EagerOp(HK, D, D * HK),  # A U
-        EagerOp(D, D),  # + b
-    ]
-    feed_forward = [
-        EagerOp(2 * D, D),  # residual
-        EagerOp(D, D),  # norm
-        EagerOp(D, F, D * F),
-        EagerOp(F, F),  # gelu
-        EagerOp(F, D, F * D),
-        EagerOp(2 * D, D),  # residual
-    ]
-    return {"published": published, "folded": folded}[method] + feed_forward
-
-
-def eager_token_cost(method: str, tokens: int, S: int, M: int, K: int, layers: int, element: int) -> tuple[int, int]:
-    """Bytes and FLOPs on the tokens' side of ``layers`` encoder cross-attentions, forward and backward.
-
-    "published": each layer norms all tokens and projects them to keys and values; K queries in M / K heads.
-    "folded": tokens are normed once; M rows attend to them as they are. What has K rows an image is left out.
-    """
-    norm, softmax = EagerOp(S, S), EagerOp(M, M)
-    if method == "published":
-        # A head of width S·K / M: M rows of that width are K·S multiply-adds a token.
-        ops = [norm, EagerOp(S, 2 * S, 2 * S * S), EagerOp(S, M, K * S), softmax, EagerOp(M + S, 0, K * S)] * layers
-    else:
-        ops = [norm, *[EagerOp(S, M, M * S), softmax, EagerOp(M + S, 0, M * S)] * layers]
-    return eager_cost(ops, tokens, element)
-
-
-def eager_cost(ops: list[EagerOp], rows: int, element: int, backward: bool = True) -> tuple[int, int]:
-    """Bytes and FLOPs of operations on so many rows of elements of so many bytes, forward or forward and backward.
-
-    The backward of an operation reads the gradient and what the forward read, and writes a gradient of that; a product
-    reads the gradient once more (two products) and does twice the operations.
-    """
-    values = macs = 0
-    for op in ops:
-        values += op.reads + op.writes
-        macs += op.product
-        if backward:
-            values += op.writes * (2 if op.product else 1) + 2 * op.reads
-            macs += 2 * op.product
-    return values * rows * element, 2 * macs * rows

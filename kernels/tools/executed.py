@@ -81,6 +81,8 @@ def source_loops(launch: Launch) -> tuple[Loop, ...]:
         loops = (Loop(args["blocks"]),)
     elif "parts" in args:
         loops = (Loop(args["parts"]),)
+    elif name.startswith("joint_norm"):
+        loops = ()
     else:
         units = c["UNITS"] // c.get("BLOCK_F", c["BLOCK_C"]) if "UNITS" in c else 1
         loops = (*((groups,) if groups else ()), Loop(units))

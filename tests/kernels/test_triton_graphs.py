@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastslots.kernels.gpu import decoder_loss as loss_module
 from fastslots.kernels.gpu import graphs, launch
@@ -169,17 +171,52 @@ def test_nothing_waits_for_the_device(need):
         float(scale)
 
 
-def test_tiles_fit_the_l2_of_the_device(monkeypatch):
-    """Published L2 sizes: A100 40 MB, H100 50 MB, B200 126 MB; a small one gets the fewest rows that fill a GPU."""
+def test_tiles_take_their_share_of_the_memory_of_the_device(monkeypatch):
+    """4 GiB, or an eighth of a smaller card; the whole clevr6 batch in bf16 is one tile from 32 GB on."""
     like = torch.empty(1, device="meta")
     monkeypatch.setattr(type(like), "is_cuda", property(lambda self: True))
-    sizes = {"A100": 40 << 20, "H100": 50 << 20, "B200": 126 << 20, "small": 6 << 20}
     rows = {}
-    for name, size in sizes.items():
-        loss_module._rows_in_l2.cache_clear()
-        properties = type("Properties", (), {"L2_cache_size": size})
+    for size in (80, 32, 8):
+        loss_module._tile_bytes.cache_clear()
+        properties = type("Properties", (), {"total_memory": size << 30})
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, properties=properties: properties)
-        rows[name] = loss_module.tile_rows(like.new_empty(4, 180), torch.bfloat16)
-        assert rows[name] * 180 * 2 * loss_module.LIVE_TENSORS <= size or name == "small"
-    loss_module._rows_in_l2.cache_clear()
-    assert rows == {"A100": 28672, "H100": 32768, "B200": 90112, "small": 16384}
+        rows[size] = loss_module.tile_rows(like.new_empty(4, 180), torch.bfloat16)
+        assert rows[size] * 180 * 2 * loss_module.ROW_TENSORS <= min(4 << 30, (size << 30) // 8)
+    loss_module._tile_bytes.cache_clear()
+    assert rows[80] == rows[32] >= 32 * 128 * 128 > rows[8] * 3
+
+
+def test_a_tile_lives_in_its_memory(monkeypatch):
+    """What a tile of the clevr6 decoder keeps at once, in bytes of tensors [rows, D], is what ``tile_rows`` reckons."""
+    from fastslots.kernels.tools import shipped
+
+    shape = replace(shipped.PRESETS["clevr6"], B=16, L=2**15)
+    t = shipped.inputs(shape, torch.float32)
+    folded = FoldedProjections(*(t[name] for name in FoldedProjections._fields))
+    ff = FeedForward(*(t[name] for name in FeedForward._fields))
+    D, L = shape.D, shape.L
+    maps = [torch.empty(s, device="meta") for s in ((D, D), (D,), (D, D), (D,), (3, D), (3,))]
+    head = OutputHead(t["b"], t["b"], maps[::2], maps[1::2])
+    queries, target = torch.empty(1, L, D, device="meta"), torch.empty(16, L, 3, device="meta")
+    inputs = LossInputs(FoldedDecoder(queries, [FoldedLayer(folded, ff)] * 2, head), target, None, None, 1.0, 1.0)
+    alive: dict[int, tuple[StorageWeakRef, int]] = {}
+    most = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal most
+            out = func(*args, **(kwargs or {}))
+            launches.clear()  # which hold their tensors
+            for made in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(made, torch.Tensor):
+                    storage = made.untyped_storage()
+                    alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+            for key in [key for key, (of, _) in alive.items() if of.expired()]:
+                del alive[key]
+            most = max(most, sum(size for _, size in alive.values()))
+            return out
+
+    with launch.record("sm_90") as launches, Watch():
+        loss_module._run(inputs, list(inputs.tensors()), 1.0, loss_module.Tiling(16 * L, torch.bfloat16))
+    reckoned = loss_module.ROW_TENSORS * 16 * L * D * 2
+    assert 0.5 * reckoned < most <= reckoned, (most, reckoned)

@@ -1,0 +1,89 @@
+"""The encoder's layers on a GPU: K rows an image, so what counts is how few operators they are.
+
+The same function as the modules of ``fastslots/models/encoder.py``, which are its definition. What depends on weights
+alone is made for all N layers at once: with γ, β of the tokens' norm, for each head h::
+
+    rows[b,(k,h)] = A_h norm(q_bk) + a_h      A_h = scale · γ ∘ Wk_hᵀ Wq_h      a_h = scale · γ ∘ Wk_hᵀ bq_h
+    out[b,k]      = Σ_h C_h gathered[b,(k,h)] + c      C_h = Wo_h Wv_h γ      c = Wo (Wv β + bv) + bo
+
+All of it is fp32, tokens and what meets them apart: rows have the dtype of the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastslots.ops.api import token_attention
+
+NAMES = (
+    "norm_q", "norm_tokens", "to_q", "to_kv", "to_out", "norm_own", "to_qkv", "to_out_own", "norm_ff", "w1", "w2",
+)  # fmt: skip
+"""A layer's weights in the order of ``records.EncoderInputs``; each is followed by its bias."""
+
+
+class CrossWeights(NamedTuple):
+    """Of N layers, folded."""
+
+    rows_weight: Tensor  # [N, H·S, S]
+    rows_bias: Tensor  # [N, H·S]
+    out_weight: Tensor  # [N, S, H·S]
+    out_bias: Tensor  # [N, S]
+
+
+def _stacked(layers: Sequence[dict[str, tuple[Tensor, Tensor]]], name: str) -> tuple[Tensor, Tensor]:
+    return torch.stack([layer[name][0] for layer in layers]), torch.stack([layer[name][1] for layer in layers])
+
+
+def fold_cross(layers: Sequence[dict[str, tuple[Tensor, Tensor]]], heads: int) -> CrossWeights:
+    """What every layer does before and after it meets the tokens, as one map each."""
+    (wq, bq), (wkv, bkv) = _stacked(layers, "to_q"), _stacked(layers, "to_kv")
+    (wo, bo), (gamma, beta) = _stacked(layers, "to_out"), _stacked(layers, "norm_tokens")
+    N, S, _ = wq.shape
+    wk, wv = wkv.chunk(2, 1)
+    by_head = (N * heads, S // heads, S)
+    wk = (wk * (gamma * S**-0.5)[:, None]).reshape(by_head).mT  # [N·H, S, d]
+    rows_weight = torch.bmm(wk, wq.reshape(by_head))
+    rows_bias = torch.bmm(wk, bq.reshape(N * heads, S // heads, 1))
+    outward = wo.mT.reshape(by_head).mT  # [N·H, S, d]
+    out_weight = torch.bmm(outward, (wv * gamma[:, None]).reshape(by_head))  # [N·H, S, S]
+    value_bias = torch.baddbmm(bkv[:, S:, None], wv, beta[..., None])
+    return CrossWeights(
+        rows_weight.view(N, heads * S, S),
+        rows_bias.view(N, heads * S),
+        out_weight.view(N, heads, S, S).transpose(1, 2).reshape(N, S, heads * S),
+        torch.baddbmm(bo[..., None], wo, value_bias)[..., 0],
+    )
+
+
+def encode_queries(queries: Tensor, tokens: Tensor, weights: Sequence[Tensor], heads: int, eps: float) -> Tensor:
+    """queries [B or 1, K, S] fp32, tokens [B, T, S] -> queries [B, K, S] after all layers.
+
+    weights: those of the layers alone, as ``records.EncoderInputs`` orders them.
+    """
+    pairs = list(zip(weights[::2], weights[1::2], strict=True))
+    layers = [dict(zip(NAMES, pairs[at : at + len(NAMES)], strict=True)) for at in range(0, len(pairs), len(NAMES))]
+    B, (_, K, S) = len(tokens), queries.shape
+    cross = [of.unbind() for of in fold_cross(layers, heads)]
+    own_weight, own_bias = _stacked(layers, "to_qkv")
+    # The scale goes with the queries' map; the key bias cancels in the softmax, and its gradient is an exact zero.
+    scale = own_bias.new_tensor([S**-0.5, 1.0, 1.0]).repeat_interleave(S)
+    unbiased = own_bias.new_tensor([S**-0.5, 0.0, 1.0]).repeat_interleave(S)
+    own = (own_weight * scale[:, None]).unbind(), (own_bias * unbiased).unbind()
+    x = queries.expand(B, K, S).flatten(0, 1)
+    for i, layer in enumerate(layers):
+        rows_weight, rows_bias, out_weight, out_bias = (of[i] for of in cross)
+        rows = F.linear(F.layer_norm(x, (S,), *layer["norm_q"], eps), rows_weight, rows_bias)
+        gathered = token_attention(rows.view(B, K * heads, S).to(tokens.dtype), tokens)
+        x = x + F.linear(gathered.view(B * K, heads * S).to(x.dtype), out_weight, out_bias)
+        qkv = F.linear(F.layer_norm(x, (S,), *layer["norm_own"], eps), own[0][i], own[1][i])
+        q, k, v = qkv.view(B, K, 3, heads, -1).permute(2, 0, 3, 1, 4).reshape(3, B * heads, K, -1).unbind()
+        attended = torch.bmm(torch.softmax(torch.bmm(q, k.mT), -1), v)
+        x = x + F.linear(attended.view(B, heads, K, -1).transpose(1, 2).reshape(B * K, S), *layer["to_out_own"])
+        hidden = F.gelu(F.linear(F.layer_norm(x, (S,), *layer["norm_ff"], eps), *layer["w1"]))
+        x = x + F.linear(hidden, *layer["w2"])
+    return x.view(B, K, S)
