@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastslots.records import FeedForward, FoldedProjections
 
-from .launch import LaunchConfig
+from .launch import LaunchConfig, precision
 
 MAX_SLOTS, MAX_COLUMNS = 64, 512
 
@@ -88,6 +88,14 @@ def pack_attention(
     b_in = g.new_full((B, heads, slots), float("-inf"), dtype=torch.float32)
     b_in[:, :H, :K] = g if slot_mask is None else g.float().masked_fill(~slot_mask[:, None], float("-inf"))
     return Packed(w_in.flatten(2), b_in.flatten(1), w_out.flatten(1, 2), block, slots)
+
+
+def constexprs(packed: Packed, K: int, config: LaunchConfig, dtype: torch.dtype, D: int) -> dict[str, object]:
+    """What every kernel with an attention half needs to know when it is compiled."""
+    return {
+        "D": D, "K": K, "KP": packed.slots, "COLUMNS": packed.columns, "PRECISION": precision(dtype),
+        "BLOCK_L": config.block_l, "BLOCK_C": packed.block, "BLOCK_D": config.block_d,
+    }  # fmt: skip
 
 
 def unpack_attention(

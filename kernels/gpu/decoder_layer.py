@@ -29,7 +29,7 @@ from torch import Tensor
 from fastslots.records import FeedForward, FoldedProjections, LayerGrads
 
 from . import launch
-from ._pack import LayerPacks, fit_slots, matmul_fp32, split_norm_grads
+from ._pack import LayerPacks, constexprs, fit_slots, matmul_fp32, split_norm_grads
 from ._tiles import (
     bias_rows,
     dot,
@@ -44,7 +44,7 @@ from ._tiles import (
     store_rows,
     zero_rows,
 )
-from .folded_cross_attention import attend, attention_backward, attention_forward, constexprs
+from .folded_cross_attention import attend, attention_backward, attention_forward
 
 
 @triton.jit

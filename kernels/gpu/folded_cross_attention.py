@@ -16,7 +16,7 @@ and dU are summed over pixels as fp32 partials of fixed ranges of pixels, then o
 same call gives the same bits. No program stores a score or a weight of a head.
 
 Two backward kernels rather than one: dx needs all columns of a few rows, dG and dU all rows of a few columns, and both
-sets of accumulators (2 x 192 x 128 fp32) are three quarters of a multiprocessor's registers. S and dA are made twice.
+sets of accumulators are three quarters of a multiprocessor's registers. S and dA are made twice.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch import Tensor
 from fastslots.records import FoldedProjections
 
 from . import launch
-from ._pack import LayerPacks, Packed, fit_slots, unpack_attention
+from ._pack import LayerPacks, Packed, constexprs, fit_slots, unpack_attention
 from ._tiles import (
     bias_rows,
     dot,
@@ -228,14 +228,6 @@ def _folded_attention_dw_kernel(
         tl.store(dw_out_ptr + offs_c, dw_out[c])
 
 
-def constexprs(packed: Packed, K: int, config: launch.LaunchConfig, dtype: torch.dtype, D: int) -> dict[str, object]:
-    """What every kernel with an attention half needs to know when it is compiled."""
-    return {
-        "D": D, "K": K, "KP": packed.slots, "COLUMNS": packed.columns, "PRECISION": launch.precision(dtype),
-        "BLOCK_L": config.block_l, "BLOCK_C": packed.block, "BLOCK_D": config.block_d,
-    }  # fmt: skip
-
-
 def folded_cross_attention_fwd(
     x: Tensor, folded: FoldedProjections, slot_mask: Tensor | None = None, norm: bool = False, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
@@ -262,12 +254,10 @@ def attention_forward(x: Tensor, packs: LayerPacks, norm: bool, eps: float) -> t
 def folded_cross_attention_bwd(
     dy: Tensor, dslot_map: Tensor, x: Tensor, folded: FoldedProjections, slot_mask: Tensor | None = None,
     norm: bool = False, eps: float = 1e-5,
-) -> tuple[Tensor, FoldedProjections]:  # fmt: skip
-    """-> dx like x and the gradients of ``folded``, each like its tensor."""
+) -> tuple[Tensor, FoldedProjections | None]:  # fmt: skip
+    """-> dx like x and the gradients of ``folded``, each like its tensor, never None."""
     packs = LayerPacks(folded, None, slot_mask, x.dtype)
-    dx, dfolded = attention_backward(dy.to(x.dtype).contiguous(), dslot_map, x, packs, norm, eps)
-    assert dfolded is not None
-    return dx, dfolded
+    return attention_backward(dy.to(x.dtype).contiguous(), dslot_map, x, packs, norm, eps)
 
 
 def attention_backward(

@@ -79,4 +79,4 @@ def markdown(rows: list[Row]) -> str:
             ", ".join(f"{us:g}" for us in model["floor_us"].values()),
         ]  # fmt: skip
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    return "\n".join([*lines, "", "## Local memory", "", *spill_table(rows), "", *step_floors(), ""])
+    return "\n".join([*lines, "", "## Local memory", "", *spill_table(rows), ""])
