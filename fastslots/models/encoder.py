@@ -17,8 +17,7 @@ from fastslots.models.queries import KINDS
 from fastslots.nn import AttentionProjections
 from fastslots.ops import backends, token_attention
 from fastslots.ops.encoder import encode
-from fastslots.ops.encoder_layers import encode_queries
-from fastslots.ops.joint_norm import joint_norm
+from fastslots.ops.encoder_parts import encode_queries, joint_norm
 from fastslots.ops.reference import feed_forward, without_autocast
 from fastslots.records import EncoderInputs, describe
 

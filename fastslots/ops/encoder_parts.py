@@ -1,24 +1,28 @@
-"""The encoder's layers on a GPU: K rows an image, so what counts is how few operators they are.
+"""Parts of the encoder where it is no operator as a whole: on a GPU, whose step is bound by how many operators it has.
 
-The same function as the modules of ``fastslots/models/encoder.py``, which are its definition. What depends on weights
-alone is made for all N layers at once: with γ, β of the tokens' norm, for each head h::
+Their definition is the plain PyTorch of ``fastslots/models/encoder.py``. ``joint_norm`` is the norm over tokens and
+channels together, which has a kernel on GPUs alone. ``encode_queries`` are the layers: K rows an image, so what depends
+on weights alone is made for all N layers at once. With γ, β of the tokens' norm, for each head h::
 
     rows[b,(k,h)] = A_h norm(q_bk) + a_h      A_h = scale · γ ∘ Wk_hᵀ Wq_h      a_h = scale · γ ∘ Wk_hᵀ bq_h
     out[b,k]      = Σ_h C_h gathered[b,(k,h)] + c      C_h = Wo_h Wv_h γ      c = Wo (Wv β + bv) + bo
 
-All of it is fp32, tokens and what meets them apart: rows have the dtype of the tokens.
+All of that is fp32, tokens and what meets them apart: rows have the dtype of the tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastslots.ops import backends
 from fastslots.ops.api import token_attention
+from fastslots.ops.autograd import contiguous_like, operator, shapes_of
+from fastslots.records import describe
 
 NAMES = (
     "norm_q", "norm_tokens", "to_q", "to_kv", "to_out", "norm_own", "to_qkv", "to_out_own", "norm_ff", "w1", "w2",
@@ -87,3 +91,57 @@ def encode_queries(queries: Tensor, tokens: Tensor, weights: Sequence[Tensor], h
         hidden = F.gelu(F.linear(F.layer_norm(x, (S,), *layer["norm_ff"], eps), *layer["w1"]))
         x = x + F.linear(hidden, *layer["w2"])
     return x.view(B, K, S)
+
+
+# ---- the norm over tokens and channels ------------------------------------------------------------------------------
+
+
+def joint_norm(x: Tensor, eps: float = 1e-5, backend: str = "auto") -> Tensor:
+    """x [B, T, S] -> (x − mean) / σ over T and S together, without affine part, like x: ``layer_norm(x, [T, S])``.
+
+    ValueError where a backend that is named cannot serve.
+    """
+    name = backends.select(describe("joint_norm", [x]), backend)
+    if name == "reference" or not x.numel():
+        return F.layer_norm(x, x.shape[1:], eps=eps)
+    y, _ = joint_norm_operator(x, eps, name)
+    return y
+
+
+def _backend(name: str) -> backends.NormBackend:
+    return cast(backends.NormBackend, backends.load(name))
+
+
+@operator
+def joint_norm_operator(x: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+    return _backend(backend).joint_norm_fwd(x, eps)
+
+
+@shapes_of(joint_norm_operator)
+def _(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return contiguous_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@operator
+def joint_norm_operator_backward(dy: Tensor, y: Tensor, rstd: Tensor, backend: str) -> Tensor:
+    return _backend(backend).joint_norm_bwd(dy, y, rstd)
+
+
+@shapes_of(joint_norm_operator_backward)
+def _(dy: Tensor, y: Tensor, *_: object) -> Tensor:
+    return contiguous_like(y)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.backend = inputs[2]
+    y, rstd = output
+    ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(y, rstd)
+
+
+def _vjp(ctx: Any, dy: Tensor, _drstd: Tensor) -> tuple[Any, ...]:
+    return joint_norm_operator_backward(dy, *ctx.saved_tensors, ctx.backend), None, None
+
+
+torch.library.register_autograd("fastslots::joint_norm_operator", _vjp, setup_context=_setup)
