@@ -164,3 +164,13 @@ def test_a_python_that_is_too_old_is_told_in_one_line(monkeypatch, capsys):
         runpy.run_module("fastslots.__main__", run_name="__main__")
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.count("\n") == 1 and "needs Python 3.10 or newer" in said and "3.9.18" in said
+
+
+@pytest.mark.parametrize("package", ["torch", "numpy"])
+def test_a_package_that_cannot_be_imported_is_told_in_one_line(tmp_path, package):
+    code = f"import runpy, sys; sys.modules[{package!r}] = None; sys.argv = ['fastslots', 'doctor']\n"
+    code += "runpy.run_module('fastslots', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    said = done.stderr.splitlines()  # torch warns first where NumPy is missing
+    assert done.returncode == 2 and "Traceback" not in done.stderr and (package == "numpy" or len(said) == 1)
+    assert said[-1].startswith("fastslots can't start") and package in said[-1] and "pip install" in said[-1]
