@@ -77,11 +77,13 @@ class Provider:
 
     make: builds what is timed; it, or the first call, raises ``CannotServeError`` where it can't do the work.
     The timed call returns values and gradients by name, among them all that the case's ``expected`` names.
+    expected: in place of the case's, of a provider that does less work than the others, which its name then says.
     """
 
     make: Callable[[], Run]
     flops: float | None = None
     bytes: float | None = None
+    expected: Callable[[], Tensors] | None = None
 
 
 @dataclass

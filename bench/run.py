@@ -85,7 +85,8 @@ def _first(row: Row, provider: Provider, case: Case, expected: Tensors, options:
     except Exception as error:  # a peer that breaks has a row that says how, and the others go on
         row.status, row.reason = "cannot", f"{type(error).__name__}: {first_line(error)[:200]}"
         return None
-    row.error, row.error_at = check(actual, expected)
+    with torch.autocast(options.device, enabled=False):
+        row.error, row.error_at = check(actual, provider.expected() if provider.expected else expected)
     row.error_bound = {**BOUNDS, **case.bounds}[options.precision]
     if not row.error <= row.error_bound:
         row.status, row.reason = "wrong", f"{row.error_at} is off by {row.error:.1e} (bound {row.error_bound:.0e})"

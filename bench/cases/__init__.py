@@ -10,7 +10,9 @@ from fastslots.bench.cases.jacobian import jacobian_case
 from fastslots.bench.cases.layer import block_case
 from fastslots.bench.cases.loader import loader_case
 from fastslots.bench.cases.op import op_case
+from fastslots.bench.cases.slots import slots_case
 from fastslots.bench.cases.step import step_case
+from fastslots.bench.cases.token_maps import map_case
 
 CASES: dict[str, Callable[[Options], Case]] = {
     "op": op_case,
@@ -19,5 +21,7 @@ CASES: dict[str, Callable[[Options], Case]] = {
     "step": step_case,
     "jacobian": jacobian_case,
     "loader": loader_case,
+    "map": map_case,
+    "slots": slots_case,
 }
 """By their names on the command line, where a decoder's step is ``layer`` and one of its layers ``block``."""

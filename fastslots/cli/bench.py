@@ -15,7 +15,7 @@ from fastslots.config.presets import preset_names
 from fastslots.config.run import MOST_THREADS
 from fastslots.errors import UserError
 
-CASES = ("op", "block", "layer", "step", "jacobian", "loader")
+CASES = ("op", "block", "layer", "step", "jacobian", "loader", "map", "slots")
 AXES = ("resolution", "slots", "batch", "heads", "threads")
 RESULTS = Path("bench/results")
 MEMORY_RESOLUTIONS = (64, 128, 256)
@@ -27,13 +27,16 @@ def add_parser(commands: Subparsers) -> None:
         help="time and memory against other ways to do the same",
         description="WHAT: "
         "op (attention and penalty), block (a decoder layer), layer (a decoder training step), step (a training step "
-        "of the whole model), jacobian, loader, memory (of the decoder step, by resolution), scaling; or "
+        "of the whole model), jacobian, loader, map (attention to 77 tokens with its map), slots (slot "
+        "attention, three iterations), memory (of the decoder step, by resolution), scaling; or "
         "`report [FOLDER or FILE ...]` (tables and plots from rows), or `compare A B` (exit code 1 where ours became "
         "slower beyond noise).",
     )
     parser.add_argument("what", metavar="WHAT", nargs="*", help="what to measure (default: op layer step jacobian)")
     parser.add_argument("--preset", choices=preset_names(), help="sizes (default clevr6; jacobian: sprites)")
     parser.add_argument("--batch", type=_at_least(1), default=0, help="images (default: 4 on a CPU, 1 for jacobian)")
+    parser.add_argument("--resolution", type=_at_least(1), help="pixels a side, in place of the preset's")
+    parser.add_argument("--slots", type=_at_least(1), help="slots, in place of the preset's")
     parser.add_argument(
         "--threads", type=_at_least(1, MOST_THREADS), default=1, help="threads of torch on a CPU (default 1)"
     )
@@ -107,6 +110,7 @@ def _measure(wanted: list[str], args: argparse.Namespace) -> int:
             memory=not args.no_memory,
             only=args.only,
             skip=args.skip,
+            overrides={k: v for k, v in (("resolution", args.resolution), ("num_slots", args.slots)) if v},
         )
         slug = re.sub(r"[^a-z0-9]+", "-", files.device_name(device).lower()).strip("-")
         stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
