@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,19 @@ def test_files_and_folders_stay_small():
 MOST_LINES: dict[str, int] = {}
 MOST_FILES: dict[str, int] = {}
 """What is not yet as small as the rest."""
+
+
+def test_config_seldom_comes_back_to_a_room_that_it_had_left():
+    """A part takes what it needs rather than the run's record: handed on whole, it would go to and fro."""
+    path = Path(__file__).parents[1] / "scripts/follow.py"
+    spec = importlib.util.spec_from_file_location("follow", path)
+    follow = sys.modules["follow"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(follow)
+    config, *others = follow.STARTS
+    assert {"train", "data", "models"} <= set(follow.rooms(config))
+    assert follow.returns(config) < 6 and follow.returns(config, by_file=True) < 10
+    for start in others:
+        assert follow.returns(start) < 3
 
 
 def test_importing_needs_no_optional_or_heavy_package():
