@@ -141,7 +141,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _vjp(ctx: Any, dy: Tensor, _drstd: Tensor) -> tuple[Any, ...]:
-    return joint_norm_operator_backward(dy, *ctx.saved_tensors, ctx.backend), None, None
+    y, rstd = ctx.saved_tensors
+    return joint_norm_operator_backward(dy, y, rstd, ctx.backend), None, None
 
 
 torch.library.register_autograd("fastslots::joint_norm_operator", _vjp, setup_context=_setup)
