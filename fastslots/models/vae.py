@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -194,7 +195,7 @@ class SlotVAE(nn.Module):
         elif noise.shape != mean.shape:
             raise ValueError(f"noise has shape {list(noise.shape)}, expected {list(mean.shape)} (B, K, D)")
         # log std = log_scale + log 0.5 exactly: the logarithm of exp() would overflow before it.
-        kl = 0.5 * (mean.square() + std.square() - 1) - (log_scale + torch.log(log_scale.new_tensor(0.5)))
+        kl = 0.5 * (mean.square() + std.square() - 1) - (log_scale + math.log(0.5))
         return Posterior(mean + std * noise, mean, std, kl.sum((1, 2)).sum() / max(len(mean), 1))
 
     def decode(self, slots: Tensor) -> Decoded:

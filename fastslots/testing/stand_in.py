@@ -110,6 +110,9 @@ def cuda_stand_in(capability: tuple[int, int] = (9, 0), memory: int = 80 << 30) 
         "is_current_stream_capturing": lambda: True, "mem_get_info": lambda *a: (memory, memory),
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
+        updates = stack.enter_context(torch.library._scoped_library("aten", "IMPL"))
+        for name in ("_fused_adam_", "_fused_adamw_"):
+            updates.impl(f"{name}.tensor_lr", lambda *args, **kwargs: None, "Meta")  # in place, and torch has no fake
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
         # Tensors are grouped by device in C++, which says ``meta``.

@@ -31,21 +31,18 @@ from fastslots.runs.folder import RunFolder
 from fastslots.runs.own_code import OwnCode
 from fastslots.threads import usable_processors
 from fastslots.train.checkpoint import Checkpoint, checkpoint_to_resume, snapshot
+from fastslots.train.device import Done, steps_of
 from fastslots.train.extras import Extras
 from fastslots.train.optim import Optimizers
 from fastslots.train.own_parts import compare, initial_model
 from fastslots.train.recorder import Recorder
 from fastslots.train.schedule import due
-from fastslots.train.step import LEAST_SCALE, Precision, training_step
+from fastslots.train.step import LEAST_SCALE, NonFiniteLossError, Precision
 
 GRID_IMAGES = 8
 """Rows of an evaluation's picture: enough to see whether slots follow objects, and it still fits on a screen."""
 LAST_IMAGES = 2
 """The same where a run is stopped before its first evaluation: clevr6 takes 2 s each on a core, and somebody waits."""
-
-
-class NonFiniteLossError(RuntimeError):
-    """A loss or gradient was NaN or infinite; the message names the step and the saved batch."""
 
 
 @dataclass
@@ -117,28 +114,30 @@ class Trainer:
             self.recorder.say(f"warning   {note}")
         if config.compile:
             self.model.encoder.compile()
-        self.recorder.announce(self.source, self.model, self.step, self.group.size, self._earlier)
+        parts = (self.model, self.optimizers, self.precision, config, self.group)
+        self._steps = steps_of(*parts, self.extras.losses, self.recorder.say)
+        how = self._steps.how()
+        self.recorder.announce(self.source, self.model, self.step, self.group.size, self._earlier, how)
 
     def run(self) -> FitResult:
         config, group = self.config, self.group
         share, train = group.share(config.batch_size), self.source.splits["train"]
         loader = Loader(train, config.seed, len(share), self.step + 1, start=share.start, device=self.device)
         with StopSignals(group) as signals, loader:
-            batches, last, stop, done = iter(loader), time.perf_counter(), 0, False
-            while self.step < config.steps and not stop:
-                images = self._next(batches)
-                values = self._train_on(images)
-                self._stop_if_not_finite(values, images)
-                self.step, stop = self.step + 1, group.stop_signal()
-                now = time.perf_counter()
-                values["images_per_s"], last = config.batch_size / (now - last), now
-                self.recorder.trained(self.step, values)
-                self._told(self.extras.on_step, self.step, values)
-                done = self.step == config.steps
-                if done or due(self.step, config.eval_every):
+            batches, number, stop, done = iter(loader), self.step, 0, False
+            self._last = time.perf_counter()
+            while number < config.steps and not stop:
+                number += 1
+                self._train_on(number, self._next(number, batches))
+                stop, done = group.stop_signal(), number == config.steps
+                evaluates = done or due(number, config.eval_every)
+                keeps = done or stop or due(number, config.checkpoint_every)
+                if evaluates or keeps or self.extras.callbacks:
+                    self._settle()
+                if evaluates:
                     self._evaluate_safely(done)
-                    last = time.perf_counter()
-                if done or stop or due(self.step, config.checkpoint_every):
+                    self._last = time.perf_counter()
+                if keeps:
                     self._checkpoint()
             if not done and self.step >= config.steps:  # a resume of a run whose last files may not have been written
                 self._checkpoint()
@@ -149,27 +148,45 @@ class Trainer:
             self.recorder.say(f"stopped by signal {stop} at step {self.step}: {rest}")
         return FitResult(self.model, self.folder.path, self.step, self.scores, stop, group.first)
 
-    def _next(self, batches: Iterator[Batch]) -> torch.Tensor:
+    def _next(self, number: int, batches: Iterator[Batch]) -> torch.Tensor:
         """A step's images on the device; where the data have become unreadable, what was learnt is saved first."""
         try:
-            images = to_float(next(batches).images.to(self.device, non_blocking=True))
+            images = to_float(self._steps.upload(next(batches).images))
         except Exception:  # a user's data set may raise anything
-            if self.step:
-                self._checkpoint()
+            self._save()
             raise
-        return self._augment(self.step + 1, images, start=self.group.share(self.config.batch_size).start)[0]
+        return self._augment(number, images, start=self.group.share(self.config.batch_size).start)[0]
 
-    def _train_on(self, images: torch.Tensor) -> dict[str, float]:
+    def _train_on(self, number: int, images: torch.Tensor) -> None:
         """A step. Where it fails (another process is lost, say) the weights are those of the step before: saved, so
         that nothing is lost with it."""
         try:
-            # A step waits for the device inside, where its losses are read, and nowhere else.
-            parts = (self.model, self.optimizers, self.precision, self.config)
-            return training_step(*parts, self.step + 1, images, self.group, self.extras.losses)
+            done = self._steps(number, images)
         except Exception:  # a user's model or loss may raise anything
-            if self.step:
-                self._checkpoint()
+            self._save()
             raise
+        for one in done:
+            self._tell(one)
+
+    def _settle(self) -> None:
+        """Wait until the values of every step are known, and tell them."""
+        for one in self._steps.settle():
+            self._tell(one)
+
+    def _tell(self, done: Done) -> None:
+        """What a step has come to: to the log, to whoever watches, to callbacks."""
+        self._stop_if_not_finite(done.values, done.images)
+        self.step, now = done.step, time.perf_counter()
+        values = done.values | {"images_per_s": self.config.batch_size / (now - self._last)}
+        self._last = now
+        self.recorder.trained(self.step, values)
+        self._told(self.extras.on_step, self.step, values)
+
+    def _save(self) -> None:
+        """What was learnt so far, where something was."""
+        self._settle()
+        if self.step:
+            self._checkpoint()
 
     def _compare(self, notes: list[str]) -> bytes:
         """What is to be said of code that is not what the run had. UserError where a loss is missing."""
@@ -290,6 +307,7 @@ class Trainer:
         scaler = self.precision.scaler
         if finite and scaler.is_enabled() and LEAST_SCALE < scaler.get_scale() < values["loss_scale"]:
             return  # a step that the scaler has left out, to go on with a lower scale
+        self._steps.forget()  # one that was begun meanwhile has changed nothing
         path, step = self.folder.bad_batch(self.group.rank), self.step + 1  # on another machine there may be no folder
         batch = save({"images": images.cpu().contiguous()}, {"step": str(step)})
         why = f"loss {values['loss']}, gradient norm {values['grad_norm']}"

@@ -36,10 +36,14 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """For matrices alone. The update is scaled by 0.2·√max(rows, columns), the RMS of Adam's, so rates carry over.
 
-    params: 2-D parameters. lr, momentum (Nesterov), weight_decay (decoupled, times lr) as in torch.optim.Muon.
+    params: 2-D parameters. lr, momentum (Nesterov), weight_decay (decoupled, times lr) as in torch.optim.Muon. Where lr
+    is a 0-d tensor on the parameters' device, a step reads nothing of it, and one whose ``found_inf`` (0-d too) is 1
+    changes nothing.
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(
+        self, params: Iterable[Tensor], lr: float | Tensor = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         if any(p.ndim != 2 for group in self.param_groups for p in group["params"]):
             raise ValueError("Muon takes matrices alone: give the other parameters to another optimiser")
@@ -52,9 +56,15 @@ class Muon(torch.optim.Optimizer):
             if not params:
                 continue
             grads = [p.grad for p in params]
-            buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+            for p in params:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
             tensors = [*params, *grads, *buffers]
             plain = all(t.is_contiguous() for t in tensors) and {t.dtype for t in tensors} == {torch.float32}
+            if isinstance(group["lr"], Tensor):
+                _update_on_device(params, grads, buffers, group, getattr(self, "found_inf", None))
+                continue
             name = backends.select(describe("muon", tensors), "auto") if plain else "reference"
             if name == "reference":
                 _update(params, grads, buffers, group)
@@ -80,3 +90,24 @@ def _update(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], gr
         if group["weight_decay"]:
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         torch._foreach_add_(params, update.unbind(), alpha=-lr * 0.2 * max(shape) ** 0.5)
+
+
+def _update_on_device(
+    params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], group: dict, stopped: Tensor | None
+) -> None:
+    """The same with a rate that is a tensor; where ``stopped`` is 1, nothing is changed, whatever the gradients are."""
+    momentum, lr = group["momentum"], group["lr"]
+    goes_on = torch.ones_like(lr) if stopped is None else 1 - stopped
+    by_shape: dict[torch.Size, list[int]] = defaultdict(list)
+    for i, p in enumerate(params):
+        by_shape[p.shape].append(i)
+    for shape, places in by_shape.items():
+        grad, buffer = (torch.stack([of[i] for i in places]) for of in (grads, buffers))
+        grad = torch.where(goes_on > 0, grad, 0.0)  # NaN times 0 is NaN
+        buffer = torch.lerp(buffer, grad, (1 - momentum) * goes_on)
+        update = orthogonalise(torch.lerp(grad, buffer, momentum).float())
+        here = [params[i] for i in places]
+        if group["weight_decay"]:
+            torch._foreach_mul_(here, 1 - lr * group["weight_decay"] * goes_on)
+        torch._foreach_add_(here, (update * (lr * goes_on * -0.2 * max(shape) ** 0.5)).unbind())
+        torch._foreach_copy_([buffers[i] for i in places], buffer.unbind())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,31 +17,63 @@ MUON_REST = 0.3
 """Share of muon's rate that AdamW gives to what is no matrix: convolutions, biases, norms, the learned queries."""
 
 
-class Optimizers:
-    """One or two of torch's optimisers behind one rate."""
+GUARDED = ("adam", "adamw", "muon")
+"""Optimisers that can leave a step out on the device's own word, which a step that waits for nothing needs."""
 
-    def __init__(self, model: nn.Module, name: str, lr: float, weight_decay: float):
-        """name: "muon", or a class of torch.optim in lower case."""
+
+class Optimizers:
+    """One or two of torch's optimisers behind one rate.
+
+    On a GPU those of ``GUARDED`` take the rate from a tensor and keep their counts there, so that a CUDA graph of a
+    step goes on with the next one's.
+    """
+
+    def __init__(self, model: nn.Module, name: str, lr: float, weight_decay: float, on_device: bool | None = None):
+        """name: "muon", or a class of torch.optim in lower case. The model is where it is to be trained.
+
+        on_device: rate and counts there, as on a GPU; None: on a GPU.
+        """
         parameters = list(model.parameters())
+        if on_device is None:
+            on_device = bool(parameters) and parameters[0].is_cuda
+        guarded: dict[str, Any] = {"fused": True, "capturable": True} if on_device and name in GUARDED else {}
+
+        self.parts: list[tuple[torch.optim.Optimizer, float]] = []
         if name == "muon":
             # Matrices of Transformers and MLPs; Muon makes their update orthogonal, scaled to the size of Adam's.
             matrices = [p for p in parameters if p.ndim == 2]
             rest = [p for p in parameters if p.ndim != 2]
-            self.parts: list[tuple[torch.optim.Optimizer, float]] = []
             if matrices:
                 self.parts.append((Muon(matrices, lr=lr, weight_decay=weight_decay), 1.0))
             if rest:
-                adamw = torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
-                self.parts.append((adamw, MUON_REST))
+                settings = {"fused": True, **guarded, "weight_decay": weight_decay, "betas": (0.9, 0.99)}
+                self.parts.append((torch.optim.AdamW(rest, lr=lr * MUON_REST, **settings), MUON_REST))
         else:
             cls = optimizer_class(name)
             assert cls is not None  # TrainConfig has checked it
-            self.parts = [(cls(parameters, lr=lr, weight_decay=weight_decay), 1.0)]
+            self.parts.append((cls(parameters, lr=lr, weight_decay=weight_decay, **guarded), 1.0))
+        if guarded:  # not at once, for an optimiser reads the rate that it is made with
+            for optimizer, share in self.parts:
+                for group in optimizer.param_groups:
+                    group["lr"] = torch.full((), lr * share, device=parameters[0].device)
 
     def set_lr(self, lr: float) -> None:
         for optimizer, share in self.parts:
             for group in optimizer.param_groups:
-                group["lr"] = lr * share
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(lr * share)
+                else:
+                    group["lr"] = lr * share
+
+    def step_unless(self, stopped: Tensor) -> None:
+        """An update that changes nothing where ``stopped``, fp32 0-d on the device, is 1. For those of ``GUARDED``."""
+        for optimizer, _ in self.parts:
+            # As a loss scaler tells an optimiser that a gradient is not finite.
+            optimizer.found_inf = stopped  # type: ignore[attr-defined]
+            try:
+                optimizer.step()
+            finally:
+                del optimizer.found_inf  # type: ignore[attr-defined]
 
     def zero_grad(self) -> None:
         for optimizer, _ in self.parts:
@@ -77,7 +109,7 @@ def clip(parameters: Iterable[Tensor], most: float) -> Tensor:
     grads = [p.grad for p in params if p.grad is not None]
     plain = grads and all(g.device.type == "cpu" and g.dtype == torch.float32 and g.is_contiguous() for g in grads)
     if not plain or backends.select(describe("muon", grads), "auto") != "cpu":
-        return torch.nn.utils.clip_grad_norm_(params, most or float("inf"))
+        return torch.nn.utils.clip_grad_norm_(params, most) if most else torch.nn.utils.get_total_norm(grads)
     norm = torch.tensor(cast(backends.OptimizerBackend, backends.load("cpu")).norm(grads), dtype=torch.float32)
     if most and not norm <= most:
         torch._foreach_mul_(grads, float(most / (norm + 1e-6)))

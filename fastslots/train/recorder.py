@@ -85,11 +85,11 @@ class Recorder:
         self._progress.note(text)
 
     def announce(
-        self, source: Source, model: torch.nn.Module, step: int, processes: int, earlier: dict[str, Any]
+        self, source: Source, model: torch.nn.Module, step: int, processes: int, earlier: dict[str, Any], steps: str
     ) -> None:
         """Store what the run is made with, and say in a few lines what is about to happen.
 
-        earlier: the configuration with which a run that goes on was run before.
+        earlier: the configuration with which a run that goes on was run before. steps: how they are done ("": on a CPU).
         """
         if not self._first:
             return
@@ -111,6 +111,7 @@ class Recorder:
         call = describe("decoder_loss", [torch.empty(1, device=self._device)], chain)
         name = backends.select(call, "auto")  # an explanation would import every backend
         made_with: dict[str, Any] = {"versions": versions(PACKAGES), "digest": source.digest, "warnings": warnings}
+        made_with |= {"step": steps} if steps else {}
         made_with |= {"processes": processes, "kernels": f"{name} {os.environ.get('FASTSLOTS_ISA', '')}".strip()}
         if step:
             changed = [*changes(earlier, json.loads(config.to_json())), *made_otherwise(made_before, facts | made_with)]
@@ -126,6 +127,8 @@ class Recorder:
         how = f"{config.optimizer}, {config.precision}, {where}"
         say(f"training  {config.steps:,} steps of {config.batch_size} images, {how}")
         say(f"kernels   {name if name != 'reference' else backends.explain_call(call)}")
+        if steps:
+            say(f"step      {steps}")
         say(f"energy    {facts['energy']}")
 
     def trained(self, step: int, values: dict[str, float]) -> None:
@@ -240,6 +243,6 @@ def made_otherwise(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     packages = before.get("versions")
     versions_differ = changes(packages, now["versions"]) if isinstance(packages, dict) else []
     others: dict[str, Any] = {
-        name: before[name] for name in ("machine", "processes", "kernels", "digest") if name in before
+        name: before[name] for name in ("machine", "processes", "kernels", "step", "digest") if name in before
     }
     return [*versions_differ, *changes(others, now)]

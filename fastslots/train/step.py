@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
-from typing import cast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -27,10 +27,15 @@ LEAST_SCALE = 2.0**-20
 reason, and the run would go on without learning."""
 
 
+class NonFiniteLossError(RuntimeError):
+    """A loss or gradient was NaN or infinite; the message names the step and the saved batch."""
+
+
 class Precision:
     """Where 16 bits and TF32 are used; losses, folding, norms and softmax stay fp32 in all of them.
 
-    Sets torch's process-wide TF32 switches on a GPU. UserError where the device lacks the precision.
+    Sets torch's process-wide switches on a GPU: TF32, and convolutions whose sums have one order, which cuDNN's fastest
+    backward has not. UserError where the device lacks the precision.
     """
 
     def __init__(self, name: str, device: torch.device):
@@ -42,6 +47,8 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
         if device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
+            # Not ``benchmark``: which algorithm is fastest differs from run to run, and with it the bits.
+            torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
     @property
     def plain(self) -> bool:
@@ -132,6 +139,64 @@ def _fused(
     return values | {"grad_norm": grad_norm, "lr": lr, "alpha": alpha, "beta": beta}
 
 
+class Weights(NamedTuple):
+    """What multiplies the terms of a step's loss: numbers, or 0-d tensors on the device."""
+
+    alpha: float | Tensor
+    beta: float | Tensor
+    jacobian: float = 0.0
+    grad_scale: float = 1.0
+
+
+def gradients(
+    model: SlotVAE,
+    precision: Precision,
+    config: TrainConfig,
+    images: Tensor,
+    draws: Draws,
+    weights: Weights,
+    losses: Mapping[str, tuple[float, Loss]] | None = None,
+) -> Tensor:
+    """Add a step's gradients to the parameters', part by part of the batch -> fp32 [4 + n]: total, recon, kl,
+    interaction and further losses, of this process's share. Nothing of it waits for the device."""
+    sums = torch.zeros(4 + len(losses or {}), device=images.device)
+    size = -(-len(images) // config.accumulate)
+    for rows in (slice(first, first + size) for first in range(0, len(images), size)):
+        some = images[rows]
+        share = len(some) / config.batch_size
+        further = FurtherLosses(losses, some) if losses else None
+        part = Draws(*(None if drawn is None else drawn[rows] for drawn in draws))  # type: ignore[arg-type]
+        with precision.autocast():
+            terms = model.training_loss(
+                some,
+                part.noise,
+                weights.alpha,
+                beta=weights.beta,
+                query_noise=part.query_noise,
+                pixels=part.pixels,
+                pixel_weight=part.pixel_weight,
+                jacobian_weight=weights.jacobian,
+                jacobian_pixels=part.jacobian_pixels,
+                grad_scale=weights.grad_scale * share,
+                **({"also": further} if further else {}),
+            )
+        precision.scaler.scale(terms.total * share).backward()
+        sums += torch.stack([term.detach().float() for term in [*terms, *(further.values if further else ())]]) * share
+    return sums
+
+
+def values_of(
+    model: SlotVAE, config: TrainConfig, step: int, numbers: Sequence[float], losses: Iterable[str] = ()
+) -> dict[str, float]:
+    """A step's values by name. numbers: those of ``gradients``, then the norm of the gradients."""
+    loss, recon, kl, interaction, *of_losses, grad_norm = numbers
+    normalized = interaction / model.slot_decoder.heads**2
+    values = {"loss": loss, "recon": recon, "kl": kl, "interaction": interaction, "interaction_normalized": normalized}
+    values |= dict(zip(losses, of_losses, strict=True))
+    scheduled = {"lr": lr_at(config, step), "alpha": alpha_at(config, step), "beta": beta_at(config, step)}
+    return values | {"grad_norm": grad_norm} | scheduled
+
+
 def _step(
     model: SlotVAE,
     optimizers: Optimizers,
@@ -142,46 +207,22 @@ def _step(
     group: Group,
     losses: Mapping[str, tuple[float, Loss]] | None = None,
 ) -> dict[str, float]:
-    lr, alpha, beta = lr_at(config, step), alpha_at(config, step), beta_at(config, step)
-    draws, scaler = draw(config, step, images, group.share(config.batch_size).start), precision.scaler
-    optimizers.set_lr(lr)
+    start, scaler = group.share(config.batch_size).start, precision.scaler
+    draws, scale = draw(config, step, images, start), scaler.get_scale()
+    optimizers.set_lr(lr_at(config, step))
     optimizers.zero_grad()
     if losses or config.model:  # what the user's own parts draw: the same after a resume
-        start = group.share(config.batch_size).start
         torch.manual_seed(step_seed(config.seed, step, Purpose.OWN_PARTS) + start)
-    losses = losses or {}
-    sums, scale = torch.zeros(4 + len(losses), device=images.device), scaler.get_scale()
-    for rows in torch.arange(len(images), device=images.device).chunk(config.accumulate):
-        share = len(rows) / config.batch_size
-        further = FurtherLosses(losses, images[rows]) if losses else None
-        part = Draws(*(None if drawn is None else drawn[rows] for drawn in draws))  # type: ignore[arg-type]
-        with precision.autocast():
-            terms = model.training_loss(
-                images[rows],
-                part.noise,
-                alpha,
-                beta=beta,
-                query_noise=part.query_noise,
-                pixels=part.pixels,
-                pixel_weight=part.pixel_weight,
-                jacobian_weight=jacobian_weight_at(config, step),
-                jacobian_pixels=part.jacobian_pixels,
-                grad_scale=scale * share,
-                **({"also": further} if further else {}),
-            )
-        scaler.scale(terms.total * share).backward()
-        sums += torch.stack([term.detach().float() for term in [*terms, *(further.values if further else ())]]) * share
+    weights = Weights(alpha_at(config, step), beta_at(config, step), jacobian_weight_at(config, step), scale)
+    sums = gradients(model, precision, config, images, draws, weights, losses)
     group.sum_step(model.parameters(), sums)
     for optimizer, _ in optimizers.parts:
         scaler.unscale_(optimizer)
     norm = clip(model.parameters(), config.grad_clip)
-    loss, recon, kl, interaction, *values_of, grad_norm = torch.cat([sums, norm.reshape(1)]).tolist()
-    if math.isfinite(loss) and math.isfinite(grad_norm):  # asked of all: a scaler asks of each optimiser alone
+    numbers = torch.cat([sums, norm.reshape(1)]).tolist()
+    if math.isfinite(numbers[0]) and math.isfinite(numbers[-1]):  # asked of all: a scaler asks of each optimiser alone
         for optimizer, _ in optimizers.parts:
             scaler.step(optimizer)
     scaler.update()  # lowers the scale where ``unscale_`` saw an overflow
-    normalized = interaction / model.slot_decoder.heads**2
     scaled = {"loss_scale": scale} if scaler.is_enabled() else {}
-    values = {"loss": loss, "recon": recon, "kl": kl, "interaction": interaction, "interaction_normalized": normalized}
-    values |= dict(zip(losses, values_of, strict=True))
-    return values | {"grad_norm": grad_norm, "lr": lr, "alpha": alpha, "beta": beta} | scaled
+    return values_of(model, config, step, numbers, losses or ()) | scaled

@@ -2,7 +2,8 @@
 
 A tile of the decoder's loss is some hundred launches, many of a few microseconds, which a host issues more slowly than
 a GPU runs them. Captured, a whole loss with all its tiles is one launch. A key is captured when it is seen for the
-second time: shapes that come once (the last batch of an evaluation) cost nothing.
+second time: shapes that come once (the last batch of an evaluation) cost nothing. Where a whole training step is
+captured (``fastslots.train.device``), it takes the loss in, and nothing here is asked.
 
 On by default for CUDA tensors; ``FASTSLOTS_CUDA_GRAPHS=0`` turns it off. Tests run everything here but
 ``capture_cuda`` itself, with a stand-in that calls the function again. **It has not been run on a GPU yet.**
@@ -10,44 +11,28 @@ On by default for CUDA tensors; ``FASTSLOTS_CUDA_GRAPHS=0`` turns it off. Tests 
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
 
+from fastslots.capture import captured, surroundings, wanted
+
 Function = Callable[[Sequence[Tensor]], list[Tensor]]
 Capture = Callable[[Function, list[Tensor]], tuple[Callable[[], None], list[Tensor]]]
 
-
-def wanted(device: torch.device) -> bool:
-    """Whether calls on this device go through a graph; not inside a capture of the caller's, which takes them in."""
-    if device.type != "cuda" or os.environ.get("FASTSLOTS_CUDA_GRAPHS", "1") == "0":
-        return False
-    return not torch.cuda.is_current_stream_capturing()
+__all__ = ["GRAPHS", "Graphs", "capture_cuda", "wanted"]
 
 
 def capture_cuda(function: Function, inputs: list[Tensor]) -> tuple[Callable[[], None], list[Tensor]]:
     """-> replay() and the outputs that it overwrites. ``function`` must not wait for the device."""
-    with torch.cuda.device(inputs[0].device):
-        # Kernels are compiled and library workspaces made outside the capture, on a stream of their own.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            function(inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # The stream by name: torch's own default is made once, on whichever device captures first. "thread_local":
-        # other threads (the loader, which pins memory; the watchdog of NCCL) may go on calling CUDA meanwhile.
-        try:
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                outputs = function(inputs)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"the decoder's loss could not be captured in a CUDA graph ({error}): set FASTSLOTS_CUDA_GRAPHS=0"
-            ) from error
-    return graph.replay, outputs
+    try:
+        return captured(lambda: function(inputs), inputs[0].device)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"the decoder's loss could not be captured in a CUDA graph ({error}): set FASTSLOTS_CUDA_GRAPHS=0"
+        ) from error
 
 
 class _Captured:
@@ -73,8 +58,9 @@ class Graphs:
         self._entries: OrderedDict[Hashable, _Captured | None] = OrderedDict()
 
     def __call__(self, key: Hashable, function: Function, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """``function(tensors)``, whose work must follow from ``key`` and the shapes and types of ``tensors`` alone."""
-        key = (key, *((tuple(t.shape), t.dtype, t.device) for t in tensors))
+        """``function(tensors)``, whose work must follow from ``key``, the shapes and types of ``tensors``, and what
+        ``surroundings`` tells, alone."""
+        key = (key, surroundings(tensors[0].device), *((tuple(t.shape), t.dtype, t.device) for t in tensors))
         seen = key in self._entries
         entry = self._entries.pop(key, None)
         if seen and entry is None:

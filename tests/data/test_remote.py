@@ -151,15 +151,15 @@ def test_objects_that_vanish_while_in_use_end_the_run_with_a_checkpoint(far, tmp
 
     monkeypatch.setenv("FASTSLOTS_CACHE_GB", "0")
     fs, steps = fsspec.filesystem("memory"), iter(range(10**6))
-    from fastslots.train import loop
+    from fastslots.train.device import steps as device_steps
 
     def step(*args, **more):
         if next(steps) == 4:
             fs.rm(far, recursive=True)
         return training_step(*args, **more)
 
-    training_step = loop.training_step
-    monkeypatch.setattr(loop, "training_step", step)
+    training_step = device_steps.training_step
+    monkeypatch.setattr(device_steps, "training_step", step)
     config = TrainConfig.preset("sprites-mini", **{**TINY, "checkpoint_every": 0}, data=far, steps=10**6)
     with pytest.raises(UserError, match=r"images.u8 at byte"):
         fit(config, out=tmp_path / "run")

@@ -17,7 +17,8 @@ from fastslots.errors import UserError
 from fastslots.runs import log as log_module
 from fastslots.runs.folder import RunFolder
 from fastslots.runs.log import read_metrics
-from fastslots.train import TrainConfig, checkpoint, fit, loop, recorder
+from fastslots.train import TrainConfig, checkpoint, fit, recorder
+from fastslots.train.device import steps as device_steps
 
 TINY = dict(MODEL_8, batch_size=2, threads=1, eval_every=0, eval_images=2, checkpoint_every=2)
 
@@ -255,14 +256,14 @@ def test_two_trainers_never_take_the_same_next_folder(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_is_removed_while_it_is_written_is_made_anew(tmp_path, monkeypatch):
-    steps, said, step = iter(range(100)), io.StringIO(), loop.training_step
+    steps, said, step = iter(range(100)), io.StringIO(), device_steps.training_step
 
     def moving(*args, **more):
         if next(steps) == 3:
             os.rename(tmp_path / "run", tmp_path / "gone")
         return step(*args, **more)
 
-    monkeypatch.setattr(loop, "training_step", moving)
+    monkeypatch.setattr(device_steps, "training_step", moving)
     out = fit(config_of(steps=6), out=tmp_path / "run", stream=said).out
     assert "run was removed: it is made anew" in said.getvalue()
     assert [line["step"] for line in read_metrics(out / "metrics.jsonl")[0]] == [1, 2, 3, 4, 5, 6]

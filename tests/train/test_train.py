@@ -116,9 +116,9 @@ def test_the_page_of_a_stop_comes_after_the_checkpoint_and_may_fail(tmp_path, mo
 
 
 def asked_to_stop(train_on):
-    def step(self, images):
+    def step(self, number, images):
         os.kill(os.getpid(), signal.SIGTERM)
-        return train_on(self, images)
+        return train_on(self, number, images)
 
     return step
 
