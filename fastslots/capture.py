@@ -51,7 +51,7 @@ def surroundings(device: torch.device) -> Hashable:
     cast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
     cudnn = torch.backends.cudnn
     # Not ``allow_tf32``, which raises in a program that has used the newer interface.
-    tf32 = torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision
+    tf32 = torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision  # type: ignore[attr-defined]
     return stream, cast, tf32, torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
 
 

@@ -42,26 +42,22 @@ class Draws(NamedTuple):
     jacobian_pixels: Tensor | None  # [B, P'], uniform: those that the Jacobian's penalty looks at
 
 
-def step_keys(config: TrainConfig, step: int) -> Tensor:
-    """The generator's seeds of a step, int64 [4], a purpose each; on the CPU."""
-    return torch.from_numpy(random_u64(config.seed, step, _purposes()).view("int64"))
-
-
-@cache
-def _purposes() -> np.ndarray:
-    return np.array(PURPOSES)
+def step_keys(config: TrainConfig, step: int) -> list[int]:
+    """The generator's seeds of a step, a purpose each, as int64."""
+    seeds: list[int] = random_u64(config.seed, step, np.array(PURPOSES)).view(np.int64).tolist()
+    return seeds
 
 
 def draw(config: TrainConfig, step: int, images: Tensor, start: int = 0, keys: Tensor | None = None) -> Draws:
     """Noise and the pixel subset of a step.
 
     images: [b, C, R, R], those of the global batch from ``start`` on; image i gets its own numbers, whichever process
-    computes it. keys: ``step_keys`` of the step, on the images' device; ``step`` is not looked at then.
+    computes it. keys: ``step_keys`` of the step, int64 [4] on the images' device; ``step`` is not looked at then.
     """
     if config.generator == "torch":
         return _draw_by_torch(config, step, images, start)
     if keys is None:
-        keys = step_keys(config, step).to(images.device)
+        keys = torch.tensor(step_keys(config, step)).to(images.device)
     of = dict(zip(PURPOSES, keys, strict=True))
     b, L, P = len(images), config.resolution**2, config.pixels_per_step
     noise = normal(of[Purpose.NOISE], b, start, config.num_slots, config.slot_dim)
@@ -80,7 +76,7 @@ def step_draws(config: TrainConfig, step: int, images: Tensor, start: int) -> St
     if config.generator == "torch":
         drawn = _draw_by_torch(config, step, images, start)
         return StepDraws(drawn.noise, drawn.pixels, drawn.pixel_weight, (0, 0), start, config.pixels_per_step)
-    noise, pixels, *_ = random_u64(config.seed, step, _purposes()).tolist()
+    noise, pixels, *_ = random_u64(config.seed, step, np.array(PURPOSES)).tolist()
     return StepDraws(None, None, None, (noise, pixels), start, config.pixels_per_step)
 
 
@@ -107,14 +103,17 @@ def normal(key: Tensor, count: int, start: int, *shape: int) -> Tensor:
     size. The density is the normal one within 1 % up to 4 and 10 % up to 5 standard deviations.
     """
     quarters = words(key, count, start, *shape).view(torch.int16).int().add_(LEVELS // 2)
-    table = quantiles(key.device)
+    table = quantiles(key.device, key.is_meta)
     total = table.index_select(0, quarters.flatten()).view(count, *shape, 4).sum(-1, dtype=torch.int32)
     return total.float().mul_(UNIT / 2)
 
 
 @cache
-def quantiles(device: torch.device) -> Tensor:
-    """Quantiles (i + 1/2) / 2^16 of the normal distribution in units of ``UNIT``, scaled to variance 1: int32."""
+def quantiles(device: torch.device, without_values: bool = False) -> Tensor:
+    """Quantiles (i + 1/2) / 2^16 of the normal distribution in units of ``UNIT``, scaled to variance 1: int32.
+
+    without_values: for tensors on ``meta`` that say they are on this device.
+    """
     standard = NormalDist()
     lower = [standard.inv_cdf((i + 0.5) / LEVELS) for i in range(LEVELS // 2)]
     scale = (math.fsum(z * z for z in lower) / len(lower)) ** -0.5 / UNIT

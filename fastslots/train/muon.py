@@ -93,7 +93,7 @@ def _update(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], gr
 
 
 def _update_on_device(
-    params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], group: dict, stopped: Tensor | None
+    params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], group: dict[str, Any], stopped: Tensor | None
 ) -> None:
     """The same with a rate that is a tensor; where ``stopped`` is 1, nothing is changed, whatever the gradients are."""
     momentum, lr = group["momentum"], group["lr"]

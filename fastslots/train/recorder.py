@@ -89,7 +89,7 @@ class Recorder:
     ) -> None:
         """Store what the run is made with, and say in a few lines what is about to happen.
 
-        earlier: the configuration with which a run that goes on was run before. steps: how they are done ("": on a CPU).
+        earlier: the configuration with which a run that goes on was run before. steps: how a GPU does them, if any.
         """
         if not self._first:
             return

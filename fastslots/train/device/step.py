@@ -78,7 +78,7 @@ class DeviceStep:
 
     def _set_numbers(self, step: int) -> None:
         """By value: a copy from memory of the host would have to be waited for."""
-        for place, key in enumerate(step_keys(self._config, step).tolist()):
+        for place, key in enumerate(step_keys(self._config, step)):
             self._keys[place].fill_(key)
         self._alpha.fill_(alpha_at(self._config, step))
         self._beta.fill_(beta_at(self._config, step))
