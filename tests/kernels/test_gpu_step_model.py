@@ -148,6 +148,27 @@ def test_a_step_is_walked_to_its_launches(step, clevr6):
     assert step.nodes() == sum(step.nodes(region) for region in ("encoder", "decoder", "update"))
 
 
+def test_a_step_is_few_nodes_and_keeps_tokens_in_16_bits(step):
+    """Tokens are [32, 16384, 128]: a copy in fp32 would be 268 MB, and every layer would make one."""
+    assert step.nodes("decoder") <= 300 and step.nodes() <= 830
+    wide = [n for n in step.noted if (torch.float32, (32, 128 * 128, 128)) in zip(n.dtypes, n.shapes, strict=True)]
+    assert not wide, wide[0]
+
+
+def test_every_launch_of_a_step_takes_the_whole_batch_at_once(step):
+    """One tile: as many launches of a kernel as the decoder has layers, all pixels of all images in each."""
+    pixels, of = 32 * 128 * 128, {}
+    for noted in step.noted:
+        if isinstance(noted.work, launch.Launch):
+            of.setdefault(noted.name, []).append(noted.work)
+    for name in ("decoder_layer_fwd", "feed_forward_dx", "folded_attention_dx", "folded_attention_dw"):
+        assert len(of[name]) == 2, name
+    assert "folded_attention_fwd" not in of  # the forward keeps z, so no attention runs again
+    assert all(item.args["z_ptr"].shape == (32, 128 * 128, 180) for item in of["decoder_layer_fwd"])
+    assert all(item.args["rows"] == pixels and item.constexprs["KEEP"] for item in of["feed_forward_dx"])
+    assert len(of["token_attention_bwd"]) == 5 and len(of["joint_norm_fwd"]) == len(of["joint_norm_bwd"]) == 1
+
+
 def test_the_published_step_stores_the_weights_of_every_head(clevr6):
     walked = walk_published(clevr6, "sm_90")
     assert not [n for n in walked.noted if isinstance(n.work, launch.Launch)]
