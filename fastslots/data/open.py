@@ -212,6 +212,8 @@ def decoded(reader: Reader, path: Path, side: int, start: int = 0) -> Iterator[S
 
 def recognise(path: Path) -> Reader:
     """The reader of a file or folder, chosen by what is in it. UserError where nothing known is."""
+    if path.exists() and not (path.is_dir() or path.is_file()):
+        raise UserError(f"{path} is no regular file: copy its data into one")
     try:
         return _recognise_folder(path) if path.is_dir() else _recognise_file(path)
     except OSError as error:

@@ -46,6 +46,19 @@ def test_a_half_written_set_leads_nowhere(tmp_path, capsys, name):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", ["a.npz", "a.tfrecords", "a", "folder/a.tfrecords"])
+@pytest.mark.timeout(60)
+def test_a_pipe_among_the_data_is_refused(tmp_path, capsys, name):
+    """It was waited for, without end."""
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / name)
+    asked = tmp_path / name.split("/")[0]
+    for argv in (["data", "check", str(asked)], ["train", "--data", str(asked), "--out", str(tmp_path / "run")]):
+        assert main(argv) == 2
+        assert str(asked) in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", ["set.bin.partial", "set.bin.partial.json"])
 def test_a_download_leads_nowhere(tmp_path, name):
     (tmp_path / "victim").write_text("precious")

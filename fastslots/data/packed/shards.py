@@ -43,6 +43,8 @@ def _inside(path: Path) -> list[Path]:
     """A file itself, or the folder that an archive is; of a folder data files, or packed folders, directly in it (or in
     its folder ``data``, as Hugging Face's hub has them); the folder itself where it is a set (CLEVR v1.0)."""
     if not path.is_dir():
+        if not path.is_file():  # a pipe would be waited for without end
+            raise UserError(f"{path} is no regular file: copy its data into one")
         folder = unpacked(path) if is_archive(path) else path
         return _inside(folder) if folder.is_dir() else [path]
     if is_packed(path) or (path / "scenes").is_dir():
