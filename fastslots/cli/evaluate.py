@@ -41,6 +41,12 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="another data set (default: the run's own)")
     add_allow_remote(parser)
     parser.add_argument("--split", choices=("val", "test"), default="val", help="default: val")
+    parser.add_argument(
+        "--ignore_label",
+        "--ignore-label",
+        type=int,
+        help="mask label of pixels that are not scored (default: the run's)",
+    )
     parser.add_argument("--objects", metavar="A-B", default="", help="of built-in scenes: with so many objects instead")
     parser.add_argument(
         "--slots", type=int, help="with another number of slots than was trained (queries seeded or sampled)"
@@ -102,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
     if asked.composition and not recorded.holdout:
         raise UserError(NO_HOLDOUT)
     config = replace(recorded, data=args.data, objects="") if args.data else recorded
+    if args.ignore_label is not None:
+        config = replace(config, ignore_label=args.ignore_label)
     if args.objects:
         config = replace(config, objects=args.objects)
     check_allowed(config.data, folder.config, args.allow_remote or bool(args.data))
@@ -135,6 +143,7 @@ def run(args: argparse.Namespace) -> int:
     if not group.first:
         return 0
     scores |= {"split": asked.split, "weights": weights, "data": config.data, "split_note": source.split_note}
+    scores |= {"ignore_label": split.ignore_label} if split.ignore_label is not None else {}
     scores |= {"objects": args.objects} if args.objects else {}
     scores |= {"num_slots": args.slots} if args.slots is not None else {}
     own = config.resolved().data == recorded.resolved().data

@@ -24,7 +24,7 @@ MOST_OBJECTS = 10
 AUGMENTATIONS = ("mirror", "crop", "colour")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 SPAN = "steps, or a share of the run such as 8%"
-LATER_FIELDS = ("queries", "cnn_kernel", "plateau_end", "decay_steps", "model", "generator")
+LATER_FIELDS = ("queries", "cnn_kernel", "plateau_end", "decay_steps", "model", "generator", "ignore_label")
 """Fields that runs of earlier versions did not have. Where a run's file lacks one, the run had its default, whatever
 the preset has by now, or what ``BEFORE`` says."""
 BEFORE = {"generator": "torch"}
@@ -55,6 +55,7 @@ class TrainConfig(SlotVAEConfig):
     )
     augment_crop: float = option("least side of augment's crops, as a share of the image's", 0.7)
     augment_colour: float = option("how far augment's colours go, from 0 to 1 (any hue)", 0.2)
+    ignore_label: int = option("mask label of pixels that are not scored, 255 say; -1: as the data say", -1)
     on_bad_record: str = option("damaged records of the data: 'stop' at the first, or 'skip' and count them", "stop")
     steps: int = option("training steps", 500_000)
     batch_size: int = option("images a step, over all processes", 32)
@@ -126,6 +127,7 @@ class TrainConfig(SlotVAEConfig):
             0, "max_objects", "alpha_floor", "grad_clip", "pixels_per_step", "threads", "eval_every", "eval_images"
         )
         self._at_least(0, "checkpoint_every", "weight_decay", "seed", "lr")
+        self._at_least(-1, "ignore_label")
         if self.lr == 0:
             raise UserError("lr must be above 0, got 0")
         if self.batch_size % self.accumulate:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -44,12 +44,17 @@ class Split:
 
     dataset: SceneDataset
     rows: range | np.ndarray  # their numbers in the data set
+    unscored: int | None = None  # the mask label of pixels that are not scored; None: as the data set says
+
+    @property
+    def ignore_label(self) -> int | None:
+        return self.dataset.ignore_label if self.unscored is None else self.unscored
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, part: slice) -> Split:
-        return Split(self.dataset, self.rows[part])
+        return replace(self, rows=self.rows[part])
 
     def read(self, places: np.ndarray | None = None, masks: bool = True) -> tuple[Tensor, Tensor | None]:
         """Images and masks of all scenes, or of those at ``places`` in this split; see ``SceneDataset.batch``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -165,7 +165,7 @@ def check_map_style(dataset: Any) -> None:
         raise UserError(f"{name} is empty: expected {expected}, and at least one image")
 
 
-def look_at(scenes: MapStyleDataset, splits: Iterable[Split]) -> tuple[np.ndarray, list[str]]:
+def look_at(scenes: MapStyleDataset, splits: Sequence[Split]) -> tuple[np.ndarray, list[str]]:
     """Read the first and the last item of each split: the images, and what looks wrong without being an error.
 
     A data set may be slow to read, or count what is read: no more than that. UserError as of ``read_items``.
@@ -177,10 +177,10 @@ def look_at(scenes: MapStyleDataset, splits: Iterable[Split]) -> tuple[np.ndarra
     warnings = [f"images of the {owner} are all equal"] if len(images) > 2 and (images == images[:1]).all() else []
     if masks is None:
         warnings += _unread(items[0][1], owner)
-    elif (masks == 255).any() and scenes.ignore_label is None:
+    elif (masks == 255).any() and all(split.ignore_label is None for split in splits):
         warnings.append(
             f"masks of the {owner} have the label 255, scored as an object: where it means 'do not score', set its "
-            f"attribute ignore_label = 255"
+            f"attribute ignore_label = 255, or --ignore_label 255"
         )
     return images, warnings
 

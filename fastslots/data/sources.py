@@ -53,6 +53,14 @@ def open_source(config: TrainConfig, dataset: Any = None, few: bool = False) -> 
 
     Raises UserError where training would fail: unreadable data, or images of another shape than the model's.
     """
+    source = _opened(config, dataset, few)
+    if config.ignore_label < 0:
+        return source
+    splits = {name: replace(split, unscored=config.ignore_label) for name, split in source.splits.items()}
+    return replace(source, splits=splits)
+
+
+def _opened(config: TrainConfig, dataset: Any, few: bool) -> Source:
     if dataset is not None:
         return _given(dataset, config.holdout)
     if config.data.startswith(GIVEN):
@@ -161,7 +169,7 @@ def unseen(config: TrainConfig, count: int) -> Split:
         rows = np.asarray(test.rows)[_held_out(test, config.holdout)]
         if not len(rows):
             raise UserError(f"holdout {config.holdout!r}: no test image has such an object: widen it")
-        return Split(test.dataset, rows[:count])
+        return replace(test, rows=rows[:count])
     holdout = _builtin_holdout(config)
     dataset = _sprites(config, step_seed(0, 0, Purpose.TEST) >> 1, SEARCH * count)
     parts: list[np.ndarray] = []

@@ -65,7 +65,7 @@ def attribute_scores(model: SlotVAE, split: Split, batch_size: int = 10, group: 
         raise UserError(NO_FACTORS)
     start = factor_format(split.dataset).first_label
     objects = min(len(values[0]) for values in factors.values())
-    slots, ignore = [next(model.parameters()).new_empty(0, model.config.slot_dim).cpu()], split.dataset.ignore_label
+    slots, ignore = [next(model.parameters()).new_empty(0, model.config.slot_dim).cpu()], split.ignore_label
     matches = [torch.empty(0, 2, dtype=torch.int64)]  # image and place among its objects, of each slot
     for first, (z, masks) in _encoded(model, split, batch_size, group):
         if masks is None:

@@ -172,7 +172,7 @@ def evaluate(
     share, training = group.share(len(split)), model.training
     if scoring.mode == "paper":  # the mean of the batches' values: they must be those of one process
         share = whole_batches(group, len(split), batch_size)
-    evaluation = Evaluation(model, scoring, split.dataset.ignore_label)
+    evaluation = Evaluation(model, scoring, split.ignore_label)
     model.eval()
     for first in range(share.start, share.stop, batch_size):
         stop = min(first + batch_size, share.stop)

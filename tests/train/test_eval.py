@@ -225,3 +225,18 @@ def test_what_an_earlier_evaluation_measured_besides_stays_with_the_same_weights
     evaluated(run, "--images", "30")
     (entry,) = folder.read_evaluations()
     assert "recombination_error" not in entry
+
+
+def test_a_label_that_is_not_scored_may_be_named(run, tmp_path, evaluated, monkeypatch):
+    """Only data whose reader found one had such a label."""
+    monkeypatch.setenv("FASTSLOTS_CACHE", str(tmp_path / "cache"))
+    write_npz(tmp_path / "data.npz", 40)  # labels 0, 1, 2
+    masks = open_source(config_of(data=str(tmp_path / "data.npz"))).splits["val"].read()[1]
+    everything, _ = evaluated(run, "--data", tmp_path / "data.npz")
+    named, _ = evaluated(run, "--data", tmp_path / "data.npz", "--ignore_label", "2")
+    assert everything["foreground_pixels"] == (masks > 0).sum() and "ignore_label" not in everything
+    assert named["foreground_pixels"] == (masks == 1).sum() and named["ignore_label"] == 2
+    trained = fit(config_of(data=str(tmp_path / "data.npz"), ignore_label=2), out=tmp_path / "run")
+    assert trained.scores["foreground_pixels"] == (masks[:4] == 1).sum()
+    again, _ = evaluated(tmp_path / "run")
+    assert again["foreground_pixels"] == named["foreground_pixels"]  # the run keeps it
