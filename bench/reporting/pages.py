@@ -136,6 +136,7 @@ def summary(seen: dict[Key, Run], memory: bool) -> str:
     """The README's region."""
     shown = ("published, compiled", "folded")
     lines = []
+    last = next(iter(seen.values())).last[0].run
     for run in seen.values():
         ours = baseline(run.last)
         if ours is None or ours.time is None:
@@ -146,10 +147,11 @@ def summary(seen: dict[Key, Run], memory: bool) -> str:
         first = anchor.ratio if anchor is not None else None
         # No published loader stands alone: what the first column then timed is named
         against = f"; first column: {anchor.provider}" if anchor is not None and anchor.provider != "published" else ""
+        if ours.run["device"] != last["device"]:  # what the line under the table says is not of this row
+            against += f"; on {ours.run['device']}, commit {ours.run['commit']}"
         faster = "" if first is None else f"**{times(first)}**"
         lines.append([_title(ours) + against, *peers, _time_and_memory(ours), faster])
     head = ["", "published, eager", "published, `torch.compile`", "folded, plain PyTorch", "fastslots", "faster"]
-    last = next(iter(seen.values())).last[0].run
     text = [
         markdown(head, lines),
         "",
