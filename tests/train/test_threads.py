@@ -44,10 +44,18 @@ RUNS = [
 ]
 
 
+@pytest.mark.timeout(1200)  # the long ones, on a busy machine
 @pytest.mark.parametrize(("preset", "pixels", "steps"), RUNS)
 def test_forty_steps_on_any_number_of_threads(preset, pixels, steps, tmp_path, commands, restored_threads):
     """Whole on 1, 2, 3 and 8 threads; and killed twice, going on with 3 and then with 8."""
-    few = dict(batch_size=8, eval_every=0, eval_images=2, checkpoint_every=4, pixels_per_step=pixels, data="sprites")
+    few = dict(
+        batch_size=8 if pixels else 2,
+        eval_every=0,
+        eval_images=2,
+        checkpoint_every=4,
+        pixels_per_step=pixels,
+        data="sprites",
+    )
     config = TrainConfig.preset(preset, steps=steps, **few)
     whole = [
         fit(TrainConfig.preset(preset, steps=steps, threads=n, **few), out=tmp_path / f"on_{n}").out for n in COUNTS
