@@ -26,6 +26,14 @@ from fastslots.train.optim import Optimizers
 from fastslots.train.step import Precision, training_step, values_of
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def plain_path(monkeypatch):
+    """What a GPU's step is held against is the step of the same operators, not the CPU's own kernel of a whole loss."""
+    monkeypatch.setenv("FASTSLOTS_FUSED_STEP", "0")
+
+
 TINY = dict(MODEL_16, batch_size=4, eval_images=4, eval_batch=4, threads=1, data="sprites", precision="fp32")
 
 
