@@ -69,6 +69,11 @@ def layer_case(options: Options) -> Case:
     mine = {
         "folded": Provider(lambda: lambda: finish(*folded(slots, images))),
         "folded, compiled": Provider(lambda: _compile_folded(folded, finish, slots, images)),
+        **(
+            {"folded, max-autotune": Provider(lambda: _compile_folded(folded, finish, slots, images, "max-autotune"))}
+            if options.device == "cuda"
+            else {}
+        ),
         "folded, tiled": ours("reference"),
         "fastslots, cpu": ours("cpu"),
         "fastslots, triton": ours("triton"),
@@ -79,8 +84,10 @@ def layer_case(options: Options) -> Case:
     return Case("layer", model_axes(config, B), providers | mine, expected, items=B, bounds={"bf16": 0.2})
 
 
-def _compile_folded(folded: Callable[..., Loss], finish: Callable[..., Tensors], slots: Tensor, images: Tensor) -> Run:
-    form = torch.compile(folded, dynamic=False)
+def _compile_folded(
+    folded: Callable[..., Loss], finish: Callable[..., Tensors], slots: Tensor, images: Tensor, mode: str = "default"
+) -> Run:
+    form = torch.compile(folded, dynamic=False, mode=mode)
     return lambda: finish(*form(slots, images))
 
 

@@ -30,8 +30,13 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def plain_path(monkeypatch):
-    """What a GPU's step is held against is the step of the same operators, not the CPU's own kernel of a whole loss."""
+    """What a GPU's step is held against is the step of the same operators, not the CPU's own kernel of a whole loss;
+    on one thread, for a CPU's step has torch's operators on one."""
     monkeypatch.setenv("FASTSLOTS_FUSED_STEP", "0")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 TINY = dict(MODEL_16, batch_size=4, eval_images=4, eval_batch=4, threads=1, data="sprites", precision="fp32")
