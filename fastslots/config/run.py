@@ -14,6 +14,7 @@ from fastslots.config.code import GIVEN, check_name
 from fastslots.config.model import SlotVAEConfig, option
 from fastslots.config.spans import checked_span, in_steps
 from fastslots.errors import UserError, first_line
+from fastslots.files import read_file
 
 SCHEDULES = ("constant", "cosine", "paper", "paper-clevrtex")
 BUILTIN = ("sprites", "sprites-textured", "scenes")
@@ -217,6 +218,10 @@ def optimizer_class(name: str) -> Any:
     return found if found and issubclass(found, torch.optim.Optimizer) and found is not torch.optim.Optimizer else None
 
 
+MOST_BYTES = 1 << 20
+"""Of a configuration: one that is a link to a device would be read without end."""
+
+
 def read_config(
     path: str | Path, cls: type[SlotVAEConfig] = TrainConfig, preset: str | None = None, **overrides: object
 ) -> Any:
@@ -227,7 +232,7 @@ def read_config(
     """
     path = Path(path)
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(read_file(path, MOST_BYTES))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): name a run's config.json") from None
     except (ValueError, RecursionError) as error:

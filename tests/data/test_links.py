@@ -59,6 +59,14 @@ def test_a_pipe_among_the_data_is_refused(tmp_path, capsys, name):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.timeout(60)
+def test_a_configuration_that_is_a_device_is_refused(tmp_path, capsys):
+    (tmp_path / "config.json").symlink_to("/dev/zero")
+    assert main(["train", "--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "config.json cannot be read (it is no regular file)" in line and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", ["set.bin.partial", "set.bin.partial.json"])
 def test_a_download_leads_nowhere(tmp_path, name):
     (tmp_path / "victim").write_text("precious")
