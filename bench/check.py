@@ -18,8 +18,6 @@ from fastslots.errors import first_line
 
 NEEDED = ("torch", "triton", "numpy", "scipy", "pillow", "safetensors", "fsspec")
 OPTIONAL = {
-    "pytest": "the self-check of `fastslots doctor` in place of the tests",
-    "pytest-timeout": "tests have no time limit",
     "xformers": "no row of this peer",
     "nvidia-ml-py": "no energy and no clocks",
     "rich": "plain lines in place of the live view",

@@ -86,6 +86,6 @@ def test_the_check_of_a_gpu_machine_ends_well_without_one(tmp_path):
     (tmp_path / "bench").mkdir()
     done = bare(code, tmp_path, ("rich", "google_crc32c", "fastslots._cpu", "pytest"), CUDA_VISIBLE_DEVICES="")
     assert "ready, but for a GPU: " in done.stdout, done.stdout + done.stderr
-    assert done.returncode == 0 and len(re.findall(r"^without  (?:rich|pytest) +\S", done.stdout, re.M)) == 2
+    assert done.returncode == 0 and re.search(r"^without  rich +\S", done.stdout, re.M)
     done = bare(code, tmp_path, ("scipy",), CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1 and "MISSING  scipy" in done.stdout and done.stdout.endswith("missing: scipy\n")
