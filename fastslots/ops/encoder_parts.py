@@ -75,8 +75,9 @@ def encode_queries(queries: Tensor, tokens: Tensor, weights: Sequence[Tensor], h
     cross = [of.unbind() for of in fold_cross(layers, heads)]
     own_weight, own_bias = _stacked(layers, "to_qkv")
     # The scale goes with the queries' map; the key bias cancels in the softmax, and its gradient is an exact zero.
-    scale = own_bias.new_tensor([S**-0.5, 1.0, 1.0]).repeat_interleave(S)
-    unbiased = own_bias.new_tensor([S**-0.5, 0.0, 1.0]).repeat_interleave(S)
+    # Filled on the device: a tensor made of numbers is copied from the host, and that copy is waited for.
+    ours, one = own_bias.new_full((S,), S**-0.5), own_bias.new_ones(S)
+    scale, unbiased = torch.cat([ours, one, one]), torch.cat([ours, torch.zeros_like(one), one])
     own = (own_weight * scale[:, None]).unbind(), (own_bias * unbiased).unbind()
     x = queries.expand(B, K, S).flatten(0, 1)
     for i, layer in enumerate(layers):
