@@ -68,12 +68,12 @@ def captured(
     """
     with torch.cuda.device(device):
         # A stream by name: torch's own default is made once, on whichever device captures first.
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(rehearsals):
                 (rehearse or work)()
-        torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with own_workspace():
             # "thread_local": the loader, which pins memory, and NCCL's watchdog may go on calling CUDA meanwhile.
