@@ -51,4 +51,4 @@ def test_provider(benchmark: BenchmarkFixture, case: str, provider: str) -> None
     if row.status == "cannot":
         pytest.skip(row.reason)
     run = CASES[case](options(case)).providers[provider].make()
-    benchmark.pedantic(run, rounds=1, warmup_rounds=1)  # type: ignore[no-untyped-call]  # pytest-benchmark's
+    benchmark.pedantic(run, rounds=1, warmup_rounds=1)

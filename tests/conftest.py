@@ -24,6 +24,9 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
+# A test run under nohup ignores a hangup, and what it starts would inherit that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 # Subprocesses started at the root of a checkout import the installed package, not the source folder (Python 3.11 on).
 os.environ["PYTHONSAFEPATH"] = "1"
 

@@ -34,6 +34,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _whole_parser() -> argparse.ArgumentParser:
+    """UserError where a package that fastslots needs cannot be imported."""
+    try:
+        return build_parser()
+    except ImportError as error:
+        if (error.name or "fastslots").startswith("fastslots"):  # ours: a bug, whose place is to be seen
+            raise
+        mend = "pip install fastslots (in a checkout: pip install -c constraints.txt .) brings what it needs"
+        raise UserError(f"can't start with {sys.executable}: {error}: {mend}") from None
+
+
 def _say_warnings() -> None:
     """Warnings of our own in a line each, as commands say them; others as Python does."""
     from fastslots.config.code import CodeWarning
@@ -64,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path that is printed may be no text
         sys.stdout.reconfigure(errors="surrogateescape")
     try:
-        args = build_parser().parse_args(argv)
+        args = _whole_parser().parse_args(argv)
         with warnings.catch_warnings():
             _say_warnings()
             code: int = args.run(args)

@@ -173,4 +173,4 @@ def test_a_package_that_cannot_be_imported_is_told_in_one_line(tmp_path, package
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     said = done.stderr.splitlines()  # torch warns first where NumPy is missing
     assert done.returncode == 2 and "Traceback" not in done.stderr and (package == "numpy" or len(said) == 1)
-    assert said[-1].startswith("fastslots can't start") and package in said[-1] and "pip install" in said[-1]
+    assert said[-1].startswith("fastslots: error: can't start") and package in said[-1] and "pip install" in said[-1]

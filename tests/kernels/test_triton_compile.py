@@ -123,7 +123,8 @@ def test_report_writes_table_and_roofline(tmp_path):
     assert args.run(args) == 0
     table = (tmp_path / "report.md").read_text()
     assert "| folded_attention_dx |" in table
-    assert f"| {row['triton']} | sm_90 | 1 bf16 | none | none | none |" in table
+    spills = f"bf16: folded_attention_dx {row['spills']}" if row["spills"] else "none"
+    assert not row["loop_spills"] and f"| {row['triton']} | sm_90 | 1 bf16 | {spills} | none | none |" in table
     ET.fromstring((tmp_path / "roofline-sm_90.svg").read_text())  # well-formed
 
 

@@ -23,8 +23,9 @@ from fastslots.cli import main
 from fastslots.distributed import Group, StopSignals
 from fastslots.runs.folder import RunFolder
 from fastslots.runs.log import read_metrics
-from fastslots.train import TrainConfig, fit, loop
+from fastslots.train import TrainConfig, fit
 from fastslots.train.checkpoint import latest_checkpoint
+from fastslots.train.device import steps
 
 TINY = dict(MODEL_8, batch_size=2, threads=1, eval_every=0, eval_images=2, checkpoint_every=2)
 
@@ -61,7 +62,7 @@ REFUSALS = [
 @pytest.mark.parametrize("refusal", REFUSALS, ids=["Python", "C++", "torch", "GPU"])
 def test_a_step_without_memory_is_one_line_and_can_be_resumed(tmp_path, monkeypatch, capsys, refusal):
     whole = fit(TrainConfig.preset("sprites-mini", **TINY, steps=6), out=tmp_path / "whole").out
-    step = loop.training_step
+    step = steps.training_step
 
     def refused(*args, **more):
         if args[4] == 4:
@@ -69,7 +70,7 @@ def test_a_step_without_memory_is_one_line_and_can_be_resumed(tmp_path, monkeypa
         return step(*args, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "training_step", refused)
+        patch.setattr(steps, "training_step", refused)
         assert main(argv_of(tmp_path, tmp_path / "run", steps=6)) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastslots")]
     assert len(said) == 1 and "out of memory: lower --batch_size" in said[0] and "--resume" in said[0]
@@ -82,7 +83,7 @@ def test_another_error_is_not_taken_for_it(tmp_path, monkeypatch):
     def wrong(*_, **__):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(loop, "training_step", wrong)
+    monkeypatch.setattr(steps, "training_step", wrong)
     with pytest.raises(RuntimeError, match="a bug"):
         main(argv_of(tmp_path, tmp_path / "run", steps=6))
 

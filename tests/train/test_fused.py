@@ -116,7 +116,7 @@ def test_noise_and_pixels_are_the_very_ones_of_the_plain_path(monkeypatch):
         handed = draws._replace(noise=drawn.noise, pixels=drawn.pixels, pixel_weight=drawn.pixel_weight)
         assert fused_loss(given.model, config).run(images, handed, (1.0, 0.1, 2.0)) == terms
     assert all(torch.equal(a, p.grad) for a, p in zip(grads, given.model.parameters(), strict=True))
-    noise = normal(step_keys(config, 3)[0], 5, 0, config.num_slots, config.slot_dim)
+    noise = normal(torch.tensor(step_keys(config, 3)[0]), 5, 0, config.num_slots, config.slot_dim)
     assert torch.equal(noise, drawn.noise)
 
 
