@@ -252,7 +252,9 @@ def _token_attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> No
     ctx.save_for_backward(rows, tokens, gathered, lse)
 
 
-def _token_attention_vjp(ctx: Any, dgathered: Tensor, _dlse: Tensor) -> tuple[Any, ...]:
+def _token_attention_vjp(ctx: Any, dgathered: Tensor | None, _dlse: None) -> tuple[Any, ...]:
+    if dgathered is None:  # an undefined cotangent, which nothing turns into zeros here
+        return None, None, None
     rows, tokens, gathered, lse = ctx.saved_tensors
     grads = token_attention_backward(dgathered, rows, tokens, gathered, lse, ctx.backend)
     return *grads, None

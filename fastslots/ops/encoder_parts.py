@@ -141,7 +141,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(y, rstd)
 
 
-def _vjp(ctx: Any, dy: Tensor, _drstd: Tensor) -> tuple[Any, ...]:
+def _vjp(ctx: Any, dy: Tensor | None, _drstd: None) -> tuple[Any, ...]:
+    if dy is None:  # an undefined cotangent, which nothing turns into zeros here
+        return None, None, None
     y, rstd = ctx.saved_tensors
     return joint_norm_operator_backward(dy, y, rstd, ctx.backend), None, None
 

@@ -55,3 +55,10 @@ def test_joint_norm_against_float64(shape, dtype, bound):
     assert y.dtype == dtype
     for got, want in ((y, expected), (ours.grad, wide.grad)):
         assert (got.detach().double() - want.detach()).abs().max() <= bound * max(1.0, want.detach().abs().max())
+
+
+def test_joint_norm_passes_an_undefined_cotangent_on():
+    """As autograd hands one down where nothing reads a result: it was taken for a tensor."""
+    x = torch.randn(2, 5, 3, requires_grad=True)
+    nothing = torch._C._functions.UndefinedGrad()(joint_norm(x, backend="triton"))
+    assert torch.autograd.grad(nothing.sum(), x, allow_unused=True) == (None,)
