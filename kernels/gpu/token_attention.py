@@ -81,9 +81,10 @@ def _token_attention_fwd_kernel(
         # The first tile of a part holds a token (the launcher sees to it), so new_top is finite.
         new_top = tl.maximum(top, tl.max(scores, 0))
         shrink = tl.exp(top - new_top)
-        weights = tl.exp(scores - new_top[None, :])
-        total = total * shrink + tl.sum(weights, 0)
-        weights = weights.to(tokens_ptr.dtype.element_ty)
+        # The sum is of what is multiplied. Over the sum of unrounded weights gathered would be off by their roundings'
+        # sum times the tokens' mean, and dgathered · gathered with it, which the backward takes from dA.
+        weights = tl.exp(scores - new_top[None, :]).to(tokens_ptr.dtype.element_ty)
+        total = total * shrink + tl.sum(weights.to(tl.float32), 0)
         out = ()
         for c in tl.static_range(CHUNKS):
             out = out + (dot(tl.trans(tokens[c]), weights, sums[c] * shrink[None, :], PRECISION),)

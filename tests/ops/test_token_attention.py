@@ -218,6 +218,17 @@ def test_weights_are_a_softmax():
 
 
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_weights_sum_to_one(dtype):
+    """As they are rounded: a column of ones is gathered to fp32's last bits. Over a sum of unrounded weights it was
+    0.2 % off in bf16, and tokens of mean 4 made a quarter of the rows' gradient of it."""
+    rows, tokens, _ = kernel_inputs((2, 28, 200, 24), dtype)
+    tokens[..., 0] = 1.0
+    gathered, _ = token_attention_fwd(rows, tokens)
+    assert (gathered[..., 0] - 1).abs().max() < 1e-6
+
+
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("block_l, block_c, block_d", [(16, 32, 32), (128, 16, 64), (32, 128, 128)])
 def test_block_sizes_change_nothing_but_rounding(block_l, block_c, block_d):
     case = kernel_inputs((2, 20, 150, 72), torch.float32)
