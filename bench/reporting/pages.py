@@ -128,8 +128,12 @@ def _region(path: Path, text: str) -> None:
 def _title(row: Row) -> str:
     images = row.axes["B"]
     threads = f", {row.run['threads']} threads" if row.run["threads"] > 1 else ""
-    name, size = TITLES[row.case], f"{row.axes['R']} x {row.axes['R']}"
-    return f"{name} ({row.preset}, {images} image{'s' * (images > 1)} of {size}, {row.precision}{threads})"
+    if "R" in row.axes:
+        preset, size = f"{row.preset}, ", f"{row.axes['R']} x {row.axes['R']}"
+    else:  # sizes of the case itself
+        preset, size = "", f"{row.axes['L']:,} pixels, K {row.axes['K']}"
+    images_of = f"{images} image{'s' * (images > 1)} of {size}"
+    return f"{TITLES[row.case]} ({preset}{images_of}, {row.precision}{threads})"
 
 
 def summary(seen: dict[Key, Run], memory: bool) -> str:
