@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastslots.config.model import SlotVAEConfig
-from fastslots.models.layers import FeedForwardLayer, grid, mlp, xavier_
+from fastslots.models.layers import FeedForwardLayer, grid, is_hooked, mlp, xavier_
 from fastslots.models.queries import KINDS
 from fastslots.nn import AttentionProjections
 from fastslots.ops import backends, token_attention
@@ -247,7 +247,7 @@ def unlike_the_operator(encoder: Encoder) -> str:
     """Why an encoder that somebody has changed computes something else than the operator does; "" where it does not."""
     if type(encoder) is not Encoder:
         return f"it is a {type(encoder).__name__}"
-    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in encoder.modules()):
+    if any(map(is_hooked, encoder.modules())):
         return "a hook waits for a part of it"
     if not hasattr(encoder.first_queries, "before_tokens"):
         return f"its first queries, {type(encoder.first_queries).__name__}, do not come before the tokens"

@@ -211,6 +211,7 @@ class Wider(nn.Sequential):
         (lambda e: setattr(e.cnn[2], "padding_mode", "reflect"), "another padding"),
         (lambda e: setattr(e.token_mlp, "1", nn.ReLU()), "token MLP"),
         (lambda e: e.transformer[0].ff.register_forward_hook(lambda *_: None), "hook"),
+        (lambda e: e.transformer[0].ff.register_full_backward_pre_hook(lambda *_: None), "hook"),
         (lambda e: setattr(e, "output", nn.Sequential(e.output)), "output layer"),
         (lambda e: e.transformer.append(nn.Identity()), "other layers"),
     ],

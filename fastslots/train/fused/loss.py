@@ -18,6 +18,7 @@ from fastslots.config.run import TrainConfig
 from fastslots.models import SlotVAE
 from fastslots.models.decoder import Decoder, DecoderLayer
 from fastslots.models.encoder import Encoder, EncoderLayer, operator_weights, strides, unlike_the_operator
+from fastslots.models.layers import is_hooked
 from fastslots.models.queries import LearnedQueries, SeededQueries
 from fastslots.ops import backends
 from fastslots.records import StepDraws, StepModel, describe
@@ -59,7 +60,7 @@ def why_plain_model(model: SlotVAE) -> str:
     if type(model.encoder.first_queries) not in (LearnedQueries, SeededQueries):
         return "first queries are neither learned nor seeded"
     parameters = list(model.parameters())
-    if any(map(_hooked, model.modules())) or any(p._backward_hooks or not p.requires_grad for p in parameters):
+    if any(map(is_hooked, model.modules())) or any(p._backward_hooks or not p.requires_grad for p in parameters):
         return "a hook waits for a part of it, or a parameter is frozen"
     if changed := _unlike_our_decoder(model.decoder):
         return changed
@@ -67,11 +68,6 @@ def why_plain_model(model: SlotVAE) -> str:
         return "its weights are not fp32, or not contiguous"
     call = describe("train_step", parameters)
     return "" if backends.select(call, "auto") == "cpu" else str(backends.why_not("cpu", call))
-
-
-def _hooked(module: nn.Module) -> bool:
-    m = module
-    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 
 def _unlike_our_decoder(decoder: Decoder) -> str:
@@ -110,7 +106,7 @@ class FusedLoss:
             self._sampling == config.pixel_sampling
             and self._places == self._addresses()
             and all(p.requires_grad and not p._backward_hooks for p in self._parameters)
-            and not any(_hooked(m) or list(m._modules.values()) != parts or _identities(m) != own
+            and not any(is_hooked(m) or list(m._modules.values()) != parts or _identities(m) != own
                         for m, parts, own in self._tree)
         )  # fmt: skip
 
