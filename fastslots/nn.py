@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from fastslots.ops import fold_projections, folded_cross_attention, slot_attention
+from fastslots.ops import checks, fold_projections, folded_cross_attention, slot_attention
 from fastslots.ops.backends import check_name
 from fastslots.records import FoldedProjections
 
@@ -20,12 +20,6 @@ def _check_positive(**numbers: int) -> None:
     for name, number in numbers.items():
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
-
-
-def _check_rows(width: int, **rows: Tensor) -> None:
-    for name, value in rows.items():
-        if value.ndim != 3 or value.shape[-1] != width:
-            raise ValueError(f"{name} must be [B, n, {width}], got shape {list(value.shape)}")
 
 
 class AttentionProjections(nn.Module):
@@ -109,8 +103,8 @@ class InteractionCrossAttention(nn.Module):
 
         slot_mask: [B, K] bool, True for a real slot: images with fewer slots are padded.
         """
-        _check_rows(self.widths[0], queries=queries)
-        _check_rows(self.widths[1], slots=slots)
+        checks.rows(self.widths[0], queries=queries)
+        checks.rows(self.widths[1], slots=slots)
         if len(queries) not in (1, len(slots)):
             raise ValueError(f"queries are of {len(queries)} images, slots of {len(slots)}: expected as many, or 1")
         folded = self.projections.fold(*self.projections.keys_values(slots))
@@ -171,8 +165,8 @@ class SlotAttention(nn.Module):
 
         slot_mask: [B, K] bool, True for a real slot; the others win no token.
         """
-        _check_rows(self.widths[0], slots=slots)
-        _check_rows(self.widths[1], tokens=tokens)
+        checks.rows(self.widths[0], slots=slots)
+        checks.rows(self.widths[1], tokens=tokens)
         if len(slots) != len(tokens):
             raise ValueError(f"slots are of {len(slots)} images, tokens of {len(tokens)}: expected as many")
         tokens = self.norm_tokens(tokens)

@@ -21,6 +21,15 @@ def tensor(name: str, value: object, ndim: int, layout: str) -> Tensor:
     return value
 
 
+def rows(width: int, **values: object) -> None:
+    """Float tensors [B, n, width], by name."""
+    for name, value in values.items():
+        layout = f"[B, n, {width}]"
+        got = list(tensor(name, value, 3, layout).shape)
+        if got[-1] != width:
+            raise ValueError(f"{name} must be {layout}, got shape {got}")
+
+
 def shape(name: str, value: Tensor, expected: tuple[int, ...], why: str) -> None:
     if tuple(value.shape) != expected:
         raise ValueError(f"{name} has shape {list(value.shape)}, expected {list(expected)} {why}")

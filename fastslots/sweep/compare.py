@@ -15,7 +15,7 @@ from fastslots.report.facts import run_facts
 from fastslots.report.page import render
 from fastslots.runs.folder import RunFolder
 from fastslots.runs.log import read_metrics
-from fastslots.sweep.tables import FIRST, SHOWN, mean_and_std, mean_std_text, score_names
+from fastslots.sweep.tables import FIRST, SHOWN, is_number, mean_and_std, mean_std_text, score_names
 
 SECONDARY = {"device", "threads", "log_every", "keep_checkpoints", "checkpoint_every", "log_to", "tensorboard"}
 """Fields that change no result: they stay out of the printed table."""
@@ -58,7 +58,10 @@ def compare(folders: Sequence[RunFolder], split: str = "", latent: str = "") -> 
     datas = {(folder.described_data(), folder.read_json(folder.machine).get("digest", "")) for folder in folders}
     if len(datas) > 1:
         notes.append("the runs were trained on different images")
-    scores = {name: [_number(entry.get(name)) for entry in chosen] for name in score_names(chosen)}
+    scores = {
+        name: [float(v) if is_number(v := entry.get(name)) else None for entry in chosen]
+        for name in score_names(chosen)
+    }
     return Comparison(run_names(folders), differing, kind, scores, _groups(differing, scores), notes)
 
 
@@ -176,8 +179,3 @@ def groups_table(comparison: Comparison, show: Callable[[Any], str]) -> list[lis
 def printed_scores(scores: Iterable[str]) -> list[str]:
     """Those of a table; what probes say of single factors is on the page, and in the JSON."""
     return [name for name in scores if name in FIRST or not name.startswith("attribute_")]
-
-
-def _number(value: object) -> float | None:
-    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if known else None  # type: ignore[arg-type]

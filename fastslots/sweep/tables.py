@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from fastslots.files import write_atomic
 from fastslots.sweep.trials import TrialResult, show
@@ -60,7 +60,7 @@ def cells_of(results: Sequence[TrialResult]) -> list[Cell]:
     for values, group in groups:
         good = [result for result in group if not result.error]
         # A score that is no number (diverged) stays in the list of trials, and out of the mean.
-        metrics = {name: [r.scores[name] for r in good if _number(r.scores.get(name))] for name in metric_names(good)}
+        metrics = {name: [r.scores[name] for r in good if is_number(r.scores.get(name))] for name in metric_names(good)}
         cells.append(Cell(values, len(good), len(group) - len(good), metrics))
     return cells
 
@@ -71,7 +71,7 @@ def metric_names(results: Sequence[TrialResult]) -> list[str]:
 
 def score_names(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
     """The scores among what evaluations say, those that are looked at most first."""
-    names = {name for scores in evaluations for name, value in scores.items() if _number(value)} - NO_METRIC
+    names = {name for scores in evaluations for name, value in scores.items() if is_number(value)} - NO_METRIC
     return sorted(names, key=lambda name: (FIRST.index(name) if name in FIRST else len(FIRST), name))
 
 
@@ -186,5 +186,6 @@ def _all_metrics(cells: Sequence[Cell]) -> list[str]:
     return list(dict.fromkeys(name for cell in cells for name in cell.metrics))
 
 
-def _number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
+    """A finite number, and no truth value."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

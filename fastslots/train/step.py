@@ -114,7 +114,7 @@ def _fused(
     group: Group,
 ) -> dict[str, float]:
     """``_step`` with the loss and all gradients out of one call of a kernel."""
-    lr, alpha, beta = lr_at(config, step), alpha_at(config, step), beta_at(config, step)
+    alpha, beta = alpha_at(config, step), beta_at(config, step)
     ours = group.share(config.batch_size)
     share, expansion = len(images) / config.batch_size, config.resolution**2 / config.pixels_per_step
     draws = step_draws(config, step, images, ours.start)
@@ -124,9 +124,9 @@ def _fused(
     total = config.sigma * recon + beta * kl + alpha * interaction
     sums = torch.tensor([share * value for value in (total, recon, kl, interaction)])
     group.sum_step(model.parameters(), sums)
-    loss, recon, kl, interaction = sums.tolist()
-    optimizers.set_lr(lr)
-    finite = math.isfinite(loss)
+    numbers = sums.tolist()
+    optimizers.set_lr(lr_at(config, step))
+    finite = math.isfinite(numbers[0])
     if (update := fused_update(optimizers)) is not None:
         grad_norm = update.run(config.grad_clip, finite)
     else:
@@ -134,9 +134,7 @@ def _fused(
         if finite and math.isfinite(grad_norm):
             for optimizer, _ in optimizers.parts:
                 optimizer.step()
-    normalized = interaction / model.slot_decoder.heads**2
-    values = {"loss": loss, "recon": recon, "kl": kl, "interaction": interaction, "interaction_normalized": normalized}
-    return values | {"grad_norm": grad_norm, "lr": lr, "alpha": alpha, "beta": beta}
+    return values_of(model, config, step, [*numbers, grad_norm])
 
 
 class Weights(NamedTuple):
