@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import MODEL_16, flags
 
 from fastslots.cli import build_parser, main
 from fastslots.data import SpritesDataset
@@ -20,11 +21,7 @@ from fastslots.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-SMALL = shlex.split(
-    """--resolution 16 --num_slots 3 --slot_dim 4 --cnn_channels 8 --cnn_stride 1 --encoder_width 16 --encoder_layers 1
-    --query_width 16 --query_hidden 16 --slot_width 16 --slot_hidden 16 --decoder_heads 2 --output_hidden 16
-    --batch_size 4 --threads 1 --pixels_per_step 0 --steps 2 --eval_images 4"""
-)
+SMALL = flags(MODEL_16 | {"cnn_stride": 1, "batch_size": 4, "threads": 1, "steps": 2, "eval_images": 4})
 # What makes a printed command cheap; commands without an entry are parsed alone
 CHEAP = {("train",): SMALL, ("eval",): ["--images", "40"], ("report",): [], ("data", "check"): [], ("data", "pack"): []}
 ELSEWHERE = ("s3://", "clevrtex", "$", "torchrun")  # not on this machine

@@ -11,14 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny import MODEL_16, flags
 
 from fastslots.runs.folder import RunFolder
 from fastslots.runs.log import read_metrics
 
 ROOT = Path(__file__).parents[1]
-SMALL = """sprites-mini --resolution 16 --num_slots 3 --slot_dim 4 --cnn_channels 8 --cnn_stride 1 --encoder_width 16
-    --encoder_layers 1 --query_width 16 --query_hidden 16 --slot_width 16 --slot_hidden 16 --decoder_heads 2
-    --output_hidden 16 --batch_size 4 --threads 1 --pixels_per_step 0 --eval_images 4 --device cpu""".split()
+SMALL = [
+    "sprites-mini",
+    *flags(MODEL_16 | {"cnn_stride": 1, "batch_size": 4, "threads": 1, "eval_images": 4, "device": "cpu"}),
+]
 
 
 @pytest.fixture

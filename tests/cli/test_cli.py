@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from tiny import MODEL_16, flags
 
 from fastslots.cli import build_parser, main
 from fastslots.cli.fields import headings
@@ -20,9 +21,7 @@ from fastslots.errors import UserError
 from fastslots.models import SlotVAEConfig
 from fastslots.train import TrainConfig
 
-TINY = """--resolution 16 --num_slots 3 --slot_dim 4 --cnn_channels 8 --encoder_width 16 --encoder_layers 1
---query_width 16 --query_hidden 16 --slot_width 16 --slot_hidden 16 --decoder_heads 2 --output_hidden 16
---batch_size 4 --threads 1 --pixels_per_step 0 --steps 2 --eval_images 4""".split()
+TINY = [*flags(MODEL_16), *"--batch_size 4 --threads 1 --steps 2 --eval_images 4".split()]
 
 
 def config(*argv: str) -> TrainConfig:

@@ -10,10 +10,8 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-import torch
 from fsspec.registry import known_implementations
-from safetensors.torch import load_file
-from tiny import MODEL_8
+from tiny import MODEL_8, same_weights
 
 from fastslots.cli import main
 from fastslots.data import open_dataset
@@ -52,11 +50,6 @@ def far(local, tmp_path, monkeypatch) -> str:
     fs, url = fsspec.filesystem("memory"), f"memory://bucket-{tmp_path.name}/packed"
     fs.put(str(local), url, recursive=True)
     return url
-
-
-def same_weights(a: Path, b: Path) -> bool:
-    x, y = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
-    return x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
 
 
 @pytest.mark.parametrize("limit, ranged", [("1", 0), (str(1.5 * (SHARD + 1500) / 1e9), 1), ("0", 2)])

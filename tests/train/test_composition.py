@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from tiny import MODEL_16, flags
 
 from fastslots.cli import main
 from fastslots.config.run import TrainConfig, read_config
@@ -19,9 +20,7 @@ from fastslots.evaluation.evaluate import evaluate
 from fastslots.models import SlotVAE
 
 RULE = "shape=square,hue=0.5:0.75"
-TINY = """--resolution 16 --num_slots 4 --slot_dim 4 --cnn_channels 8 --encoder_width 16 --encoder_layers 1
---query_width 16 --query_hidden 16 --slot_width 16 --slot_hidden 16 --decoder_heads 2 --output_hidden 16
---batch_size 4 --pixels_per_step 0 --steps 2 --eval_images 4""".split()
+TINY = [*flags(MODEL_16 | {"num_slots": 4}), *"--batch_size 4 --steps 2 --eval_images 4".split()]
 
 
 def test_an_object_must_meet_every_condition():

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import MODEL_8
+from tiny import MODEL_8, same_weights
 
 from fastslots.cli import main
 from fastslots.distributed import Group, StopSignals
@@ -34,11 +34,6 @@ def argv_of(folder: Path, out: Path, **fields) -> list[str]:
     config = TrainConfig.preset("sprites-mini", **(TINY | fields))
     (folder / "fields.json").write_text(json.dumps(asdict(config)))
     return ["train", "--config", str(folder / "fields.json"), "--resume", "--out", str(out)]
-
-
-def same_weights(a: Path, b: Path) -> bool:
-    x, y = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
-    return x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
 
 
 def until(true, process, seconds: float = 120) -> None:

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tiny import MODEL_8
+from tiny import MODEL_8, same_weights
 
 from fastslots.cli import main
 from fastslots.errors import UserError
@@ -36,11 +35,6 @@ TINY = dict(
 
 def config_of(**overrides) -> TrainConfig:
     return TrainConfig.preset("sprites-mini", **{**TINY, **overrides})
-
-
-def same_weights(a: Path, b: Path) -> bool:
-    x, y = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
-    return x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
 
 
 def newest(out: Path) -> Checkpoint | None:

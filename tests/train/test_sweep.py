@@ -12,6 +12,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from tiny import MODEL_16, flags
 
 from fastslots.cli import main
 from fastslots.cli.common import aligned
@@ -21,9 +22,7 @@ from fastslots.errors import UserError
 from fastslots.sweep.tables import cells_of, csv_table, json_table, mean_and_std, plot, table_rows
 from fastslots.sweep.trials import LOG, Trial, TrialResult, command, finished, make_trials
 
-TINY = """--resolution 16 --num_slots 3 --slot_dim 4 --cnn_channels 8 --encoder_width 16 --encoder_layers 1
---query_width 16 --query_hidden 16 --slot_width 16 --slot_hidden 16 --decoder_heads 2 --output_hidden 16
---batch_size 4 --pixels_per_step 0 --steps 2 --eval_images 4""".split()
+TINY = [*flags(MODEL_16), *"--batch_size 4 --steps 2 --eval_images 4".split()]
 
 
 def test_a_sweep_survives_a_failing_trial_and_goes_on(tmp_path, capsys):

@@ -9,11 +9,10 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from tiny import same_weights
 
 from fastslots.models import SlotVAE, SlotVAEConfig
 from fastslots.runs.folder import RunFolder
@@ -21,11 +20,6 @@ from fastslots.train import TrainConfig, fit
 from fastslots.train.checkpoint import latest_checkpoint
 
 COUNTS = (1, 2, 3, 8)
-
-
-def same_weights(a: Path, b: Path) -> bool:
-    x, y = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
-    return x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
 
 
 @pytest.fixture
