@@ -14,7 +14,7 @@ from torch import Tensor
 from fastslots.data import open_dataset, to_float
 from fastslots.data.packed.dataset import digest
 from fastslots.data.packed.features import Features, write_features
-from fastslots.models.frozen.vit import VisionTransformer, load_vit
+from fastslots.models.vit import VisionTransformer, load_vit
 from fastslots.notices import Progress
 
 

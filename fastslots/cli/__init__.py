@@ -18,10 +18,11 @@ OUT_OF_MEMORY = (
     "out of memory: lower --batch_size, --eval_batch or --resolution, or end other programs; a run's checkpoints are "
     "kept, and --resume goes on from the newest"
 )
+NEEDED = ("torch", "numpy", "scipy", "PIL", "safetensors", "fsspec")
+"""Imported when a command runs, never before: a help and a wrong flag answer at once."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    # Late, as all that imports torch: ``threads.prepare`` comes before.
     from fastslots import __version__
     from fastslots.cli import bench, compare, data, doctor, evaluate, explore, kernels, report, sweep, train
     from fastslots.cli.common import Parser
@@ -32,17 +33,6 @@ def build_parser() -> argparse.ArgumentParser:
     for module in (train, sweep, evaluate, data, report, compare, explore, bench, kernels, doctor):
         module.add_parser(commands)
     return parser
-
-
-def _whole_parser() -> argparse.ArgumentParser:
-    """UserError where a package that fastslots needs cannot be imported."""
-    try:
-        return build_parser()
-    except ImportError as error:
-        if (error.name or "fastslots").startswith("fastslots"):  # ours: a bug, whose place is to be seen
-            raise
-        mend = "pip install fastslots (in a checkout: pip install -c constraints.txt .) brings what it needs"
-        raise UserError(f"can't start with {sys.executable}: {error}: {mend}") from None
 
 
 def _say_warnings() -> None:
@@ -71,11 +61,11 @@ def _say_warnings() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command -> exit code."""
     on_terminal = sys.stdout is not None and sys.stdout.isatty()
-    threads.prepare()  # before torch, which the commands import
+    threads.prepare()  # before torch, which commands import as they run
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path that is printed may be no text
         sys.stdout.reconfigure(errors="surrogateescape")
     try:
-        args = _whole_parser().parse_args(argv)
+        args = build_parser().parse_args(argv)
         with warnings.catch_warnings():
             _say_warnings()
             code: int = args.run(args)
@@ -86,6 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except ImportError as error:
+        if (error.name or "").split(".")[0] not in NEEDED:  # a bug, whose place is to be seen
+            raise
+        mend = "pip install fastslots (in a checkout: pip install -c constraints.txt .) brings what it needs"
+        print_error(UserError(f"can't start with {sys.executable}: {error}: {mend}"))
+        return 2
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeAlias
 
 from fastslots.config.code import check_name, check_trusted, trust
-from fastslots.data.packed.urls import ALLOW_HELP
 from fastslots.errors import UserError
 from fastslots.runs.folder import RunFolder
 from fastslots.runs.own_code import OwnCode
@@ -45,7 +44,12 @@ RUN_HELP = "folder that `fastslots train --out` wrote, or the name of a model th
 
 
 def add_allow_remote(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--allow-remote", "--allow_remote", action="store_true", help=ALLOW_HELP)
+    parser.add_argument(
+        "--allow-remote",
+        "--allow_remote",
+        action="store_true",
+        help="open data at a URL that the configuration names, once; afterwards this machine knows the URL",
+    )
 
 
 def add_code(parser: argparse.ArgumentParser) -> None:

@@ -89,7 +89,13 @@ def _folders(found: Findings) -> None:
     """The places that fastslots writes to."""
     from fastslots.data.packed.cache import cache_root
 
-    for name, folder, flag in (("cache", cache_root(), "FASTSLOTS_CACHE"), ("runs", Path("runs").absolute(), "--out")):
+    places = [("runs", Path("runs").absolute(), "--out")]
+    try:
+        places.insert(0, ("cache", cache_root(), "FASTSLOTS_CACHE"))
+    except UserError as error:
+        text, _, mend = str(error).partition(": ")
+        found.problem("cache", text, mend)
+    for name, folder, flag in places:
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free
         text = f"{folder}, {free / 2**30:.1f} GiB free"

@@ -13,7 +13,6 @@ from fastslots.cli.fields import DEFAULT_PRESET, add_fields, add_help
 from fastslots.config.code import check_trusted
 from fastslots.config.presets import preset_names
 from fastslots.config.run import TrainConfig, read_config
-from fastslots.data.packed.urls import check_allowed
 from fastslots.errors import UserError, print_error
 from fastslots.runs.folder import RunFolder
 from fastslots.runs.own_code import OwnCode
@@ -64,6 +63,8 @@ def config_of(args: argparse.Namespace) -> TrainConfig:
 def allowed(config: TrainConfig, path: Path, args: argparse.Namespace) -> TrainConfig:
     """``config``, read from ``path``, unless its data lie at a URL, or its model in code, that only the file names:
     UserError."""
+    from fastslots.data.packed.urls import check_allowed
+
     check_allowed(config.data, path, args.allow_remote or "field_data" in vars(args))
     if "field_model" not in vars(args) and not args.trust_code:
         check_trusted(config.model, path)

@@ -6,15 +6,16 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from fastslots.config.code import GIVEN, check_name
 from fastslots.config.model import SlotVAEConfig, option
 from fastslots.config.spans import checked_span, in_steps
 from fastslots.errors import UserError, first_line
 from fastslots.files import read_file
+
+if TYPE_CHECKING:
+    import torch
 
 SCHEDULES = ("constant", "cosine", "paper", "paper-clevrtex")
 BUILTIN = ("sprites", "sprites-textured", "scenes")
@@ -29,6 +30,8 @@ LATER_FIELDS = ("queries", "cnn_kernel", "plateau_end", "decay_steps", "model", 
 """Fields that runs of earlier versions did not have. Where a run's file lacks one, the run had its default, whatever
 the preset has by now, or what ``BEFORE`` says."""
 BEFORE = {"generator": "torch"}
+OPTIMIZERS = ("adam", "adamw", "muon")
+"""Those of the presets: to know them takes no import of torch, a second that a help or a wrong flag would wait for."""
 MOST_THREADS = 1024  # torch takes any number, and dies where the system makes no more
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 
@@ -138,7 +141,7 @@ class TrainConfig(SlotVAEConfig):
             raise UserError(
                 f"pixels_per_step {self.pixels_per_step} is more than the image has ({pixels}): 0 means all"
             )
-        if self.optimizer != "muon" and not optimizer_class(self.optimizer):
+        if self.optimizer not in OPTIMIZERS and not optimizer_class(self.optimizer):
             raise UserError(
                 f"optimizer must be muon or a class of torch.optim (adam, adamw, sgd, ...), got {self.optimizer!r}"
             )
@@ -187,11 +190,15 @@ class TrainConfig(SlotVAEConfig):
     def _precision(self) -> str:
         if self.precision != "auto":
             return self.precision
+        import torch
+
         has_bf16 = self.torch_device().type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return "bf16" if has_bf16 else "fp32"
 
     def torch_device(self) -> torch.device:
         """UserError where this machine has no such device; a configuration as such is good on any machine."""
+        import torch
+
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
@@ -212,6 +219,8 @@ class TrainConfig(SlotVAEConfig):
 
 def optimizer_class(name: str) -> Any:
     """A class of torch.optim by its lower-case name, or None."""
+    import torch
+
     found = {key.lower(): value for key, value in vars(torch.optim).items() if isinstance(value, type)}.get(
         name.lower()
     )

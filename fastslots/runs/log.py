@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL.Image import Image
 
-from fastslots.errors import UserError
+from fastslots.errors import UserError, first_line
 from fastslots.files import open_log
 from fastslots.runs.curves import Line, is_number
 from fastslots.runs.folder import RunFolder
@@ -102,20 +102,25 @@ class MetricsLog:
                 what(tracker)
             except Exception as error:  # each package has errors of its own
                 self._trackers.remove(tracker)
-                name, reason = type(tracker).__name__.lower(), str(error) or type(error).__name__
-                raise UserError(f"{name} has failed ({reason}): the run goes on without it") from None
+                raise UserError(
+                    f"{tracker.name} has failed ({first_line(error)}): the run goes on without it"
+                ) from None
 
     def sync(self) -> None:
         """Bring to the disk what has been written."""
         self._metrics.sync()
         self._machine.sync()
 
-    def close(self) -> None:
+    def close(self, say: Callable[[str], object] = lambda _: None) -> None:
+        """say: takes a line for each tracker that fails at its end; the run itself is done."""
         self._metrics.close()
         self._machine.close()
         for tracker in self._trackers:
-            with contextlib.suppress(Exception):  # as above: the run itself is done
+            try:
                 tracker.close()
+            except Exception as error:
+                reason = first_line(error)
+                say(f"warning   {tracker.name} has failed at its end ({reason}): what it got last may be missing")
 
 
 def without_nan(values: dict[str, object]) -> dict[str, object]:

@@ -61,7 +61,7 @@ class Silent:
     def note(self, text: str) -> None:
         pass
 
-    def close(self) -> None:
+    def close(self, *_: object) -> None:
         pass
 
 

@@ -24,6 +24,8 @@ def open_trackers(names: list[str], folder: RunFolder, last_step: int, config: d
 class TensorBoard:
     """Event files in the run's folder; what a resume repeats replaces what was there."""
 
+    name = "tensorboard"
+
     def __init__(self, folder: RunFolder, last_step: int):
         writer = _package("torch.utils.tensorboard", "tensorboard").SummaryWriter
         self._events = writer(str(folder.path), purge_step=last_step + 1)
@@ -47,7 +49,7 @@ class Hosted:
     """
 
     def __init__(self, package: str, folder: RunFolder, config: dict[str, Any]):
-        self._module = _package(package, package)
+        self.name, self._module = package, _package(package, package)
         path = folder.tracker(package)
         if not path.exists():
             write_json(path, {"id": secrets.token_hex(4)})

@@ -73,8 +73,10 @@ class Recorder:
         if self._repetition:
             self._repetition.end()
         with contextlib.ExitStack() as stack:
-            for part in (self._log, self._progress, self._writer):
-                stack.callback(part.close)
+            # from the last to the first: what is being written may have something to say, and so may a tracker
+            stack.callback(self._progress.close)
+            stack.callback(self._log.close, self.say)
+            stack.callback(self._writer.close)
 
     def say(self, text: str) -> None:
         """A line that is to stay."""

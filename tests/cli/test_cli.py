@@ -46,6 +46,36 @@ def test_every_field_is_a_flag(capsys):
         assert field.name == "preset_name" or f"--{field.name}" in text, field.name
 
 
+@pytest.mark.parametrize(
+    "argv, code",
+    [
+        ("--help", 0),
+        ("--version", 0),
+        ("train clevr6 --help", 0),
+        ("sweep --help-all", 0),
+        ("eval --help", 0),
+        ("data check --help", 0),
+        ("train --print-config", 0),
+        ("train --stepz 3", 2),
+        ("train --steps many", 2),
+        ("train --steps -1", 2),
+        ("eval --splitt test", 2),
+        ("comparee", 2),
+        ("data", 2),
+    ],
+)
+def test_a_help_and_a_wrong_flag_import_no_torch(argv, code):
+    """They took 1.6 s, most of it torch's import."""
+    heavy = "('torch', 'numpy', 'scipy', 'PIL', 'rich', 'fsspec')"
+    program = (
+        "import sys\nfrom fastslots.cli import main\n"
+        f"try: code = main({argv.split()})\nexcept SystemExit as end: code = end.code\n"
+        f"print(code or 0, [name for name in {heavy} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"{code} []"
+
+
 def help_of(capsys, *argv: str) -> list[str]:
     with pytest.raises(SystemExit) as ended:
         main([*argv])

@@ -78,6 +78,19 @@ def test_the_cache_is_one_place(quick, capsys, monkeypatch, tmp_path, value):
     assert f"{place}, " in capsys.readouterr().out
 
 
+def test_without_a_home_folder_the_cache_is_a_problem_like_others(quick, capsys, monkeypatch):
+    """It ended there, before the self-check."""
+
+    def unknown(self):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", unknown)
+    monkeypatch.delenv("FASTSLOTS_CACHE", raising=False)
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "training   123 images/s" in said and "mend: set FASTSLOTS_CACHE or HOME" in said
+
+
 def test_an_error_without_words_goes_by_its_type(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError

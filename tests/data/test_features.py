@@ -21,7 +21,7 @@ from fastslots.data.packed.dataset import DatasetInfo
 from fastslots.data.packed.features import FeatureDataset, Features, check_features, write_features
 from fastslots.data.sources import open_source
 from fastslots.errors import UserError
-from fastslots.models.frozen.vit import load_vit
+from fastslots.models.vit import load_vit
 from fastslots.train import fit
 
 PATCH, WIDTH, HEADS, HIDDEN, DEPTH, GRID = 4, 12, 3, 20, 2, 5

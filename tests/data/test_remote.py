@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import sys
 from pathlib import Path
 
 import fsspec
@@ -210,6 +211,12 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, argv, words):
     error = capsys.readouterr().err.splitlines()
     assert error[-1].startswith("fastslots") and words in error[-1] and "Traceback" not in "".join(error)
     assert not [path.name for path in tmp_path.iterdir() if path.name != "cache"]
+
+
+def test_a_package_that_reads_a_protocol_is_named_with_its_mend(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    assert main(["data", "check", "http://localhost:1/x"]) == 2
+    assert "aiohttp" in (said := capsys.readouterr().err) and said.rstrip().endswith("pip install 'fsspec[http]'")
 
 
 def test_a_limit_that_is_no_number(far, monkeypatch):

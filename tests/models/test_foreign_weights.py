@@ -8,7 +8,7 @@ import torch
 from fastslots.errors import UserError
 from fastslots.interop import load_official, read_state, to_official
 from fastslots.models import SlotVAE, SlotVAEConfig
-from fastslots.models.frozen.vit import load_vit
+from fastslots.models.vit import load_vit
 
 
 @pytest.fixture(scope="module")

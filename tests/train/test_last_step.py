@@ -50,7 +50,9 @@ def test_a_broken_part_costs_no_weights(part, tmp_path, monkeypatch):
 def test_a_tracker_that_breaks_at_the_end_costs_no_weights(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     monkeypatch.setattr("fastslots.runs.trackers.TensorBoard.close", fails)
-    assert fit(config_of(tensorboard=True), out=tmp_path / "run", stream=io.StringIO()).step == 3
+    said = io.StringIO()
+    assert fit(config_of(tensorboard=True), out=tmp_path / "run", stream=said).step == 3
+    assert said.getvalue().count("warning   tensorboard has failed at its end (it is broken)") == 1
     SlotVAE.from_run(tmp_path / "run")
 
 

@@ -81,6 +81,8 @@ def test_a_resume_never_holds_less_of_the_log_than_it_keeps(tmp_path, monkeypatc
 class Failing:
     """A tracker whose service has gone."""
 
+    name = "failing"
+
     def __init__(self):
         self.asked = 0
 

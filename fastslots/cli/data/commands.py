@@ -11,7 +11,6 @@ from fastslots.cli.common import Subparsers
 from fastslots.cli.data import features, get
 from fastslots.config.presets import preset_names
 from fastslots.errors import UserError
-from fastslots.report.scenes import draw_scenes
 
 GENERATED = {
     "sprites": ("coloured shapes on black, with occlusion", "2-4"),
@@ -90,6 +89,8 @@ def _check(args: argparse.Namespace) -> int:
         return 0
     report = check(args.path, **_shape(args), quick=args.quick, on_bad_record=args.on_bad_record)
     if args.picture:
+        from fastslots.report.scenes import draw_scenes
+
         draw_scenes(args.path, args.picture, **_shape(args), on_bad_record=args.on_bad_record)
     print(json.dumps(dataclasses.asdict(report)) if args.json else report)
     return 0

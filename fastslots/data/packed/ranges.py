@@ -18,6 +18,12 @@ WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
 library itself repeats."""
 BLOCK = 8 << 20  # bytes of one range where a whole array is read
 AHEAD = 8  # batches that are read at once
+PACKAGES = {"http": "'fsspec[http]'", "https": "'fsspec[http]'", "s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"} | {
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "hf": "huggingface_hub",
+}
+"""What fsspec asks for a protocol of ``urls.PROTOCOLS``."""
 
 
 class Range(NamedTuple):
@@ -39,7 +45,9 @@ def filesystem(url: str) -> tuple[Any, str]:
         system, path = url_to_fs(url, **(web.options() if web.is_web(url) else {}))
         return system, str(path)
     except ImportError as error:
-        raise UserError(f"{url} needs a package that is not there ({first_line(error)})") from None
+        package = PACKAGES.get(url.partition("://")[0], "the one that it names")
+        reason = first_line(error)
+        raise UserError(f"{url} needs a package that is not there ({reason}): pip install {package}") from None
     except Exception as error:  # each backend has errors of its own
         reason = first_line(error)
         raise UserError(f"{url} cannot be reached ({reason}): check its scheme and your credentials") from None

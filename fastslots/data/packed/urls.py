@@ -15,7 +15,6 @@ from fastslots.errors import UserError
 
 PROTOCOLS = ("file", "http", "https", "s3", "gs", "gcs", "az", "abfs", "hf")
 """What fsspec may be asked for. Its other protocols include ones that run templates, unpack archives or open shells."""
-ALLOW_HELP = "open data at a URL that the configuration names, once; afterwards this machine knows the URL"
 
 
 def is_remote(path: str | Path) -> bool:

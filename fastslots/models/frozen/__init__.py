@@ -1,1 +1,0 @@
-"""Networks that come with weights and are not trained here."""
