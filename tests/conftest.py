@@ -1,4 +1,4 @@
-"""Two threads at most, so that a test machine is shared fairly; Triton kernels run in its interpreter, on NumPy."""
+"""Two threads at most, so that a test machine is shared fairly; ``devices`` says where ops and kernels run."""
 
 from __future__ import annotations
 
@@ -19,8 +19,16 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # before t
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin for one another take a busy machine's cores
 
 import torch
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: the one place that says so
+from devices import (  # noqa: F401  (a fixture, and hooks of pytest)
+    device,
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_report_header,
+    pytest_runtest_call,
+    pytest_runtest_setup,
+    pytest_terminal_summary,
+)
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 

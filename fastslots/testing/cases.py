@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from fastslots.records import (
     FeedForward,
@@ -189,9 +190,12 @@ def in_dtype(inputs: LossInputs, dtype: torch.dtype) -> LossInputs:
     return replace(same, target=inputs.target.to(dtype), pixel_weight=weight)
 
 
-def on_meta(inputs: LossInputs) -> LossInputs:
-    """The same inputs as tensors without values."""
-    same = inputs.with_tensors({name: t.to("meta") for name, t in inputs.tensors().items()})
-    weight = None if inputs.pixel_weight is None else inputs.pixel_weight.to("meta")
-    mask = None if inputs.slot_mask is None else inputs.slot_mask.to("meta")
-    return replace(same, target=inputs.target.to("meta"), pixel_weight=weight, slot_mask=mask)
+def on(device: torch.device | str, value: Any) -> Any:
+    """The same tensors on another device (``meta``: without values): of a tensor, ``LossInputs``, or any nesting of
+    tuples, records, lists and dictionaries of tensors. Strides of dense tensors are kept."""
+    if isinstance(value, LossInputs):
+        return replace(
+            value.with_tensors(on(device, value.tensors())),
+            **{f.name: on(device, getattr(value, f.name)) for f in fields(value) if f.name != "decoder"},
+        )
+    return tree_map_only(Tensor, lambda t: t.detach().to(device).requires_grad_(t.requires_grad), value)

@@ -27,11 +27,11 @@ def _gelu_kernel(u_ptr, h_ptr, slope_ptr, SIXTEEN: tl.constexpr, BLOCK_L: tl.con
 
 
 @pytest.mark.parametrize("sixteen, bound", [(True, 6e-7), (False, 6e-7)], ids=["16-bit", "fp32"])
-def test_gelu_of_every_bf16_number(sixteen, bound):
+def test_gelu_of_every_bf16_number(sixteen, bound, device):
     """Absolute errors, relative above 1: GELU in 16 bits is off by 4.2e-7, which bf16 rounds away."""
     every = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).float()
     u = every[every.isfinite() & (every.abs() < 1e30)]
-    u = torch.cat([u, u.new_zeros(-len(u) % 4096)])
+    u = torch.cat([u, u.new_zeros(-len(u) % 4096)]).to(device)
     h, slope = torch.empty_like(u), torch.empty_like(u)
     _gelu_kernel[(len(u) // 4096,)](u, h, slope, SIXTEEN=sixteen, BLOCK_L=4096)
     wide = u.double()
@@ -44,10 +44,10 @@ def test_gelu_of_every_bf16_number(sixteen, bound):
 
 @pytest.mark.parametrize("shape", [(2, 70, 45), (1, 1, 3), (3, 150, 64)])
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
-def test_joint_norm_against_float64(shape, dtype, bound):
+def test_joint_norm_against_float64(shape, dtype, bound, device):
     gen = torch.Generator().manual_seed(0)
     x = (50 + 2 * torch.randn(shape, generator=gen)).to(dtype)  # a mean far from 0, in which E[x²] − mean² would cancel
-    dy = torch.randn(shape, generator=gen).to(dtype)
+    x, dy = x.to(device), torch.randn(shape, generator=gen).to(device, dtype)
     ours, wide = x.clone().requires_grad_(), x.double().requires_grad_()
     y, expected = joint_norm(ours, backend="triton"), F.layer_norm(wide, shape[1:])
     y.backward(dy)
@@ -57,8 +57,8 @@ def test_joint_norm_against_float64(shape, dtype, bound):
         assert (got.detach().double() - want.detach()).abs().max() <= bound * max(1.0, want.detach().abs().max())
 
 
-def test_joint_norm_passes_an_undefined_cotangent_on():
+def test_joint_norm_passes_an_undefined_cotangent_on(device):
     """As autograd hands one down where nothing reads a result: it was taken for a tensor."""
-    x = torch.randn(2, 5, 3, requires_grad=True)
+    x = torch.randn(2, 5, 3, device=device, requires_grad=True)
     nothing = torch._C._functions.UndefinedGrad()(joint_norm(x, backend="triton"))
     assert torch.autograd.grad(nothing.sum(), x, allow_unused=True) == (None,)

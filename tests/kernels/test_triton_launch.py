@@ -15,6 +15,7 @@ from fastslots.kernels.gpu.cross_attention import cross_attention_fwd
 from fastslots.kernels.tools import shipped, tune
 from fastslots.ops import reference
 from fastslots.records import FeedForward, FoldedProjections, describe
+from fastslots.testing import on
 
 
 @pytest.fixture
@@ -261,7 +262,7 @@ def test_many_slots_take_shorter_tiles(slots):
         assert many[name] <= usual[name], name
 
 
-def test_short_tiles_of_many_slots_give_the_right_numbers():
+def test_short_tiles_of_many_slots_give_the_right_numbers(device):
     gen = torch.Generator().manual_seed(0)
     x, G, g, U, b = (
         torch.randn(*s, generator=gen) * 0.5 for s in ((1, 70, 20), (1, 20, 2, 40), (1, 2, 40), (1, 2, 40, 20), (20,))
@@ -269,6 +270,7 @@ def test_short_tiles_of_many_slots_give_the_right_numbers():
     ff = [torch.randn(*s, generator=gen) * 0.3 for s in ((20,), (20,), (24, 20), (24,), (20, 24), (20,))]
     from fastslots.kernels.gpu.decoder_layer import decoder_layer_fwd
 
+    x, G, g, U, b, ff = on(device, (x, G, g, U, b, ff))
     got = decoder_layer_fwd(x, FoldedProjections(G, g, U, b), FeedForward(*ff))
     want = reference.decoder_layer(x, FoldedProjections(G, g, U, b), FeedForward(*ff), None)
     for a, r in zip(got, want, strict=True):

@@ -1,5 +1,5 @@
 """The backends that ops are tested on: the reference, C++ on each instruction set of this machine, and Triton, whose
-kernels run in its interpreter (``tests/conftest.py``)."""
+kernels run in its interpreter or on a GPU (``tests/devices.py``)."""
 
 from __future__ import annotations
 
@@ -25,44 +25,32 @@ BACKENDS = ["reference", *(f"cpu {isa}" for isa in _instruction_sets()), *(["tri
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
+def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
     """Name of a backend; the C++ one on the instruction set that the test's name says."""
-    return _use(request.param)
+    return _use(request.param, device)
 
 
 @pytest.fixture(params=[name for name in BACKENDS if name != "triton"])
 def host_backend(request: pytest.FixtureRequest) -> str:
     """The same for ops that have no Triton kernel: the reference and C++."""
-    return _use(request.param)
+    return _use(request.param, torch.device("cpu"))
 
 
 @pytest.fixture(params=BACKENDS[1:])
-def kernels(request: pytest.FixtureRequest) -> str:
+def kernels(request: pytest.FixtureRequest, device: torch.device) -> str:
     """The same of those that have kernels."""
-    return _use(request.param)
+    return _use(request.param, device)
 
 
-def _use(backend: str) -> str:
+def _use(backend: str, device: torch.device) -> str:
     name, _, isa = backend.partition(" ")
+    if isa and device.type != "cpu":
+        pytest.skip("the C++ kernels are the CPU's")
     if isa:
         from fastslots.kernels import cpu_backend
 
         cpu_backend.set_isa(isa)
-    if name == "triton":
-        assert_interpreted()
     return name
-
-
-def assert_interpreted() -> None:
-    from fastslots.kernels.gpu._tiles import INTERPRETED
-
-    assert INTERPRETED.value, "triton was imported before TRITON_INTERPRET was set: run these tests in a new process"
-
-
-@pytest.fixture
-def interpreted() -> None:
-    """Triton's kernels run in its interpreter."""
-    assert_interpreted()
 
 
 @pytest.fixture(autouse=True)

@@ -7,14 +7,13 @@ from functools import partial
 import pytest
 import torch
 from torch.library import opcheck
-from values import cast, values_and_gradients
+from values import cast, cpu_backend, values_and_gradients
 
 from fastslots import ops
-from fastslots.kernels import cpu_backend
 from fastslots.nn import InteractionCrossAttention
 from fastslots.ops import reference
 from fastslots.records import FeedForward, FoldedProjections
-from fastslots.testing import SHAPES, UNALIGNED, Operations, assert_close, random_layer, random_qkv
+from fastslots.testing import SHAPES, UNALIGNED, Operations, assert_close, on, random_layer, random_qkv
 
 SMALL = SHAPES["one-slot"]._replace(K=3)
 Q, K, V = random_qkv(SMALL, torch.float32)
@@ -24,10 +23,10 @@ X, FOLDED, FF = random_layer(SMALL, torch.float32)
 # ---- derivatives in every mode ---------------------------------------------------------------------------------------
 
 
-def _ops_on_small_inputs(backend: str = "auto"):
+def _ops_on_small_inputs(backend: str = "auto", device: torch.device | str = "cpu"):
     """name -> function, tensors: each public op as a function of tensors alone."""
-    q, k, v = random_qkv(SMALL)
-    x, folded, ff = random_layer(SMALL)
+    q, k, v = on(device, random_qkv(SMALL))
+    x, folded, ff = on(device, random_layer(SMALL))
 
     def layer(x, *weights):
         return ops.decoder_layer(x, ops.FoldedProjections(*weights[:4]), ops.FeedForward(*weights[4:]), backend)
@@ -51,16 +50,16 @@ CONTRACT = pytest.mark.parametrize("name", list(_ops_on_small_inputs()))
 
 
 @CONTRACT
-def test_gradcheck_backward_forward_and_second_order(name):
-    function, tensors = _ops_on_small_inputs("reference")[name]
+def test_gradcheck_backward_forward_and_second_order(name, device):
+    function, tensors = _ops_on_small_inputs("reference", device)[name]
     tensors = tuple(t.detach().requires_grad_() for t in tensors)
     assert torch.autograd.gradcheck(function, tensors, check_forward_ad=True, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
 
 
 @CONTRACT
-def test_jvp_is_not_silently_zero(name):
-    function, tensors = _ops_on_small_inputs()[name]
+def test_jvp_is_not_silently_zero(name, device):
+    function, tensors = _ops_on_small_inputs(device=device)[name]
     tensors = tuple(t.float() for t in tensors)  # fp32: where a kernel would serve
     tangents = tuple(torch.randn_like(t) for t in tensors)
     _, tangent = torch.func.jvp(function, tensors, tangents)
@@ -73,8 +72,8 @@ def test_jvp_is_not_silently_zero(name):
 
 
 @CONTRACT
-def test_vmap_of_jacfwd_equals_jacrev(name):
-    function, tensors = _ops_on_small_inputs()[name]
+def test_vmap_of_jacfwd_equals_jacrev(name, device):
+    function, tensors = _ops_on_small_inputs(device=device)[name]
     first = lambda t: function(t, *tensors[1:])  # noqa: E731
     forward, reverse = torch.func.jacfwd(first)(tensors[0]), torch.func.jacrev(first)(tensors[0])
     for a, b in zip(as_tuple(forward), as_tuple(reverse), strict=True):
@@ -112,11 +111,11 @@ def test_opcheck_and_transforms():
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize(("B", "L"), [(0, 9), (2, 0)], ids=["no image", "no pixel"])
-def test_an_empty_batch_has_a_backward(backend, B, L):
+def test_an_empty_batch_has_a_backward(backend, B, L, device):
     """Also from a gradient without strides, which is what a sum gives."""
 
     def leaf(*shape):
-        return torch.randn(*shape, requires_grad=True)
+        return torch.randn(*shape, device=device, requires_grad=True)
 
     q, k, v = leaf(B, 2, L, 4), leaf(B, 2, 3, 4), leaf(B, 2, 3, 4)
     x, wq, wo, ff = (
@@ -132,7 +131,7 @@ def test_an_empty_batch_has_a_backward(backend, B, L):
         *ops.folded_cross_attention(x, folded, backend=backend),
         *ops.decoder_layer(x, folded, FeedForward(*ff), backend=backend),
         ops.token_attention(rows[:, : L + 4], tokens, backend=backend),
-        ops.interaction_penalty(torch.rand(B, L, 3)),
+        ops.interaction_penalty(torch.rand(B, L, 3, device=device)),
     ]
     sum(output.sum() for output in outputs).backward()
     for tensor in (q, x, wq, wo, *ff):
@@ -161,8 +160,8 @@ def test_tensors_without_storage(grad):
 
 
 @CONTRACT
-def test_fullgraph_compile_forward_and_backward(name):
-    function, tensors = _ops_on_small_inputs()[name]
+def test_fullgraph_compile_forward_and_backward(name, device):
+    function, tensors = _ops_on_small_inputs(device=device)[name]
     tensors = tuple(t.float().requires_grad_() for t in tensors)
     loss = lambda *t: sum(o.square().sum() for o in as_tuple(function(*t)))  # noqa: E731
     expected = torch.autograd.grad(loss(*tensors), tensors)
@@ -171,8 +170,8 @@ def test_fullgraph_compile_forward_and_backward(name):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_compiled_code_calls_the_kernel_that_eager_code_calls():
-    q, k, v = random_qkv(SMALL, torch.float32)
+def test_compiled_code_calls_the_kernel_that_eager_code_calls(device):
+    q, k, v = on(device, random_qkv(SMALL, torch.float32))
     serves = ops.explain(q, k, v).backend
     calls = []
 
@@ -185,9 +184,8 @@ def test_compiled_code_calls_the_kernel_that_eager_code_calls():
     assert [node.args[5] for node in calls] == ([] if serves == "reference" else [serves])
 
 
-@pytest.mark.usefixtures("interpreted")
-def test_fullgraph_compile_gives_the_bits_of_eager():
-    x, folded, ff = random_layer(UNALIGNED, torch.float32)
+def test_fullgraph_compile_gives_the_bits_of_eager(device):
+    x, folded, ff = on(device, random_layer(UNALIGNED, torch.float32))
     weights = [leaf(t) for t in (x, *folded, *ff)]
 
     def loss(x, *rest):
@@ -201,9 +199,8 @@ def test_fullgraph_compile_gives_the_bits_of_eager():
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
-def test_compiled_code_calls_the_kernel(dynamic):
+def test_compiled_code_calls_the_kernel(dynamic, device):
     """Not the reference, which Dynamo would trace as well, and which makes a tensor of all heads over all pixels."""
     targets = []
 
@@ -215,7 +212,7 @@ def test_compiled_code_calls_the_kernel(dynamic):
         lambda q, k, v: ops.cross_attention(q, k, v, backend="triton")[0], fullgraph=True, backend=see, dynamic=dynamic
     )
     for pixels in (5, 6):
-        q, k, v = random_qkv(UNALIGNED._replace(L=pixels), torch.float32)
+        q, k, v = on(device, random_qkv(UNALIGNED._replace(L=pixels), torch.float32))
         assert torch.equal(compiled(q, k, v), ops.cross_attention(q, k, v, backend="triton")[0])
     assert targets and all(found == ["fastslots.cross_attention.default"] for found in targets)
 
@@ -227,12 +224,12 @@ def leaf(t):
     return t.detach().clone().requires_grad_()
 
 
-def operators(backend: str) -> dict[str, tuple]:
+def operators(backend: str, device: torch.device) -> dict[str, tuple]:
     """Arguments of every registered operator, forward and backward."""
-    x, folded, ff = random_layer(UNALIGNED, torch.float32)
-    q, k, v = random_qkv(UNALIGNED, torch.float32)
-    dy, dmap = torch.randn(UNALIGNED.B, UNALIGNED.L, UNALIGNED.D), torch.randn(UNALIGNED.B, UNALIGNED.L, UNALIGNED.K)
-    rows, tokens = torch.randn(2, 6, 20), torch.randn(2, 9, 20)
+    x, folded, ff = on(device, random_layer(UNALIGNED, torch.float32))
+    q, k, v = on(device, random_qkv(UNALIGNED, torch.float32))
+    B, _, L, K, _, D, _ = UNALIGNED
+    dy, dmap, rows, tokens = (torch.randn(*s, device=device) for s in ((B, L, D), (B, L, K), (2, 6, 20), (2, 9, 20)))
     gathered, lse = torch.ops.fastslots.token_attention(rows, tokens, backend)
     layer = [leaf(t) for t in folded], [leaf(t) for t in ff]
     return {
@@ -251,9 +248,9 @@ KERNELS = ["cross_attention", "folded_cross_attention", "decoder_layer", "token_
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_opcheck(name, kernels):
+def test_opcheck(name, kernels, device):
     """Schema, autograd, and shapes and strides as announced: compiled code reads results by the announced strides."""
-    arguments = operators(kernels)
+    arguments = operators(kernels, device)
     opcheck(getattr(torch.ops.fastslots, name).default, arguments[name])
     backward = f"{name}_backward"
     checks = ("test_schema", "test_faketensor")
@@ -261,8 +258,8 @@ def test_opcheck(name, kernels):
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_two_runs_are_bit_equal(name, kernels):
-    arguments = operators(kernels)
+def test_two_runs_are_bit_equal(name, kernels, device):
+    arguments = operators(kernels, device)
     for suffix in ("", "_backward"):
         run = getattr(torch.ops.fastslots, name + suffix)
         for a, b in zip(run(*arguments[name + suffix]), run(*arguments[name + suffix]), strict=True):
@@ -295,14 +292,13 @@ def test_sixteen_bit_tensors_are_rounded_once(dtype):
         assert all(a.dtype == dtype for a in found[2:])
 
 
-@pytest.mark.usefixtures("interpreted")
-def test_autocast_reaches_the_kernels():
+def test_autocast_reaches_the_kernels(device):
     """As it reaches the reference's products: fp32 rows, as a norm leaves them, must not run as IEEE fp32 on a GPU."""
-    x, folded, ff = random_layer(UNALIGNED, torch.float32)
-    q, k, v = random_qkv(UNALIGNED, torch.float32)
+    x, folded, ff = on(device, random_layer(UNALIGNED, torch.float32))
+    q, k, v = on(device, random_qkv(UNALIGNED, torch.float32))
     seen = {}
     for backend in ("triton", "reference"):
-        with torch.autocast("cpu", torch.bfloat16), Operations() as found:
+        with torch.autocast(device.type, torch.bfloat16), Operations() as found:
             out = ops.cross_attention(q, k, v, backend=backend)
             y = ops.folded_cross_attention(leaf(x), folded, backend)
             layer = ops.decoder_layer(leaf(x), folded, ff, backend)

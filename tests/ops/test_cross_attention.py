@@ -7,10 +7,9 @@ import torch
 from values import compare
 
 from fastslots import ops
-from fastslots.kernels.cpu_calls import unit_rows
 from fastslots.kernels.gpu.cross_attention import cross_attention_bwd, cross_attention_fwd
 from fastslots.ops import reference
-from fastslots.testing import SHAPES, UNIT, Poison, assert_close, assert_within_units, random_mask, random_qkv
+from fastslots.testing import SHAPES, UNIT, Poison, assert_close, assert_within_units, on, random_mask, random_qkv
 
 EVERY_SHAPE = pytest.mark.parametrize("shape", [pytest.param(shape, id=name) for name, shape in SHAPES.items()])
 SMALL = SHAPES["one-slot"]._replace(K=3)
@@ -90,6 +89,8 @@ def test_cpp_values_and_every_gradient(name, masked):
 
 
 def test_heads_split_from_a_projection_are_not_copied():
+    from fastslots.kernels.cpu_calls import unit_rows
+
     B, H, L, K, d = 2, 3, 21, 4, 5
     q, k, v = (torch.randn(B, n, H, d, dtype=torch.float64) for n in (L, K, K))
 
@@ -105,14 +106,13 @@ def test_heads_split_from_a_projection_are_not_copied():
 # ---- Triton ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
 @pytest.mark.parametrize(
     "shape",
     [(2, 12, 70, 43, 7), (1, 12, 33, 43, 5), (1, 2, 1, 43, 11), (1, 3, 31, 80, 64), (2, 1, 65, 16, 1)],
     ids=["clevr6", "sprites", "one-pixel", "64-slots", "one-slot"],
 )
-def test_triton_values_and_every_gradient(shape, dtype):
+def test_triton_values_and_every_gradient(shape, dtype, device):
     B, H, L, d, K = shape
     gen = torch.Generator().manual_seed(0)
     # q and dout as a projection leaves them: [B, L, H·d] seen as [B, H, L, d].
@@ -120,6 +120,7 @@ def test_triton_values_and_every_gradient(shape, dtype):
     k, v = (torch.randn(B, H, K, d, generator=gen).to(dtype) for _ in range(2))
     dmap, mask = torch.randn(B, L, K, generator=gen), torch.rand(B, K, generator=gen) > 0.3 if K > 4 else None
     scale = 180**-0.5
+    q, k, v, dout, dmap, mask = on(device, (q, k, v, dout, dmap, mask))
     with Poison():
         got = cross_attention_fwd(q, k, v, scale, mask)
         grads = cross_attention_bwd(dout, dmap, q, k, v, scale, mask)
@@ -129,10 +130,9 @@ def test_triton_values_and_every_gradient(shape, dtype):
     assert_within_units((*got, *grads), (*expected, *expected_grads), dtype)
 
 
-@pytest.mark.usefixtures("interpreted")
-def test_triton_serves_the_public_op():
+def test_triton_serves_the_public_op(device):
     gen = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 3, n, 16, generator=gen, requires_grad=True) for n in (40, 5, 5))
+    q, k, v = on(device, [torch.randn(2, 3, n, 16, generator=gen, requires_grad=True) for n in (40, 5, 5)])
     out, slot_map = ops.cross_attention(q, k, v, backend="triton")
     loss = out.square().sum() + ops.interaction_penalty(slot_map)
     expected_out, expected_map = ops.cross_attention(q, k, v, backend="reference")

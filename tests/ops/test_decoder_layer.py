@@ -20,6 +20,7 @@ from fastslots.testing import (
     assert_close,
     assert_within_units,
     layer_inputs,
+    on,
     random_layer,
     random_mask,
 )
@@ -86,9 +87,8 @@ def expected_of(x, folded, ff, mask, dy, dmap):
         if dtype != torch.float16 or name == "clevr6"  # the 16-bit types share every code path
     ],
 )
-@pytest.mark.usefixtures("interpreted")
-def test_triton_values_and_every_gradient(shape, dtype):
-    inputs = layer_inputs(shape, dtype, shared=shape.B == 1)
+def test_triton_values_and_every_gradient(shape, dtype, device):
+    inputs = on(device, layer_inputs(shape, dtype, shared=shape.B == 1))
     with Poison():
         got = decoder_layer_fwd(inputs.x, inputs.folded, inputs.ff, inputs.mask)
         grads = decoder_layer_bwd(inputs.dy, inputs.dmap, inputs.x, inputs.folded, inputs.ff, inputs.mask)
@@ -96,25 +96,25 @@ def test_triton_values_and_every_gradient(shape, dtype):
 
 
 @pytest.mark.parametrize("block_l, block_c", [(16, 64), (64, 16), (128, 128)])
-@pytest.mark.usefixtures("interpreted")
-def test_block_sizes_change_nothing_but_rounding(block_l, block_c):
-    x, folded, ff, mask, dy, dmap = inputs = layer_inputs(Shape(2, 3, 130, 5, 12, 37, 50), torch.float32)
+def test_block_sizes_change_nothing_but_rounding(block_l, block_c, device):
+    inputs = on(device, layer_inputs(Shape(2, 3, 130, 5, 12, 37, 50), torch.float32))
+    x, folded, ff, mask, dy, dmap = inputs
     with launch.override(launch.LaunchConfig(block_l, block_c, 4, 1, block_d=32)):
         got = (*decoder_layer_fwd(x, folded, ff, mask), *flat(decoder_layer_bwd(dy, dmap, x, folded, ff, mask)))
     assert_within_units(got, expected_of(*inputs), torch.float32)
 
 
-@pytest.mark.usefixtures("interpreted")
-def test_triton_repeats_are_bit_equal():
-    x, folded, ff, mask, dy, dmap = layer_inputs(Shape(2, 4, 130, 7, 16, 64, 64), torch.bfloat16)
+def test_triton_repeats_are_bit_equal(device):
+    inputs = layer_inputs(Shape(2, 4, 130, 7, 16, 64, 64), torch.bfloat16)
+    x, folded, ff, mask, dy, dmap = on(device, inputs)
     first, second = (flat(decoder_layer_bwd(dy, dmap, x, folded, ff, mask)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("batch, pixels", [(0, 16), (2, 0)], ids=["no-images", "no-pixels"])
-def test_empty_inputs(batch, pixels):
-    x, folded, ff, mask, dy, dmap = layer_inputs(Shape(batch, 3, pixels, 4, 5, 20, 24), torch.float32)
+def test_empty_inputs(batch, pixels, device):
+    inputs = layer_inputs(Shape(batch, 3, pixels, 4, 5, 20, 24), torch.float32)
+    x, folded, ff, mask, dy, dmap = on(device, inputs)
     y, slot_map = decoder_layer_fwd(x, folded, ff, mask)
     assert y.shape == (batch, pixels, 20) and slot_map.shape == (batch, pixels, 4)
     grads = flat(decoder_layer_bwd(dy, dmap, x, folded, ff, mask))

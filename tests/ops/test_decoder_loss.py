@@ -10,10 +10,9 @@ from functools import cache
 
 import pytest
 import torch
-from values import compare_sets
+from values import ISAS, compare_sets, cpu_backend
 
 from fastslots import ops
-from fastslots.kernels import cpu_backend
 from fastslots.kernels.gpu import decoder_loss as gpu_decoder_loss
 from fastslots.kernels.gpu import launch
 from fastslots.kernels.gpu.decoder_loss import decoder_loss
@@ -31,7 +30,7 @@ from fastslots.testing import (
     assert_within_units,
     in_dtype,
     loss_inputs,
-    on_meta,
+    on,
 )
 
 FP32 = LossCase(dtype=torch.float32)
@@ -80,7 +79,7 @@ def test_only_the_gradients_asked_for():
     "name", ["queries", "layers.0.G", "layers.0.U", "layers.0.norm_weight", "layers.0.b1", "head.biases.1"]
 )
 def test_nan_comes_through(name):
-    for isa in cpu_backend.ISAS:
+    for isa in ISAS:
         cpu_backend.set_isa(isa)
         inputs = loss_inputs(SHAPES["one-slot"], LossCase(dtype=torch.float32))
         tensors = {name: t.clone() for name, t in inputs.tensors().items()}
@@ -89,7 +88,7 @@ def test_nan_comes_through(name):
 
 
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("isa", cpu_backend.ISAS)
+@pytest.mark.parametrize("isa", ISAS)
 def test_same_bits_every_time_for_any_number_of_threads(isa, shared):
     cpu_backend.set_isa(isa)
     shape = SHAPES["sprites-mini"]._replace(B=8, L=200)
@@ -186,11 +185,11 @@ print(peak() - before)
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared-queries", "own-queries"])
 @pytest.mark.parametrize("rows", [4096, 24], ids=["images", "parts-of-images"])
-@pytest.mark.usefixtures("interpreted")
-def test_triton_values_and_every_gradient(rows, shared):
+def test_triton_values_and_every_gradient(rows, shared, device):
     """Every gradient of the tiled loss, with pixel weights and a loss scale, against autograd in float64."""
     case = LossCase(shared=shared, weighted=True, masked=True, head=(20, 3), dtype=torch.float32)
     inputs = replace(loss_inputs(Shape(3, 3, 40, 4, 5, 20, 24), case), interaction_weight=torch.tensor(0.3))
+    inputs = on(device, inputs)
     need = list(inputs.tensors())
     recon, interaction, grads = decoder_loss(inputs, need, grad_scale=8.0, rows=rows)
     expected = reference_decoder_loss(in_dtype(inputs, torch.float64), need, grad_scale=8.0)
@@ -201,11 +200,11 @@ def test_triton_values_and_every_gradient(rows, shared):
     torch.testing.assert_close(forward_only[:2], (recon, interaction))
 
 
-@pytest.mark.usefixtures("interpreted")
-def test_triton_serves_the_public_op():
+def test_triton_serves_the_public_op(device):
     inputs = loss_inputs(
         Shape(2, 3, 20, 4, 5, 20, 24), LossCase(layers=1, shared=False, masked=True, dtype=torch.float32)
     )
+    inputs = on(device, inputs)
     tensors = {name: t.requires_grad_() for name, t in inputs.tensors().items()}
     leaves = [tensors["queries"], tensors["head.weights.0"]]
     got, want = (
@@ -216,8 +215,7 @@ def test_triton_serves_the_public_op():
         torch.testing.assert_close(a, r, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.usefixtures("interpreted")
-def test_whole_model_trains_twenty_steps_like_the_reference():
+def test_whole_model_trains_twenty_steps_like_the_reference(device):
     """A small SlotVAE, 20 Adam steps: losses agree to 1e-5 (seen 1e-7), weights to 1e-5 of their norm (seen 3e-7)."""
     config = SlotVAEConfig.preset(
         "sprites-mini", resolution=8, cnn_channels=8, cnn_stride=2, encoder_width=32, slot_dim=8, slot_width=24,
@@ -227,8 +225,8 @@ def test_whole_model_trains_twenty_steps_like_the_reference():
 
     def train(backend):
         torch.manual_seed(0)
-        model = SlotVAE(config)
-        images, noise = torch.rand(2, 3, 8, 8), torch.randn(20, 2, config.num_slots, 8)
+        model = SlotVAE(config).to(device)
+        images, noise = on(device, (torch.rand(2, 3, 8, 8), torch.randn(20, 2, config.num_slots, 8)))
         optimizer, losses = torch.optim.Adam(model.parameters(), lr=2e-3), []
         for step in range(20):
             posterior = model.encode(images, noise[step])
@@ -247,10 +245,9 @@ def test_whole_model_trains_twenty_steps_like_the_reference():
     assert (weights - expected_weights).norm() < 1e-5 * expected_weights.norm()
 
 
-@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("batch, pixels", [(0, 8), (2, 0)], ids=["no-images", "no-pixels"])
-def test_an_empty_loss_is_zero(batch, pixels):
-    inputs = loss_inputs(UNALIGNED._replace(B=batch, L=pixels), FP32)
+def test_an_empty_loss_is_zero(batch, pixels, device):
+    inputs = on(device, loss_inputs(UNALIGNED._replace(B=batch, L=pixels), FP32))
     need = list(inputs.tensors())
     got, want = decoder_loss(inputs, need), reference_decoder_loss(inputs, need)
     assert got.recon == want.recon == 0 and got.interaction == want.interaction == 0
@@ -259,8 +256,8 @@ def test_an_empty_loss_is_zero(batch, pixels):
 
 
 @cache
-def every_gradient():
-    inputs = loss_inputs(UNALIGNED, FP32)
+def every_gradient(device):
+    inputs = on(device, loss_inputs(UNALIGNED, FP32))
     return decoder_loss(inputs, list(inputs.tensors())).grads
 
 
@@ -273,7 +270,6 @@ def names(part):
     return [f"layers.{layer}.{name}" for name in fields]
 
 
-@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
     "wanted, launches",
     [
@@ -285,15 +281,15 @@ def names(part):
     ],
     ids=lambda value: "+".join(value) if isinstance(value, list) else "",
 )
-def test_triton_makes_no_gradient_that_is_not_needed(wanted, launches):
+def test_triton_makes_no_gradient_that_is_not_needed(wanted, launches, device):
     need = [name for part in wanted for name in names(part)]
-    inputs = loss_inputs(UNALIGNED, FP32)
+    inputs = on(device, loss_inputs(UNALIGNED, FP32))
     got = decoder_loss(inputs, need).grads
     assert set(got) == set(need)
     for name, grad in got.items():
-        assert torch.equal(grad, every_gradient()[name])
+        assert torch.equal(grad, every_gradient(device)[name])
     with launch.record("sm_90") as found:
-        gpu_decoder_loss._run(on_meta(inputs), need, 1.0, gpu_decoder_loss.Tiling(4096, torch.float32))
+        gpu_decoder_loss._run(on("meta", inputs), need, 1.0, gpu_decoder_loss.Tiling(4096, torch.float32))
     backwards = [item.name for item in found if not item.name.endswith("_fwd")]
     kept = ["feed-forward" for item in found if item.name == "feed_forward_dx" and item.constexprs["KEEP"]]
     assert Counter([*("dx" if name.endswith("_dx") else name for name in backwards), *kept]) == launches
@@ -304,19 +300,19 @@ REFUSED = {"cumsum", "cumsum_", "scatter_add", "scatter_add_", "scatter_reduce",
 
 
 @pytest.fixture
-def deterministic():
+def deterministic(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it on a GPU
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.usefixtures("interpreted")
-def test_deterministic_algorithms_can_be_asked_for(deterministic):
-    inputs = loss_inputs(UNALIGNED, FP32)
+def test_deterministic_algorithms_can_be_asked_for(deterministic, device):
+    inputs = on(device, loss_inputs(UNALIGNED, FP32))
     with Operations() as found:
         decoder_loss(inputs, list(inputs.tensors()))
     assert "native_layer_norm_backward" in found.names and not found.names & REFUSED
-    w = torch.rand(2, 5, 4, dtype=torch.float64, requires_grad=True)
+    w = torch.rand(2, 5, 4, dtype=torch.float64, device=device, requires_grad=True)
     with Operations() as found:
         penalty = ops.interaction_penalty(w)
         penalty.backward()

@@ -15,7 +15,8 @@ from fastslots.models.encoder import Encoder, operator_inputs
 from fastslots.ops import encoder as operator
 from fastslots.testing import assert_close
 
-cpu_backend = pytest.importorskip("fastslots.kernels.cpu_backend", reason="this installation has no C++ module")
+ABSENT = "this installation has no C++ module"
+cpu_backend = pytest.importorskip("fastslots.kernels.cpu_backend", reason=ABSENT, exc_type=ImportError)
 
 SETS = [*((isa, torch.float32) for isa in cpu_backend.ISAS), ("portable", torch.float64)]
 BOUNDS = {torch.float32: 2e-4, torch.float64: 1e-11}

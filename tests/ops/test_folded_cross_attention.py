@@ -23,6 +23,7 @@ from fastslots.testing import (
     assert_close,
     assert_within_units,
     layer_inputs,
+    on,
     random_layer,
     random_mask,
     random_qkv,
@@ -120,13 +121,13 @@ def leaves(*tensors):
     return [t.detach().double().requires_grad_() for t in tensors]
 
 
-@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 @pytest.mark.parametrize("shared", [False, True], ids=["own-x", "shared-x"])
 @pytest.mark.parametrize("masked", [False, True], ids=["all-slots", "masked"])
-def test_triton_values_and_every_gradient(norm, shared, masked):
+def test_triton_values_and_every_gradient(norm, shared, masked, device):
     for dtype in (torch.float32, torch.bfloat16):
-        x, folded, _, mask, dy, dmap = layer_inputs(Shape(3, 12, 45, 7, 43, 180, 8), dtype, shared, masked)
+        inputs = layer_inputs(Shape(3, 12, 45, 7, 43, 180, 8), dtype, shared, masked)
+        x, folded, _, mask, dy, dmap = on(device, inputs)
         with Poison():
             got = folded_cross_attention_fwd(x, folded, mask, norm)
             dx, dfolded = folded_cross_attention_bwd(dy, dmap, x, folded, mask, norm)
@@ -140,9 +141,8 @@ def test_triton_values_and_every_gradient(norm, shared, masked):
             assert (got[1][~mask[:, None].expand_as(got[1])] == 0).all()
 
 
-@pytest.mark.usefixtures("interpreted")
-def test_weights_are_a_softmax_and_shift_invariant():
-    x, folded, *_ = layer_inputs(Shape(2, 12, 40, 7, 43, 180, 8), torch.float32)
+def test_weights_are_a_softmax_and_shift_invariant(device):
+    x, folded, *_ = on(device, layer_inputs(Shape(2, 12, 40, 7, 43, 180, 8), torch.float32))
     _, slot_map = folded_cross_attention_fwd(x, folded, norm=True)
     assert (slot_map >= 0).all() and (slot_map.sum(-1) - 12).abs().max() < 1e-5
     shifted = folded._replace(g=folded.g + 1000.0)
@@ -153,7 +153,6 @@ def test_weights_are_a_softmax_and_shift_invariant():
     assert y3.isfinite().all() and slot_map3.isfinite().all()
 
 
-@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
     "dtype, slots, width, reason",
     [
@@ -163,20 +162,20 @@ def test_weights_are_a_softmax_and_shift_invariant():
         (torch.float32, 4, 2048, "wider"),
     ],
 )
-def test_triton_says_why_it_does_not_serve(dtype, slots, width, reason):
+def test_triton_says_why_it_does_not_serve(dtype, slots, width, reason, device):
     heads = 9
     folded = FoldedProjections(
         torch.zeros(1, width, heads, slots, dtype=dtype), torch.zeros(1, heads, slots, dtype=dtype),
         torch.zeros(1, heads, slots, width, dtype=dtype), torch.zeros(width, dtype=dtype),
     )  # fmt: skip
+    x, folded = on(device, (torch.zeros(1, 2, width, dtype=dtype), folded))
     with pytest.raises(ValueError, match=reason):
-        ops.folded_cross_attention(torch.zeros(1, 2, width, dtype=dtype), folded, backend="triton")
+        ops.folded_cross_attention(x, folded, backend="triton")
 
 
-@pytest.mark.usefixtures("interpreted")
-def test_weights_of_another_dtype_than_the_rows():
+def test_weights_of_another_dtype_than_the_rows(device):
     """Biases of a double-precision folding under 16-bit rows: added in fp32, and a gradient in each one's dtype."""
-    x, folded, ff = random_layer(UNALIGNED, torch.float64)
+    x, folded, ff = on(device, random_layer(UNALIGNED, torch.float64))
     ff = FeedForward(*(t.float() for t in ff))
     got = {}
     for backend in ("triton", "reference"):

@@ -18,7 +18,7 @@ from fastslots import ops
 from fastslots.models import SlotVAE, SlotVAEConfig
 from fastslots.ops.decoder_loss import decoder_loss
 from fastslots.records import FeedForward, FoldedProjections
-from fastslots.testing import LossCase, Shape, loss_inputs, random_layer, random_qkv
+from fastslots.testing import LossCase, Shape, loss_inputs, on, random_layer, random_qkv
 
 SIZES = Shape(B=2, H=2, L=5, K=4, d=4, D=8, F=8)
 MASK = torch.tensor([[True, False, True, True], [False] * 4])  # one padded slot; an image without any
@@ -28,24 +28,28 @@ Op = Callable[[str, list[Tensor]], object]
 
 
 def attention(backend: str, t: list[Tensor]):
-    return ops.cross_attention(*t, backend=backend, slot_mask=MASK)
+    return ops.cross_attention(*t, backend=backend, slot_mask=MASK.to(t[0].device))
 
 
 def statistics(backend: str, t: list[Tensor]):
-    out, slot_map, rows = ops.cross_attention(*t, backend=backend, slot_mask=MASK, statistics=("lse", "entropy"))
+    out, slot_map, rows = ops.cross_attention(
+        *t, backend=backend, slot_mask=MASK.to(t[0].device), statistics=("lse", "entropy")
+    )
     return out, slot_map, rows["lse"], rows["entropy"]
 
 
 def folded(backend: str, t: list[Tensor]):
-    return ops.folded_cross_attention(t[0], FoldedProjections(*t[1:]), backend, slot_mask=MASK)
+    return ops.folded_cross_attention(t[0], FoldedProjections(*t[1:]), backend, slot_mask=MASK.to(t[0].device))
 
 
 def layer(backend: str, t: list[Tensor]):
-    return ops.decoder_layer(t[0], FoldedProjections(*t[1:5]), FeedForward(*t[5:]), backend, slot_mask=MASK)
+    return ops.decoder_layer(
+        t[0], FoldedProjections(*t[1:5]), FeedForward(*t[5:]), backend, slot_mask=MASK.to(t[0].device)
+    )
 
 
 def iteration(backend: str, t: list[Tensor]):
-    return ops.slot_attention(*t, backend=backend, slot_mask=MASK, return_map=True)
+    return ops.slot_attention(*t, backend=backend, slot_mask=MASK.to(t[0].device), return_map=True)
 
 
 def inputs(op: Op) -> dict[str, Tensor]:
@@ -82,9 +86,9 @@ CASES = [pytest.param(op, name, id=f"{op.__name__}-{name}") for op in OPS for na
 
 
 @pytest.mark.parametrize("op, name", CASES)
-def test_what_a_masked_slot_holds_reaches_nothing(op, name, backend):
+def test_what_a_masked_slot_holds_reaches_nothing(op, name, backend, device):
     """Neither values nor gradients, to the last bit."""
-    backend, values, axis = served(op, backend), inputs(op), slot_axes(op)[name]
+    backend, values, axis = served(op, backend), on(device, inputs(op)), slot_axes(op)[name]
     clean = run(op, backend, values)
     for garbage in GARBAGE:
         padded = values[name].clone()
@@ -98,9 +102,9 @@ PLACES = [pytest.param(op, name, id=f"{op.__name__}-{name}") for op in OPS for n
 
 @pytest.mark.parametrize("image", [0, 1], ids=["of an image", "of one without slots"])
 @pytest.mark.parametrize("op, name", PLACES)
-def test_nan_comes_through_where_it_does_in_the_reference(op, name, image, backend):
+def test_nan_comes_through_where_it_does_in_the_reference(op, name, image, backend, device):
     """None is hidden, and none spreads: from a row, a token or a real slot."""
-    backend, values = served(op, backend), inputs(op)
+    backend, values = served(op, backend), on(device, inputs(op))
     poisoned = values[name].clone()
     of_image = poisoned[image] if poisoned.ndim > 1 else poisoned
     element = {"G": (0, 0, 2), "g": (0, 2), "x": (2, 0), "b": (0,)}.get(name, (0, 2, 0))
@@ -110,9 +114,9 @@ def test_nan_comes_through_where_it_does_in_the_reference(op, name, image, backe
         assert torch.equal(a.isnan(), b.isnan()), f"result {i}: {a.isnan().sum()} of them, {b.isnan().sum()} expected"
 
 
-def test_the_loss_of_a_decoder(backend):
+def test_the_loss_of_a_decoder(backend, device):
     case = LossCase(shared=False, masked=True, dtype=torch.float32)
-    given = replace(loss_inputs(SIZES, case), slot_mask=MASK)
+    given = on(device, replace(loss_inputs(SIZES, case), slot_mask=MASK))
 
     def terms(values: dict[str, Tensor]) -> list[Tensor]:
         leaves = {name: t.detach().clone().requires_grad_() for name, t in values.items()}
@@ -131,20 +135,25 @@ def test_the_loss_of_a_decoder(backend):
 
 
 @pytest.mark.parametrize("decoder", ["transformer", "broadcast"])
-def test_a_model_with_padded_slots(decoder):
+def test_a_model_with_padded_slots(decoder, device):
     """Pictures, loss, Jacobian and the gradient of every weight are those of slots padded with zeros."""
     fields = {name: value for name, value in MODEL_8.items() if name != "pixels_per_step"} | {"num_slots": 4}
     torch.manual_seed(0)
-    model = SlotVAE(SlotVAEConfig.preset("sprites-mini", **fields, decoder=decoder)).slot_decoder
-    images, weights = torch.rand(2, 3, 8, 8), list(model.parameters())
+    model = SlotVAE(SlotVAEConfig.preset("sprites-mini", **fields, decoder=decoder)).slot_decoder.to(device)
+    images, weights, mask = torch.rand(2, 3, 8, 8).to(device), list(model.parameters()), MASK.to(device)
 
     def results(padding: float) -> list[Tensor]:
-        slots = torch.linspace(-1, 1, 16).view(2, 4, 2).masked_fill(~MASK[..., None], padding).requires_grad_()
-        recon = model.decode(slots, MASK).recon
-        total = model.loss(slots, images, 1.0, 1.0, slot_mask=MASK).total
+        slots = (
+            torch.linspace(-1, 1, 16, device=device)
+            .view(2, 4, 2)
+            .masked_fill(~mask[..., None], padding)
+            .requires_grad_()
+        )
+        recon = model.decode(slots, mask).recon
+        total = model.loss(slots, images, 1.0, 1.0, slot_mask=mask).total
         from fastslots.metrics import slot_jacobian
 
-        jacobian = slot_jacobian(model, slots.detach(), slot_mask=MASK)
+        jacobian = slot_jacobian(model, slots.detach(), slot_mask=mask)
         return [recon, total, jacobian, *torch.autograd.grad(total + recon.sum(), [slots, *weights])]
 
     assert all(torch.equal(a, b) for a, b in zip(results(float("nan")), results(0.0), strict=True))
@@ -152,13 +161,13 @@ def test_a_model_with_padded_slots(decoder):
 
 @pytest.mark.parametrize("mean", [0.0, 4.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_tokens_with_a_mean_have_gradients_in_sixteen_bits(backend, dtype, mean):
+def test_tokens_with_a_mean_have_gradients_in_sixteen_bits(backend, dtype, mean, device):
     """The gradient of a row is a difference: of bf16 results it was 17 % off, of tokens of mean 4 and deviation 1. All
     earlier inputs had a mean of 0, or 0.3."""
     g = torch.Generator().manual_seed(0)
     rows = (torch.randn(2, 16, 64, generator=g) * 0.1 * 64**-0.5).to(dtype)
     tokens, weights = (torch.randn(2, n, 64, generator=g) + m for n, m in ((64, mean), (16, 0.0)))
-    tokens, weights = tokens.to(dtype), weights.to(dtype)
+    rows, tokens, weights = on(device, (rows, tokens.to(dtype), weights.to(dtype)))
 
     def gradients(wide: torch.dtype, backend: str) -> list[Tensor]:
         leaves = [t.to(wide).requires_grad_() for t in (rows, tokens)]

@@ -1,4 +1,4 @@
-"""token_attention: values and gradients against float64, in C++ on each instruction set and in Triton's interpreter.
+"""token_attention: values and gradients against float64, in C++ on each instruction set and in Triton, interpreted or on a GPU.
 
 Errors of C++ are relative to the RMS of what is expected; the worst seen in fp32 is 3e-5 (gradient of a token), eager
 PyTorch is off by 1.4e-5 there.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from values import SETS, values_and_gradients
+from values import ISAS, SETS, cpu_backend, values_and_gradients
 
 from fastslots import ops
-from fastslots.kernels import cpu_backend, gpu_backend
+from fastslots.kernels import gpu_backend
 from fastslots.kernels.gpu import launch
 from fastslots.kernels.gpu.token_attention import token_attention_bwd, token_attention_fwd
 from fastslots.records import describe
@@ -23,6 +23,7 @@ from fastslots.testing import (
     Poison,
     assert_close,
     assert_within_units,
+    on,
 )
 
 BOUNDS = {torch.float32: 8e-5, torch.float64: 1e-12}
@@ -86,7 +87,7 @@ def test_scores_that_would_overflow_and_nan():
         assert ops.token_attention(rows, broken, "cpu").isnan().all()
 
 
-@pytest.mark.parametrize("isa", cpu_backend.ISAS)
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", ["sprites", "sprites-mini", "tile+1"])
 def test_same_bits_every_time_for_any_number_of_threads(isa, name):
     cpu_backend.set_isa(isa)
@@ -176,38 +177,34 @@ def within(got, want, dtype):
     assert_within_units(got, want, dtype, zero=1e-12, zero_units=32)  # one token: its weight is 1 whatever the rows
 
 
-@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("dtype", UNIT, ids=launch.DTYPES.get)
 @pytest.mark.parametrize("shape", INTERPRETED_TOKEN_SHAPES.values(), ids=INTERPRETED_TOKEN_SHAPES)
-def test_triton_values_and_every_gradient(shape, dtype):
-    case = kernel_inputs(shape, dtype)
+def test_triton_values_and_every_gradient(shape, dtype, device):
+    case = on(device, kernel_inputs(shape, dtype))
     within(run(*case), expected(*case), dtype)
 
 
-@pytest.mark.usefixtures("interpreted")
-def test_fp32_rows_over_bf16_tokens_keep_their_dtype():
+def test_fp32_rows_over_bf16_tokens_keep_their_dtype(device):
     """What autocast leaves: gathered and drows come back in fp32, the products run in bf16."""
-    case = kernel_inputs((2, 28, 200, 128), torch.bfloat16, rows_dtype=torch.float32)
+    case = on(device, kernel_inputs((2, 28, 200, 128), torch.bfloat16, rows_dtype=torch.float32))
     got = run(*case)
     assert [t.dtype for t in got] == [torch.float32] * 3 + [torch.bfloat16]
     within(got, expected(*case), torch.bfloat16)
 
 
-@pytest.mark.usefixtures("interpreted")
-def test_extreme_scores_stay_finite():
+def test_extreme_scores_stay_finite(device):
     """Scores of ±300 to ±1,000, where exp without a running maximum overflows, and tokens past the end (T is odd),
     whose score of 0 would be exp(1,000) against a very negative lse."""
-    rows, tokens, dgathered = kernel_inputs((1, 7, 131, 32), torch.float32, spread=300.0)
+    rows, tokens, dgathered = on(device, kernel_inputs((1, 7, 131, 32), torch.float32, spread=300.0))
     tokens[:, :, 0], rows[:, :, 0] = 10.0, -100.0
     got = run(rows, tokens, dgathered)
     assert all(t.isfinite().all() for t in got) and got[1].max() < -100
     torch.testing.assert_close(got[0].double(), expected(rows, tokens, dgathered)[0], atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.usefixtures("interpreted")
-def test_weights_are_a_softmax():
+def test_weights_are_a_softmax(device):
     """Tokens of one column of ones gather exactly that one; a shift of all scores of a row changes nothing."""
-    rows, tokens, _ = kernel_inputs((2, 28, 200, 24), torch.float32)
+    rows, tokens, _ = on(device, kernel_inputs((2, 28, 200, 24), torch.float32))
     tokens[..., 0] = 1.0
     gathered, lse = token_attention_fwd(rows, tokens)
     assert (gathered[..., 0] - 1).abs().max() < 1e-6
@@ -217,43 +214,38 @@ def test_weights_are_a_softmax():
     torch.testing.assert_close(lse2, lse + 5.0, atol=2e-6, rtol=2e-6)
 
 
-@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bit_weights_sum_to_one(dtype):
+def test_sixteen_bit_weights_sum_to_one(dtype, device):
     """As they are rounded: a column of ones is gathered to fp32's last bits. Over a sum of unrounded weights it was
     0.2 % off in bf16, and tokens of mean 4 made a quarter of the rows' gradient of it."""
-    rows, tokens, _ = kernel_inputs((2, 28, 200, 24), dtype)
+    rows, tokens, _ = on(device, kernel_inputs((2, 28, 200, 24), dtype))
     tokens[..., 0] = 1.0
     gathered, _ = token_attention_fwd(rows, tokens)
     assert (gathered[..., 0] - 1).abs().max() < 1e-6
 
 
-@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("block_l, block_c, block_d", [(16, 32, 32), (128, 16, 64), (32, 128, 128)])
-def test_block_sizes_change_nothing_but_rounding(block_l, block_c, block_d):
-    case = kernel_inputs((2, 20, 150, 72), torch.float32)
+def test_block_sizes_change_nothing_but_rounding(block_l, block_c, block_d, device):
+    case = on(device, kernel_inputs((2, 20, 150, 72), torch.float32))
     with launch.override(launch.LaunchConfig(block_l, block_c, 4, 1, block_d=block_d)):
         got = run(*case)
     within(got, expected(*case), torch.float32)
 
 
-@pytest.mark.usefixtures("interpreted")
-def test_repeats_are_bit_equal():
-    case = kernel_inputs((1, 28, 200, 64), torch.bfloat16)
+def test_repeats_are_bit_equal(device):
+    case = on(device, kernel_inputs((1, 28, 200, 64), torch.bfloat16))
     assert all(torch.equal(a, b) for a, b in zip(run(*case), run(*case), strict=True))
 
 
-@pytest.mark.usefixtures("interpreted")
-def test_strided_inputs():
-    rows, tokens, dgathered = kernel_inputs((2, 12, 100, 32), torch.float32)
+def test_strided_inputs(device):
+    rows, tokens, dgathered = on(device, kernel_inputs((2, 12, 100, 32), torch.float32))
     strided = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (rows, tokens, dgathered)]
     assert all(torch.equal(a, b) for a, b in zip(run(*strided), run(rows, tokens, dgathered), strict=True))
 
 
-@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("B, M, T", [(0, 4, 16), (2, 4, 0), (2, 0, 16)], ids=["no-images", "no-tokens", "no-rows"])
-def test_empty_inputs(B, M, T):
-    gathered, lse, drows, dtokens = run(*kernel_inputs((B, M, T, 20), torch.float32))
+def test_empty_inputs(B, M, T, device):
+    gathered, lse, drows, dtokens = run(*on(device, kernel_inputs((B, M, T, 20), torch.float32)))
     assert gathered.shape == drows.shape == (B, M, 20) and dtokens.shape == (B, T, 20) and lse.shape == (B, M)
     for t in (gathered, drows, dtokens):
         assert (t == 0).all() or (M and T)
@@ -273,9 +265,8 @@ def test_no_tensor_of_rows_times_tokens():
     assert largest.elements >= B * M * T
 
 
-@pytest.mark.usefixtures("interpreted")
-def test_triton_serves_the_public_op():
-    rows, tokens, dgathered = kernel_inputs((2, 9, 50, 24), torch.float32)
+def test_triton_serves_the_public_op(device):
+    rows, tokens, dgathered = on(device, kernel_inputs((2, 9, 50, 24), torch.float32))
     got, want = [], []
     for backend, out in (("triton", got), ("reference", want)):
         leaves = [t.clone().requires_grad_() for t in (rows, tokens)]
@@ -285,13 +276,12 @@ def test_triton_serves_the_public_op():
         torch.testing.assert_close(a, r, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
     "M, S, dtype, reason",
     [(28, 128, torch.float32, None), (128, 128, torch.bfloat16, None), (16, 384, torch.float16, None),
      (129, 64, torch.float32, "129 rows"), (100, 192, torch.float32, "100 rows"), (4, 400, torch.float32, "wider"),
      (28, 128, torch.float64, "float64")],
 )  # fmt: skip
-def test_what_triton_serves(M, S, dtype, reason):
-    got = gpu_backend.why_not(describe("token_attention", (torch.empty(1, M, S, dtype=dtype),) * 2))
+def test_what_triton_serves(M, S, dtype, reason, device):
+    got = gpu_backend.why_not(describe("token_attention", (torch.empty(1, M, S, dtype=dtype, device=device),) * 2))
     assert got is None if reason is None else reason in got
