@@ -1,8 +1,8 @@
-"""The device of a test run: ``pytest --device cuda`` runs what takes the fixture ``device`` on a GPU, with Triton's kernels
-compiled; everything else is skipped there, with the reason. The report says on which device each test made tensors.
+"""The device of a test run. ``pytest --device cuda`` runs what takes the fixture ``device`` on a GPU, with Triton's
+kernels compiled; everything else is skipped there, with the reason. The report says where each test made tensors.
 
-Tests that a GPU alone can run are marked ``gpu``. ``--device rehearsal`` runs those on the CPU, with a stand-in for what
-only CUDA has: it shows that they run, not that a GPU is right.
+Tests that a GPU alone can run are marked ``gpu``. ``--device rehearsal`` runs those on the CPU, with a stand-in for
+what only CUDA has: it shows that they run, not that a GPU is right.
 """
 
 from __future__ import annotations

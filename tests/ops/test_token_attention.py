@@ -1,4 +1,5 @@
-"""token_attention: values and gradients against float64, in C++ on each instruction set and in Triton, interpreted or on a GPU.
+"""token_attention: values and gradients against float64, in C++ on each instruction set and in Triton, which is
+interpreted or runs on a GPU.
 
 Errors of C++ are relative to the RMS of what is expected; the worst seen in fp32 is 3e-5 (gradient of a token), eager
 PyTorch is off by 1.4e-5 there.
