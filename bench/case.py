@@ -14,7 +14,7 @@ from torch import Tensor
 from fastslots.models import SlotVAEConfig
 from fastslots.testing import errors
 
-OURS = ("fastslots, triton", "fastslots, cpu", "fastslots", "folded, tiled")
+OURS = ("fastslots, one graph", "fastslots, triton", "fastslots, cpu", "fastslots", "folded, tiled")
 """The provider that ratios are taken to: the first of these that a case could time."""
 
 BOUNDS = {"fp32": 1e-3, "tf32": 3e-2, "bf16": 1e-1}
@@ -65,10 +65,13 @@ class Options:
 
     @contextlib.contextmanager
     def math(self) -> Iterator[None]:
-        """The precision of matrix products while a provider runs."""
+        """How precise fp32 matrix products are while a case runs."""
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
-            yield
+        yield
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """Around one call: autocast keeps what it has cast of the weights until it is left."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16")
 
 
 @dataclass
@@ -76,14 +79,35 @@ class Provider:
     """One way to do a case's work.
 
     make: builds what is timed; it, or the first call, raises ``CannotServeError`` where it can't do the work.
-    The timed call returns values and gradients by name, among them all that the case's ``expected`` names.
+    What the timed call returns is, by ``view``, values and gradients by name, all that the case's ``expected`` names
+    among them.
     expected: in place of the case's, of a provider that does less work than the others, which its name then says.
+    view: in place of the case's. own_precision: it enters autocast itself. how: after the first call, how the work is
+    done, for its row.
     """
 
     make: Callable[[], Run]
     flops: float | None = None
     bytes: float | None = None
     expected: Callable[[], Tensors] | None = None
+    view: Callable[[Any], Mapping[str, Tensor]] | None = None
+    own_precision: bool = False
+    how: Callable[[], str] | None = None
+
+    def built(self, options: Options) -> Run:
+        """What is timed, in the precision of the options."""
+
+        def around() -> contextlib.AbstractContextManager[None]:
+            return contextlib.nullcontext() if self.own_precision else options.autocast()
+
+        with around():
+            run = self.make()
+
+        def call() -> Any:
+            with around():
+                return run()
+
+        return call
 
 
 @dataclass
@@ -96,6 +120,7 @@ class Case:
     clock: str = "cpu"  # the clock that counts on a CPU
     items: int = 0  # images a call
     bounds: Mapping[str, float] = field(default_factory=dict)  # in place of ``BOUNDS``, by precision
+    row: int = 1  # calls of one sample on a GPU, one right after the other
 
 
 def check(actual: Mapping[str, Tensor], expected: Tensors) -> tuple[float, str]:

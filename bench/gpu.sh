@@ -2,17 +2,19 @@
 # Everything that a GPU is needed for, in parts, the most telling first; rows are written as they come, to bench/results.
 #
 #   bench/gpu.sh                 all parts, within about 10 minutes: from 8 on no further part is begun
-#   bench/gpu.sh PART ...        these alone: check step decoder kernels op memory sanitize rest
+#   bench/gpu.sh PART ...        these alone: check step decoder op kernels memory rest sanitize compiled
 #   bench/gpu.sh --check         in under a minute: what it needs, and whether that is here (the part check)
 #   bench/gpu.sh --dry [PART...] every path on the CPU at tiny sizes: shows that the script works, its rows are no figures
 #
 # From a bare checkout or an installation. Wheels in bench/wheels (not in the repository) are unpacked first, for a machine
 # without a network: `pip download --no-deps -d bench/wheels rich ...` elsewhere. The tests of the kernels run in Triton's
 # interpreter, so they prove nothing here: on a GPU each provider's first call is held against float64 instead.
+# Every command is a process of its own with a time limit, and its rows are in the folder before it tries its next
+# provider: what hangs or stops the GPU costs no more than its own row. What torch's compiler makes comes last.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(command -v python || command -v python3)
-parts=(check step decoder kernels op memory sanitize rest)
+parts=(check step decoder op kernels memory rest sanitize compiled)
 usage() { echo "usage: bench/gpu.sh [--check | --dry] [PART ...], of: ${parts[*]}" >&2; exit 2; }
 
 dry=""
@@ -38,7 +40,7 @@ else
 fi
 
 out=bench/results
-common=(--device cuda --rounds 20)
+common=(--device cuda --rounds 10)
 if [ -n "$dry" ]; then
   out=$work/results
   export TRITON_INTERPRET=1 # the GPU kernels too, on the CPU
@@ -52,11 +54,14 @@ common+=(--out "$out")
 notes=$work/notes
 
 say() { printf '\n== %s (after %s s)\n' "$*" "$SECONDS"; }
-run() { # NAME COMMAND...: what fails is noted, and the rest goes on; a traceback is no wrong result
-  local name=$1 code=0
-  shift
-  "$@" 2>&1 | tee "$work/log" || code=$?
-  if grep -q '^Traceback (most recent call last)' "$work/log"; then
+run() { # SECONDS NAME COMMAND...: what fails or lasts too long is noted, and the rest goes on; a traceback is no wrong result
+  local limit=$1 name=$2 code=0 limited=()
+  shift 2
+  if [ -z "$dry" ] && command -v timeout >/dev/null; then limited=(timeout -k 10 "$limit"); fi
+  ${limited[@]+"${limited[@]}"} "$@" 2>&1 | tee "$work/log" || code=$?
+  if [ -n "${limited[*]-}" ] && { [ "$code" -eq 124 ] || [ "$code" -eq 137 ]; }; then
+    echo "broken: $name: stopped after $limit s: $(tail -n 1 "$work/log"); rows up to there are written" >>"$notes"
+  elif grep -q '^Traceback (most recent call last)' "$work/log"; then
     echo "broken: $name: $(tail -n 1 "$work/log")" >>"$notes"
   elif [ "$code" -eq 1 ]; then
     echo "wrong: $name: a provider is off, see its row" >>"$notes"
@@ -64,41 +69,54 @@ run() { # NAME COMMAND...: what fails is noted, and the rest goes on; a tracebac
     echo "broken: $name: exit code $code: $(tail -n 1 "$work/log")" >>"$notes"
   fi
 }
-bench() { run "bench $1 ${*: -2}" "$python" -m fastslots bench "$@"; }
+bench() { # SECONDS WHAT FLAGS...
+  local limit=$1
+  shift
+  run "$limit" "bench $*" "$python" -m fastslots bench "$@" "${common[@]}"
+}
+compilers="compiled|autotune|flex"
 
 part_check() { # op against float64, the compiler, the places that are written
-  if [ -n "$dry" ]; then run check env -u TRITON_INTERPRET "$python" -m fastslots.bench.check
-  else run check "$python" -m fastslots.bench.check; fi
+  if [ -n "$dry" ]; then run 120 check env -u TRITON_INTERPRET "$python" -m fastslots.bench.check
+  else run 120 check "$python" -m fastslots.bench.check; fi
 }
-part_step() { # the whole training step against the published one, eager and compiled
-  bench step "${common[@]}" --no-memory --skip autotune --precision bf16
+part_step() { # the whole training step as it is trained, against the published one, with profiles
+  bench 240 step --no-memory --profile --skip "$compilers" --precision bf16
 }
-part_decoder() { # its training step, compiled and max-autotune peers included, with a profile
-  bench layer "${common[@]}" --no-memory --profile --skip autotune --precision bf16
-  bench layer "${common[@]}" --no-memory --only "autotune|fastslots, triton" --precision bf16
+part_decoder() { # its training step, with profiles
+  bench 150 layer --no-memory --profile --skip "$compilers" --precision bf16
+}
+part_op() { # attention and penalty against SDPA, padded SDPA, xformers
+  bench 100 op --no-memory --skip "$compilers" --precision bf16
 }
 part_kernels() { # one decoder layer, in 16 and 32 bits: each kernel against float64
-  bench block "${common[@]}" --no-memory --skip "compiled|autotune" --precision bf16
-  bench block "${common[@]}" --no-memory --skip "compiled|autotune" --precision fp32
+  bench 100 block --no-memory --skip "$compilers" --precision bf16
+  bench 100 block --no-memory --skip "$compilers" --precision fp32
 }
-part_op() { # attention and penalty against SDPA, padded SDPA, FlexAttention, xformers
-  bench op "${common[@]}" --no-memory --precision bf16
+part_memory() { # what a training step adds at its peak; a process a provider
+  local sizes=(--resolution 128)
+  [ -z "$dry" ] || sizes=(--resolution 16)
+  bench 150 memory "${sizes[@]}" --skip "$compilers" --precision bf16
 }
-part_memory() {
-  bench memory "${common[@]}" --batch 4 --skip compiled --precision bf16
+part_rest() {
+  if [ -z "$dry" ]; then bench 120 step --no-memory --skip "$compilers" --precision tf32; fi
+  bench 120 step --no-memory --skip "$compilers" --precision fp32
+  bench 100 jacobian --no-memory
+  bench 60 loader
 }
 part_sanitize() { # races and bounds, on a small decoder step with every kernel of it
   command -v compute-sanitizer >/dev/null || { echo "not run: sanitize: no compute-sanitizer here" >>"$notes"; return; }
   for tool in memcheck racecheck; do
-    run "$tool" env FASTSLOTS_CUDA_GRAPHS=0 compute-sanitizer --tool "$tool" --error-exitcode 3 \
+    run 150 "$tool" env FASTSLOTS_CUDA_GRAPHS=0 compute-sanitizer --tool "$tool" --error-exitcode 3 \
       "$python" -m fastslots bench layer --device "${common[1]}" --tiny --rounds 1 --no-memory --only "fastslots, triton" --out "$work/sanitize"
   done
 }
-part_rest() {
-  if [ -z "$dry" ]; then bench step "${common[@]}" --no-memory --skip "compiled|autotune" --precision tf32; fi
-  bench step "${common[@]}" --no-memory --skip "compiled|autotune" --precision fp32
-  bench jacobian "${common[@]}" --rounds 3
-  bench loader "${common[@]}" --rounds 3
+part_compiled() { # the peers that torch's compiler makes, beside ours; a minute of compiling each
+  bench 200 step --no-memory --only "compiled|fastslots, one graph" --precision bf16
+  bench 150 layer --no-memory --only "compiled|fastslots, triton" --precision bf16
+  bench 100 op --no-memory --only "flex|compiled|fastslots, triton" --precision bf16
+  bench 240 step --no-memory --only "autotune|fastslots, one graph" --precision bf16
+  bench 240 layer --no-memory --only "autotune|fastslots, triton" --precision bf16
 }
 
 for part in "${wanted[@]}"; do

@@ -1,8 +1,9 @@
 """Peak memory that one call adds, in a process of its own.
 
-On a GPU torch's allocator tells. On a CPU: the kernel's high-water mark of resident memory, reset before the call
-(Linux), less what was resident. Code and libraries are brought in by a small call first; a compiled peer is called once
-in full, so that its compiler is not counted, and what it freed is given back before the mark is reset.
+On a GPU torch's allocator tells; a provider that is a CUDA graph has its rehearsals and its capture in that call. On a
+CPU: the kernel's high-water mark of resident memory, reset before the call (Linux), less what was resident. Code and
+libraries are brought in by a small call first; a compiled peer is called once in full, so that its compiler is not
+counted, and what it freed is given back before the mark is reset.
 """
 
 from __future__ import annotations

@@ -1,30 +1,129 @@
-"""Where the time of our own provider goes, operator by operator: a text file beside the rows."""
+"""Where the time of a step goes, kernel by kernel: a text and a JSON file in a folder beside the rows.
+
+A provider is built and called before the profiler is entered: a CUDA graph is captured by then, and replays alone are
+seen. On a GPU a provider's share of time without a kernel is what launches and the host cost.
+"""
 
 from __future__ import annotations
 
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from fastslots.bench.case import Options
+from fastslots.bench.case import Options, Run
 from fastslots.bench.cases import CASES
 from fastslots.bench.reporting.rows import Row
-from fastslots.bench.run import baseline
+from fastslots.errors import first_line
 
-LINES = 40
+LINES = 60
+CALLS = 3
+WANTED = ("fastslots", "published, one graph", "folded, tiled")
+"""How the names of those that are looked at start; ``published`` itself where it was timed too."""
 
 
-def profile(case: str, options: Options, rows: list[Row]) -> str:
-    """The table of torch's profiler over two calls, after one to warm up; empty where ours was not timed."""
-    ours = baseline(rows)
-    if ours is None:
-        return "no provider of ours was timed\n"
+def write(case: str, options: Options, rows: list[Row], path: Path) -> list[Path]:
+    """Write NAME.txt and NAME.json into the folder profiles beside the rows NAME.json -> their paths."""
     torch.set_num_threads(options.threads)
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (options.device == "cuda")
-    with options.math():
-        run = CASES[case](options).providers[ours.provider].make()
+    profiles = [
+        _profile(case, row.provider, options)
+        for row in rows
+        if row.time is not None and (row.provider == "published" or row.provider.startswith(WANTED))
+    ]
+    folder = path.parent / "profiles"  # whoever reads the rows of a folder takes every JSON file in it for rows
+    folder.mkdir(exist_ok=True)
+    text, data = folder / f"{path.stem}.txt", folder / f"{path.stem}.json"
+    text.write_text("\n".join(_page(case, profile) for profile in profiles) or "no provider of ours was timed\n")
+    data.write_text(json.dumps(profiles, indent=1) + "\n")
+    return [text, data]
+
+
+def _profile(case: str, provider: str, options: Options) -> dict[str, Any]:
+    """By call: microseconds between the first kernel's start and the last one's end, those with a kernel running, and
+    each kernel's and operator's; or what went wrong."""
+    on_gpu = options.device == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    try:
+        with options.math():
+            run = CASES[case](options).providers[provider].built(options)
+            for _ in range(2):
+                run()
+            _wait(on_gpu)
+            with torch.profiler.profile(activities=activities) as seen:
+                _calls(run, on_gpu)
+    except Exception as error:  # what can't be profiled says so, and the others go on
+        return {"provider": provider, "error": f"{type(error).__name__}: {first_line(error)[:300]}"}
+    finally:
+        run = None
+        gc.collect()
+    found: dict[str, Any] = {"provider": provider, "calls": CALLS, "operators": _operators(seen, on_gpu)}
+    return found | (_kernels(seen) if on_gpu else {})
+
+
+def _calls(run: Run, on_gpu: bool) -> None:
+    for _ in range(CALLS):
         run()
-        with torch.profiler.profile(activities=activities) as seen:
-            run()
-            run()
-    order = "self_cuda_time_total" if options.device == "cuda" else "self_cpu_time_total"
-    return f"{case}, {ours.provider}, two calls\n{seen.key_averages().table(sort_by=order, row_limit=LINES)}\n"
+    _wait(on_gpu)
+
+
+def _wait(on_gpu: bool) -> None:
+    if on_gpu:
+        torch.cuda.synchronize()
+
+
+def _kernels(seen: Any) -> dict[str, Any]:
+    """Of a GPU: kernels and copies by name, the largest first, and how much of the time none ran."""
+    events = [e for e in seen.events() if e.device_type == DeviceType.CUDA and e.time_range.end > e.time_range.start]
+    events = [e for e in events if not getattr(e, "is_user_annotation", False)]
+    by_name: dict[str, list[float]] = {}
+    for event in events:
+        by_name.setdefault(event.name, []).append(event.time_range.end - event.time_range.start)
+    spans = sorted((e.time_range.start, e.time_range.end) for e in events)
+    busy, last = 0.0, float("-inf")
+    for start, end in spans:  # copies beside kernels count once
+        busy += max(0.0, end - max(start, last))
+        last = max(last, end)
+    span = last - spans[0][0] if spans else 0.0
+    kernels = [
+        {"name": name, "launches": len(us) / CALLS, "us": sum(us) / CALLS}
+        for name, us in sorted(by_name.items(), key=lambda item: -sum(item[1]))
+    ]
+    return {
+        "span_us": span / CALLS,
+        "busy_us": busy / CALLS,
+        "gaps_us": (span - busy) / CALLS,
+        "sum_us": sum(k["us"] for k in kernels),
+        "launches": len(events) / CALLS,
+        "kernels": kernels,
+    }
+
+
+def _operators(seen: Any, on_gpu: bool) -> list[dict[str, Any]]:
+    """torch's operators, by the time of their own kernels (on a CPU: by their own)."""
+    time = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    rows = [
+        {"name": e.key, "calls": e.count / CALLS, "us": getattr(e, time) / CALLS}
+        for e in seen.key_averages()
+        if e.device_type == DeviceType.CPU and getattr(e, time) > 0
+    ]
+    return sorted(rows, key=lambda row: -row["us"])
+
+
+def _page(case: str, profile: dict[str, Any]) -> str:
+    lines = [f"{case}, {profile['provider']}"]
+    if "error" in profile:
+        return f"{lines[0]}: {profile['error']}\n"
+    if "kernels" in profile:
+        lines.append(
+            f"a call: {profile['span_us']:,.0f} µs, {profile['busy_us']:,.0f} with a kernel, {profile['gaps_us']:,.0f} "
+            f"with none; {profile['launches']:,.0f} launches"
+        )
+    for what in ("kernels", "operators"):
+        for row in profile.get(what, [])[:LINES]:
+            lines.append(f"{row['us']:12,.1f} µs {row.get('launches', row.get('calls')):9,.1f} x  {row['name'][:120]}")
+        lines.append("")
+    return "\n".join(lines)

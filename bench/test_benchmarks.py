@@ -50,5 +50,5 @@ def test_provider(benchmark: BenchmarkFixture, case: str, provider: str) -> None
     benchmark.extra_info.update({name: getattr(row, name) for name in REPORTED})
     if row.status == "cannot":
         pytest.skip(row.reason)
-    run = CASES[case](options(case)).providers[provider].make()
+    run = CASES[case](options(case)).providers[provider].built(options(case))
     benchmark.pedantic(run, rounds=1, warmup_rounds=1)

@@ -53,33 +53,39 @@ class Stopwatch:
         return result, time.perf_counter() - start
 
     def sample(self, run: Callable[[], Any], repeats: int = 1) -> dict[str, float]:
-        """Seconds a call by clock, over ``repeats`` calls (one on a GPU, where L2 is emptied before it)."""
+        """Seconds a call by clock, over ``repeats`` calls (on a GPU, where L2 is emptied before the first)."""
         if self._cuda:
-            return self._cuda_sample(run)
+            return self._cuda_sample(run, repeats)
         wall, cpu = time.perf_counter(), time.process_time()
         for _ in range(repeats):
             run()
         return {"wall": (time.perf_counter() - wall) / repeats, "cpu": (time.process_time() - cpu) / repeats}
 
-    def _cuda_sample(self, run: Callable[[], Any]) -> dict[str, float]:
+    def _cuda_sample(self, run: Callable[[], Any], repeats: int) -> dict[str, float]:
         assert self._flush is not None
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._flush.zero_()
         torch.cuda.synchronize()
         wall = time.perf_counter()
         start.record()
-        run()
+        for _ in range(repeats):
+            run()
         end.record()
         torch.cuda.synchronize()
-        return {"cuda": start.elapsed_time(end) / 1e3, "wall": time.perf_counter() - wall}
+        wall = time.perf_counter() - wall
+        return {"cuda": start.elapsed_time(end) / 1e3 / repeats, "wall": wall / repeats}
 
 
 def interleave(
-    runs: dict[str, Callable[[], Any]], rounds: int, device: str, first: dict[str, float] | None = None
+    runs: dict[str, Callable[[], Any]],
+    rounds: int,
+    device: str,
+    first: dict[str, float] | None = None,
+    row: int = 1,
 ) -> dict[str, dict[str, list[float]]]:
     """Every provider once a round, each round starting with another -> provider -> clock -> seconds, a round each.
 
-    first: wall seconds of calls made before; a long one was warm-up enough.
+    first: wall seconds of calls made before; a long one was warm-up enough. row: calls of a sample on a GPU.
     """
     watch, names = Stopwatch(device), list(runs)
     repeats = {}
@@ -87,7 +93,7 @@ def interleave(
         seconds = (first or {}).get(name, 0.0)
         if seconds < LONG:  # a warm call, which also says how long one lasts
             seconds = watch.sample(run)["wall"]
-        repeats[name] = min(MAX_REPEATS, max(1, round(MIN_SAMPLE / max(seconds, 1e-9))))
+        repeats[name] = row if device == "cuda" else min(MAX_REPEATS, max(1, round(MIN_SAMPLE / max(seconds, 1e-9))))
     seen: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     gc.collect()
     gc.disable()
@@ -103,7 +109,8 @@ def interleave(
 
 
 def roofs(device: str, tiny: bool = False) -> dict[str, float]:
-    """GFLOP/s of an fp32 matrix product and GB/s of a copy (read and write counted), on the timed clock of this run."""
+    """GFLOP/s of an fp32 matrix product (on a GPU also of one in bf16) and GB/s of a copy (read and write counted), on
+    the timed clock of this run."""
     side, count = (256, 1 << 20) if tiny else (2048, 1 << 26)
     if device == "cuda":
         side, count = side * 4, count * 4
@@ -111,16 +118,21 @@ def roofs(device: str, tiny: bool = False) -> dict[str, float]:
     source = torch.rand(count, device=device)
     target = torch.empty_like(source)
     runs = {"product": lambda: torch.mm(a, b, out=c), "copy": lambda: target.copy_(source)}
+    if device == "cuda":
+        left, right = a.bfloat16(), b.bfloat16()
+        runs["16 bits"] = lambda: torch.mm(left, right)
     seen = interleave(runs, 3, device)
     # A shared machine's wall clock counts what others did; with several threads processor time is a sum over them.
     clock = "cuda" if device == "cuda" else ("cpu" if torch.get_num_threads() == 1 else "wall")
+    in_16_bits = {"bf16_gflops": 2 * side**3 / min(seen["16 bits"][clock]) / 1e9} if "16 bits" in seen else {}
     return {
         "sgemm_gflops": 2 * side**3 / min(seen["product"][clock]) / 1e9,
         "copy_gbs": 8 * count / min(seen["copy"][clock]) / 1e9,
+        **in_16_bits,
     }
 
 
-def energy(run: Callable[[], Any], seconds: float = 1.0) -> tuple[float, int] | None:
+def energy(run: Callable[[], Any], seconds: float = 0.4) -> tuple[float, int] | None:
     """Joules of one call (whole board) and the SM clock in MHz, by NVML; None without a GPU or without NVML."""
     if not torch.cuda.is_available():
         return None

@@ -77,5 +77,6 @@ def heading(row: Row) -> str:
     roofs = ""
     if "sgemm_gflops" in run:
         roofs = f"; same run: sgemm {run['sgemm_gflops']:.0f} GFLOP/s, copy {run['copy_gbs']:.1f} GB/s"
+        roofs += f", bf16 product {run['bf16_gflops']:,.0f} GFLOP/s" if "bf16_gflops" in run else ""
     threads = f", {run['threads']} thread{'s' * (run['threads'] > 1)}" if run["device_type"] == "cpu" else ""
     return f"{row.case} {row.preset} {row.precision} ({axes}) on {run['device']}{threads}{roofs}"

@@ -28,9 +28,9 @@ def add_parser(commands: Subparsers) -> None:
         description="WHAT: "
         "op (attention and penalty), block (a decoder layer), layer (a decoder training step), step (a training step "
         "of the whole model), jacobian, loader, map (attention to 77 tokens with its map), slots (slot "
-        "attention, three iterations), memory (of the decoder step, by resolution), scaling; or "
-        "`report [FOLDER or FILE ...]` (tables and plots from rows), or `compare A B` (exit code 1 where ours became "
-        "slower beyond noise).",
+        "attention, three iterations), memory (of the decoder step, on a GPU of the whole one), scaling; "
+        "or `report [FOLDER or FILE ...]` (tables and plots from rows), or `compare A B` (exit code 1 where ours "
+        "became slower beyond noise).",
     )
     parser.add_argument("what", metavar="WHAT", nargs="*", help="what to measure (default: op layer step jacobian)")
     parser.add_argument("--preset", choices=preset_names(), help="sizes (default clevr6; jacobian: sprites)")
@@ -48,7 +48,7 @@ def add_parser(commands: Subparsers) -> None:
     parser.add_argument("--skip", default="", metavar="A|B", help="leave out those whose names hold one of these")
     parser.add_argument("--axis", action="append", choices=AXES, help="of scaling (default: all; may be repeated)")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory (a process a provider)")
-    parser.add_argument("--profile", action="store_true", help="also write a profile of ours, operator by operator")
+    parser.add_argument("--profile", action="store_true", help="also write profiles, kernel by kernel")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder for rows (default {RESULTS})")
     parser.add_argument("--into", type=Path, default=Path("."), help="checkout whose tables `report` writes")
     parser.set_defaults(run=run)
@@ -80,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
 def _measure(wanted: list[str], args: argparse.Namespace) -> int:
     import torch
 
+    from fastslots.bench import profile
     from fastslots.bench.case import Options
-    from fastslots.bench.profile import profile
     from fastslots.bench.reporting import rows as files
     from fastslots.bench.reporting.tables import for_people
     from fastslots.bench.run import measure, memory_rows
@@ -120,7 +120,8 @@ def _measure(wanted: list[str], args: argparse.Namespace) -> int:
             axes = args.axis or list(AXES)
             measured = [row for axis in axes for row in sweep(axis, options, os.cpu_count() or 1, say)]
         elif name == "memory":
-            measured = memory_rows(options, (8, 16) if args.tiny else MEMORY_RESOLUTIONS, say)
+            sides = (args.resolution,) if args.resolution else (8, 16) if args.tiny else MEMORY_RESOLUTIONS
+            measured = memory_rows(options, sides, say)
         else:
             measured = measure(name, options, say, write)
         if not measured:
@@ -129,9 +130,8 @@ def _measure(wanted: list[str], args: argparse.Namespace) -> int:
         say(for_people(measured))
         say(f"wrote {path}")
         if args.profile and name in ("layer", "step"):
-            text = path.with_name(f"profile-{path.stem}.txt")
-            text.write_text(profile(name, options, measured))
-            say(f"wrote {text}")
+            for written in profile.write(name, options, measured, path):
+                say(f"wrote {written}")
         failed |= any(row.status == "wrong" for row in measured)
     return int(failed)
 

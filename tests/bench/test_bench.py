@@ -10,7 +10,7 @@ import random
 import pytest
 import torch
 
-from fastslots.bench import memory, peers, published, scaling, timing
+from fastslots.bench import memory, peers, profile, published, scaling, timing
 from fastslots.bench.case import BOUNDS, Options, check
 from fastslots.bench.cases import CASES
 from fastslots.bench.reporting import compare, rows, tables
@@ -21,6 +21,7 @@ from fastslots.cli import main
 from fastslots.metrics import slot_jacobian
 from fastslots.models import SlotVAEConfig
 from fastslots.models.decoder import Decoder
+from fastslots.train.draws import draw
 
 COMPILED = "compiled|autotune|triton"  # minutes: bench/gpu.sh --dry has them
 
@@ -75,16 +76,55 @@ def test_a_provider_that_breaks_does_not_stop_the_others(monkeypatch):
 
 def test_times_are_kept_before_memory_is_measured(monkeypatch):
     """A compiled peer's memory process once took the machine's memory, and an hour of timing with it."""
-    kept: list[Row] = []
+    kept: list[list[str]] = []
+
+    def keep(rows: list[Row]) -> None:
+        assert all(row.time for row in rows)
+        kept.append([row.provider for row in rows])
 
     def killed(*_):
-        assert all(row.time for row in kept) and kept
         raise SystemExit(137)
 
     monkeypatch.setattr(memory, "measure", killed)
     with pytest.raises(SystemExit):
-        measure("op", dataclasses.replace(tiny("op"), only="published", memory=True), keep=kept.extend)
-    assert [row.provider for row in kept] == ["published"]
+        measure("op", dataclasses.replace(tiny("op"), only="published|reference", memory=True), keep=keep)
+    assert kept == [["published"], ["published", "reference"], ["published", "reference"]]
+
+
+def test_rows_are_kept_before_the_next_provider_starts(monkeypatch):
+    """One that hangs, or takes its process with it, costs nothing that was timed before."""
+    kept: list[list[tuple[str, bool]]] = []
+
+    def killed(q, k, v, scale):
+        raise SystemExit(137)
+
+    monkeypatch.setitem(peers.ATTENTIONS, "sdpa, identity in V", killed)
+    with pytest.raises(SystemExit):
+        keep = lambda rows: kept.append([(row.provider, row.time is not None) for row in rows])  # noqa: E731
+        measure("op", dataclasses.replace(tiny("op"), only="published|sdpa, identity"), keep=keep)
+    assert kept == [[("published", True)]]
+
+
+def test_a_step_as_trained_shows_a_wrong_gradient(monkeypatch):
+    """Its noise is drawn by the step itself: with that of another step the float64 values are others."""
+    from fastslots.bench.cases import step as case
+
+    monkeypatch.setattr(case, "draw", lambda config, step, images: draw(config, step + 1, images))
+    (row,) = measure("step", dataclasses.replace(tiny("step"), only="fastslots, one graph"))
+    assert row.status == "wrong" and row.error > 0.01
+
+
+def test_a_profile_names_what_takes_time(tmp_path):
+    options = dataclasses.replace(tiny("step"), only="one graph")
+    rows_ = measure("step", options)
+    assert rows_[0].reason.startswith("operator by operator (the tensors are on cpu)")
+    text, data = profile.write("step", options, rows_, tmp_path / "step.json")
+    found = {
+        one["provider"]: [operator["name"] for operator in one["operators"]] for one in json.loads(data.read_text())
+    }
+    assert "aten::convolution_backward" in found["published, one graph"] and found["fastslots, one graph"]
+    assert "aten::convolution_backward" in text.read_text()
+    assert rows.read([tmp_path]) == [], "no profile is read as rows"
 
 
 def test_check_names_the_worst_tensor_and_what_is_missing():
