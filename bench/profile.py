@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from fastslots.bench.case import Options, Run
@@ -58,8 +57,7 @@ def _profile(case: str, provider: str, options: Options) -> dict[str, Any]:
     except Exception as error:  # what can't be profiled says so, and the others go on
         return {"provider": provider, "error": f"{type(error).__name__}: {first_line(error)[:300]}"}
     finally:
-        run = None
-        gc.collect()
+        gc.collect()  # those before this one
     found: dict[str, Any] = {"provider": provider, "calls": CALLS, "operators": _operators(seen, on_gpu)}
     return found | (_kernels(seen) if on_gpu else {})
 
@@ -77,7 +75,7 @@ def _wait(on_gpu: bool) -> None:
 
 def _kernels(seen: Any) -> dict[str, Any]:
     """Of a GPU: kernels and copies by name, the largest first, and how much of the time none ran."""
-    events = [e for e in seen.events() if e.device_type == DeviceType.CUDA and e.time_range.end > e.time_range.start]
+    events = [e for e in seen.events() if e.device_type.name == "CUDA" and e.time_range.end > e.time_range.start]
     events = [e for e in events if not getattr(e, "is_user_annotation", False)]
     by_name: dict[str, list[float]] = {}
     for event in events:
@@ -108,7 +106,7 @@ def _operators(seen: Any, on_gpu: bool) -> list[dict[str, Any]]:
     rows = [
         {"name": e.key, "calls": e.count / CALLS, "us": getattr(e, time) / CALLS}
         for e in seen.key_averages()
-        if e.device_type == DeviceType.CPU and getattr(e, time) > 0
+        if e.device_type.name == "CPU" and getattr(e, time) > 0
     ]
     return sorted(rows, key=lambda row: -row["us"])
 
