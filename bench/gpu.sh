@@ -70,9 +70,9 @@ run() { # SECONDS NAME COMMAND...: what fails or lasts too long is noted, and th
   fi
 }
 bench() { # SECONDS WHAT FLAGS...
-  local limit=$1
-  shift
-  run "$limit" "bench $*" "$python" -m fastslots bench "$@" "${common[@]}"
+  local limit=$1 what=$2
+  shift 2
+  run "$limit" "bench $what $*" "$python" -m fastslots bench "$what" "${common[@]}" "$@"
 }
 compilers="compiled|autotune|flex"
 
@@ -101,8 +101,8 @@ part_memory() { # what a training step adds at its peak; a process a provider
 part_rest() {
   if [ -z "$dry" ]; then bench 120 step --no-memory --skip "$compilers" --precision tf32; fi
   bench 120 step --no-memory --skip "$compilers" --precision fp32
-  bench 100 jacobian --no-memory
-  bench 60 loader
+  bench 100 jacobian --no-memory --rounds 3
+  bench 60 loader --rounds 3
 }
 part_sanitize() { # races and bounds, on a small decoder step with every kernel of it
   command -v compute-sanitizer >/dev/null || { echo "not run: sanitize: no compute-sanitizer here" >>"$notes"; return; }

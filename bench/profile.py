@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,12 @@ def _profile(case: str, provider: str, options: Options) -> dict[str, Any]:
             _wait(on_gpu)
             with torch.profiler.profile(activities=activities) as seen:
                 _calls(run, on_gpu)
+        found: dict[str, Any] = {"provider": provider, "calls": CALLS, "operators": _operators(seen, on_gpu)}
+        return found | (_on_device(seen.events()) if on_gpu else {})
     except Exception as error:  # what can't be profiled says so, and the others go on
         return {"provider": provider, "error": f"{type(error).__name__}: {first_line(error)[:300]}"}
     finally:
         gc.collect()  # those before this one
-    found: dict[str, Any] = {"provider": provider, "calls": CALLS, "operators": _operators(seen, on_gpu)}
-    return found | (_kernels(seen) if on_gpu else {})
 
 
 def _calls(run: Run, on_gpu: bool) -> None:
@@ -73,9 +74,10 @@ def _wait(on_gpu: bool) -> None:
         torch.cuda.synchronize()
 
 
-def _kernels(seen: Any) -> dict[str, Any]:
-    """Of a GPU: kernels and copies by name, the largest first, and how much of the time none ran."""
-    events = [e for e in seen.events() if e.device_type.name == "CUDA" and e.time_range.end > e.time_range.start]
+def _on_device(seen: Iterable[Any]) -> dict[str, Any]:
+    """Of a GPU: kernels and copies by name, the largest first, how much of the time none ran, and the last call's in
+    order: name, microseconds from its first one's start, microseconds."""
+    events = [e for e in seen if e.device_type.name == "CUDA" and e.time_range.end > e.time_range.start]
     events = [e for e in events if not getattr(e, "is_user_annotation", False)]
     by_name: dict[str, list[float]] = {}
     for event in events:
@@ -86,6 +88,8 @@ def _kernels(seen: Any) -> dict[str, Any]:
         busy += max(0.0, end - max(start, last))
         last = max(last, end)
     span = last - spans[0][0] if spans else 0.0
+    ordered = sorted(events, key=lambda e: e.time_range.start)[-round(len(events) / CALLS) :]
+    first = ordered[0].time_range.start if ordered else 0.0
     kernels = [
         {"name": name, "launches": len(us) / CALLS, "us": sum(us) / CALLS}
         for name, us in sorted(by_name.items(), key=lambda item: -sum(item[1]))
@@ -97,14 +101,24 @@ def _kernels(seen: Any) -> dict[str, Any]:
         "sum_us": sum(k["us"] for k in kernels),
         "launches": len(events) / CALLS,
         "kernels": kernels,
+        "in_order": [
+            [e.name, round(e.time_range.start - first, 2), round(e.time_range.end - e.time_range.start, 2)]
+            for e in ordered
+        ],
     }
 
 
 def _operators(seen: Any, on_gpu: bool) -> list[dict[str, Any]]:
-    """torch's operators, by the time of their own kernels (on a CPU: by their own)."""
+    """torch's operators, by the time of their own kernels (on a CPU: by their own); with the kernels, where an operator
+    has launched them itself."""
     time = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    launched: dict[str, dict[str, float]] = {}
+    for event in seen.events():
+        of = launched.setdefault(event.name, {})
+        for kernel in event.kernels:
+            of[kernel.name] = of.get(kernel.name, 0.0) + kernel.duration / CALLS
     rows = [
-        {"name": e.key, "calls": e.count / CALLS, "us": getattr(e, time) / CALLS}
+        {"name": e.key, "calls": e.count / CALLS, "us": getattr(e, time) / CALLS, "kernels": launched.get(e.key, {})}
         for e in seen.key_averages()
         if e.device_type.name == "CPU" and getattr(e, time) > 0
     ]

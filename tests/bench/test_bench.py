@@ -6,11 +6,13 @@ import csv
 import dataclasses
 import json
 import random
+import types
 
 import pytest
 import torch
 
 from fastslots.bench import memory, peers, profile, published, scaling, timing
+from fastslots.bench import run as module
 from fastslots.bench.case import BOUNDS, Options, check
 from fastslots.bench.cases import CASES
 from fastslots.bench.reporting import compare, rows, tables
@@ -125,6 +127,30 @@ def test_a_profile_names_what_takes_time(tmp_path):
     assert "aten::convolution_backward" in found["published, one graph"] and found["fastslots, one graph"]
     assert "aten::convolution_backward" in text.read_text()
     assert rows.read([tmp_path]) == [], "no profile is read as rows"
+
+
+def test_what_stops_the_gpu_costs_its_own_row_and_those_not_yet_tried(monkeypatch):
+    """After an illegal address every call of a process fails: what was timed stands, the rest say why not."""
+    ill = "sdpa padded, identity in V"
+    monkeypatch.setattr(module, "_lost", lambda row, options: "not tried" if row.provider == ill else "")
+    seen = measure("op", tiny("op"))
+    at = [row.provider for row in seen].index(ill)
+    assert all(row.time for row in seen[:at] if row.provider not in CANNOT) and seen[0].rounds == 2
+    assert {(row.status, row.reason, row.time) for row in seen[at + 1 :]} == {("cannot", "not tried", None)}
+
+
+def test_a_profile_of_a_gpu_counts_kernels_and_the_time_without():
+    def event(name, start, end, device="CUDA", mark=False):
+        kind, span = types.SimpleNamespace(name=device), types.SimpleNamespace(start=start, end=end)
+        return types.SimpleNamespace(name=name, device_type=kind, time_range=span, is_user_annotation=mark)
+
+    events = [event("host", 0, 99, "CPU"), event("step", 0, 99, mark=True)]
+    for at in (0, 30, 60):  # three calls: kernels of 10 and 5 µs with 2 between, a copy beside the second
+        events += [event("mm", at, at + 10), event("add", at + 12, at + 17), event("copy", at + 13, at + 16)]
+    found = profile._on_device(events)
+    assert found["launches"] == 3 and found["kernels"][0] == {"name": "mm", "launches": 1, "us": 10}
+    assert found["span_us"] == 77 / 3 and found["busy_us"] == 15 and found["sum_us"] == 18
+    assert found["in_order"] == [["mm", 0, 10], ["add", 12, 5], ["copy", 13, 3]]
 
 
 def test_check_names_the_worst_tensor_and_what_is_missing():
