@@ -90,7 +90,10 @@ def ours(model: SlotVAE, batch: Tensor, config: TrainConfig, tiny: bool) -> Prov
 
     def view(_: Any) -> Mapping[str, Tensor]:
         (done,) = named["steps"].settle()
-        values: Tensors = {name: torch.tensor(done.values[name]) for name in ("recon", "kl", "interaction")}
+        device = next(named["model"].parameters()).device
+        values: Tensors = {
+            name: torch.tensor(done.values[name], device=device) for name in ("recon", "kl", "interaction")
+        }
         shrunk = max(1.0, (done.values["grad_norm"] + 1e-6) / config.grad_clip) if config.grad_clip else 1.0
         for name, p in named["model"].named_parameters():
             values[f"d{name}"] = torch.zeros_like(p) if p.grad is None else shrunk * p.grad
