@@ -74,11 +74,14 @@ def captured(
             for _ in range(rehearsals):
                 (rehearse or work)()
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with own_workspace():
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
             # "thread_local": the loader, which pins memory, and NCCL's watchdog may go on calling CUDA meanwhile.
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            with own_workspace(), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 outputs = work()
+        except BaseException:
+            torch.cuda.set_stream(before)  # torch leaves its own the current one where a capture cannot be ended
+            raise
     return graph.replay, outputs
 
 

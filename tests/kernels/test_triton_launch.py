@@ -94,6 +94,7 @@ class FakeCuda:
         for name, value in {
             "Stream": Stream, "current_stream": Stream, "CUDAGraph": CUDAGraph, "graph": graph,
             "stream": lambda s: within("side"), "device": lambda d: within(("device", d)),
+            "set_stream": lambda s: log.append("stream set back"),
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, value)
         return self
@@ -114,9 +115,10 @@ def test_capture_is_on_a_stream_of_the_device_and_lets_other_threads_call_cuda(m
 
 
 def test_a_failed_capture_names_the_switch(monkeypatch):
-    FakeCuda(fail=True).install(monkeypatch)
+    fake = FakeCuda(fail=True).install(monkeypatch)
     with pytest.raises(RuntimeError, match=r"not permitted.*FASTSLOTS_CUDA_GRAPHS=0"):
         graphs.capture_cuda(list, [torch.zeros(1)])
+    assert fake.log[-1] == "stream set back"
 
 
 class Kernel:
