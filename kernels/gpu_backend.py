@@ -9,7 +9,7 @@ import torch
 
 from fastslots.records import Call
 
-from .gpu import launch
+from .gpu import assembler, launch
 from .gpu._pack import MAX_COLUMNS, MAX_SLOTS, padded_slots, round_up
 from .gpu._tiles import INTERPRETED
 from .gpu.cross_attention import cross_attention_bwd, cross_attention_fwd
@@ -48,6 +48,8 @@ def _unserved(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"{torch.cuda.get_device_name(device)} is older than sm_80"
     if dtype not in launch.DTYPES:
         return f"{str(dtype).removeprefix('torch.')} is not one of fp16, bf16, fp32"
+    if device.type == "cuda" and (dtype != torch.float32 or launch.allows_tf32()):
+        return assembler.why_not(launch.device_arch(device.index or 0))
     return None
 
 

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from . import assembler
+
 TABLE = Path(__file__).with_name("launches.json")
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 Table = dict[str, dict[str, dict[str, dict[str, int]]]]
@@ -126,7 +128,7 @@ def table() -> Table:
 
 
 @cache
-def _device_arch(index: int) -> str:
+def device_arch(index: int) -> str:
     if torch.version.hip:
         return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(index)
@@ -138,7 +140,7 @@ def arch_of(tensor: Tensor) -> str:
     recorder = _recorder.get()
     if recorder is not None:
         return recorder.arch
-    return _device_arch(tensor.device.index or 0) if tensor.is_cuda else "interpreter"
+    return device_arch(tensor.device.index or 0) if tensor.is_cuda else "interpreter"
 
 
 def table_key(dtype: torch.dtype, width: int) -> str:
@@ -220,6 +222,8 @@ def run(
     if 0 in grid:
         return
     device = next(a.device for a in args.values() if isinstance(a, Tensor))
+    if device.type == "cuda":
+        assembler.choose()
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     types = tuple(a.dtype for a in args.values() if isinstance(a, Tensor))
     key = (kernel_name(kernel), types, tuple(constexprs.items()), config, device)

@@ -22,7 +22,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ..gpu import assembler
 from ..gpu.launch import Launch, options
+from .registers import unwritten_registers
 
 _POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
@@ -77,6 +79,7 @@ class Compiled:
     global_stores: dict[str, int]
     tma_loads: int
     atomics: int  # none: every reduction has a fixed order
+    unwritten: int | None  # instructions that read a register that nothing has written: miscompiled where there are any
     occupancy: float | None  # resident warps of those a multiprocessor has room for; 0: does not fit
 
 
@@ -113,6 +116,7 @@ def source(launch: Launch) -> ASTSource:
 
 def compile_launch(launch: Launch, arch: str) -> Compiled:
     """Compile one recorded launch for ``arch`` and read its machine code."""
+    assembler.choose()
     kernel = triton.compile(source(launch), target=target(arch), options=options(launch.config))
     shared = kernel.metadata.shared
     if arch.startswith("sm_"):
@@ -121,11 +125,12 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
         spills = spilled(sass)
         tmem = getattr(kernel.metadata, "tmem_size", 0) or 0
         occupancy = _occupancy(arch, used, shared, launch.config.num_warps, tmem)
-        return _compiled(kernel.asm, opcodes, used, spills, stack, shared, occupancy)
+        unwritten = len(unwritten_registers(sass))
+        return _compiled(kernel.asm, opcodes, used, spills, stack, shared, occupancy, unwritten)
     text = kernel.asm["amdgcn"]
     opcodes = Counter(re.findall(r"^\s+([a-z]\w+)", text, re.M))
     vgprs, local, private = (_number(rf"\.{name}:\s+(\d+)", text) for name in _AMD_USAGE)
-    return _compiled(kernel.asm, opcodes, vgprs, (local, None), private, shared, None)
+    return _compiled(kernel.asm, opcodes, vgprs, (local, None), private, shared, None, None)
 
 
 def _compiled(
@@ -136,6 +141,7 @@ def _compiled(
     stack: int | None,
     shared: int,
     occupancy: float | None,
+    unwritten: int | None,
 ) -> Compiled:
     return Compiled(
         asm=dict(asm),
@@ -150,6 +156,7 @@ def _compiled(
         tma_loads=sum(n for op, n in opcodes.items() if op.startswith("UTMALDG")),
         atomics=sum(n for op, n in opcodes.items() if _ATOMIC.match(op)),
         occupancy=occupancy,
+        unwritten=unwritten,
     )
 
 

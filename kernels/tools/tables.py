@@ -29,7 +29,7 @@ def compile_row(name: str, launch: Launch, arch: str, shape: Shape, precision: s
         "registers": compiled.registers, "spills": compiled.spills, "loop_spills": compiled.loop_spills,
         "stack_bytes": compiled.stack_bytes,
         "shared_bytes": compiled.shared_bytes, "occupancy": compiled.occupancy,
-        "tensor_cores": compiled.tensor_cores, "atomics": compiled.atomics,
+        "tensor_cores": compiled.tensor_cores, "atomics": compiled.atomics, "unwritten": compiled.unwritten,
         "global_loads": compiled.global_loads, "global_stores": compiled.global_stores,
         "tma_loads": compiled.tma_loads,
         "model": {
@@ -48,9 +48,10 @@ def compile_row(name: str, launch: Launch, arch: str, shape: Shape, precision: s
 def one_line(row: Row) -> str:
     cores = " ".join(f"{n} {op}" for op, n in row["tensor_cores"].items()) or "no tensor cores"
     inside = f" ({row['loop_spills']} inside loops)" if row["loop_spills"] else ""
+    wrong = f", MISCOMPILED: {row['unwritten']} reads of registers that nothing wrote" if row["unwritten"] else ""
     return (
         f"{row['target']} {row['preset']} {row['precision']} {row['kernel']}: {row['registers']} registers, "
-        f"{row['spills']} spills{inside}, {row['shared_bytes'] / 1024:.0f} KiB shared, {cores}"
+        f"{row['spills']} spills{inside}, {row['shared_bytes'] / 1024:.0f} KiB shared, {cores}{wrong}"
     )
 
 

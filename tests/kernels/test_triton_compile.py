@@ -55,6 +55,7 @@ def check(row: dict) -> None:
     name = f"{row['target']} {row['preset']} {row['precision']} {row['kernel']}"
     # Block sizes are chosen by executed instructions; what is spilled once a trip is among them, and none is.
     assert row["loop_spills"] == 0 and row["spills"] <= MAX_SPILLS, f"{name}: {row['spills']} spills"
+    assert not row["unwritten"], f"{name} is miscompiled: registers are read that nothing has written"
     assert row["atomics"] == 0, f"{name} has atomics: its sums have no fixed order"
     assert row["occupancy"] > 0, f"{name} does not fit a multiprocessor"
     if row["precision"] != "fp32" and row["model"]["flops"]:  # the combining kernel has no product
