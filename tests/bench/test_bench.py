@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
 import random
 import types
 
@@ -125,6 +126,7 @@ def test_a_profile_names_what_takes_time(tmp_path):
         one["provider"]: [operator["name"] for operator in one["operators"]] for one in json.loads(data.read_text())
     }
     assert "aten::convolution_backward" in found["published, one graph"] and found["fastslots, one graph"]
+    assert "FASTSLOTS_CUDA_GRAPHS" not in os.environ
     assert "aten::convolution_backward" in text.read_text()
     assert rows.read([tmp_path]) == [], "no profile is read as rows"
 
