@@ -17,6 +17,7 @@ from fastslots.errors import UserError
 
 SAMPLE = 1_000  # images whose pixels are looked at
 QUICK = 500  # scenes that --quick reads
+BLOCK = 256  # images read at once
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def check(
     size: int | None = None,
     quick: bool = False,
     on_bad_record: str = "stop",
+    ignore_label: int | None = None,
 ) -> Report:
     """Open a data set as training would and look at it.
 
@@ -73,6 +75,7 @@ def check(
         quick: read the first ``QUICK`` scenes (of the first shard) alone and keep nothing; without it the whole set is
             read, and what training will map is kept. Of a set in object storage: look at some of its images, without
             comparing the checksum of those that are not in the cache.
+        ignore_label: mask label of pixels that are not scored, which is no object; None: as the data say.
 
     Raises:
         UserError: where training would refuse the data.
@@ -81,25 +84,34 @@ def check(
         far = open_dataset(path, max_objects, size, on_bad_record)
         if not quick:
             far.verify()
-        return _look(far, far.info, max_objects, False)
+        return _look(far, far.info, max_objects, False, ignore_label)
     shards = find_shards(path)
     if not quick or is_packed_at(shards[0], size):
         opened = open_dataset(path, max_objects, size, on_bad_record)
         if is_packed(shards[0]):
             opened.verify()
-        return _look(opened, opened.info, max_objects, False)
+        return _look(opened, opened.info, max_objects, False, ignore_label)
     with tempfile.TemporaryDirectory(prefix="fastslots-") as folder:
         pack(shards[0], Path(folder) / "head", size, first=QUICK, on_bad_record=on_bad_record)
         dataset = PackedDataset(Path(folder) / "head", max_objects, str(path))
-        return _look(dataset, dataset.info, max_objects, dataset.info.total == QUICK)
+        return _look(dataset, dataset.info, max_objects, dataset.info.total == QUICK, ignore_label)
 
 
-def _look(dataset: PackedDataset | PackedShards, info: DatasetInfo, max_objects: int | None, quick: bool) -> Report:
+def _look(
+    dataset: PackedDataset | PackedShards,
+    info: DatasetInfo,
+    max_objects: int | None,
+    quick: bool,
+    unscored: int | None,
+) -> Report:
     if not len(dataset):
         raise UserError(f"{info.path}: no scene has at most {max_objects} objects: raise --max_objects")
     rows = np.unique(np.linspace(0, len(dataset) - 1, min(SAMPLE, len(dataset))).astype(int))
     images, masks = dataset.batch(rows)
-    counts = dataset.objects[dataset.objects != UNKNOWN]
+    counts = dataset.objects
+    if unscored is not None and unscored != info.ignore_label:
+        info, counts = replace(info, ignore_label=unscored), _without(unscored, dataset)
+    counts = counts[counts != UNKNOWN]
     kept = counts[counts <= max_objects] if max_objects else counts
     values, scenes = np.unique(kept, return_counts=True)
     objects = {int(k): int(n) for k, n in zip(values, scenes, strict=True)}
@@ -127,6 +139,18 @@ def _look(dataset: PackedDataset | PackedShards, info: DatasetInfo, max_objects:
     elif len(dataset) < 20 and not info.parts:
         warnings.append("under 20 images: evaluation uses the training images")
     return Report(info, objects, colour, std, labels, len(rows), splits, quick, unmasked, warnings)
+
+
+def _without(label: int, dataset: PackedDataset | PackedShards) -> np.ndarray:
+    """Objects of each scene that the object filter leaves, where those of ``label`` are none."""
+    objects = dataset.kept_objects.copy()
+    for first in range(0, len(dataset), BLOCK):
+        rows = np.arange(first, min(first + BLOCK, len(dataset)))
+        masks = dataset.batch(rows)[1]
+        if masks is not None:
+            shown = rows[(masks == label).any((1, 2))]
+            objects[shown] -= ((objects[shown] != UNKNOWN) & (objects[shown] > 0)).astype(np.uint8)
+    return objects
 
 
 def _warnings(

@@ -21,6 +21,7 @@ from fastslots.data.packed.remote import openers
 from fastslots.data.packed.shards import PackedShards, find_shards, published_parts
 from fastslots.data.packed.urls import is_remote
 from fastslots.data.packed.writer import write_packed
+from fastslots.data.readers.named_splits import Parts
 from fastslots.data.readers.npz import mask_file
 from fastslots.data.readers.scene import BadRecordError, Reader, Scene, default_size, preprocess
 from fastslots.data.storage.paths import stamp, visible
@@ -87,7 +88,7 @@ def _open_one(path: Path, max_objects: int | None, size: int | None, on_bad_reco
         return PackedDataset(path, max_objects)
     reader = recognise(path)
     side = size or default_size(reader)
-    folder = cache_folder(path, side, on_bad_record)
+    folder = cache_folder(path, side, on_bad_record, getattr(reader, "parts", None))
     if not is_packed(folder):
         notice(f"decoding {path} once into {folder}")
         _pack(reader, path, folder, side, None, None, on_bad_record)
@@ -116,6 +117,7 @@ def pack(
     max_objects: int | None = None,
     first: int | None = None,
     on_bad_record: str = "stop",
+    ignore_label: int | None = None,
 ) -> None:
     """Decode, crop and resize a data set (``first``: only so many scenes) into a packed folder, with progress.
 
@@ -133,14 +135,15 @@ def pack(
     splits = published_parts([str(shard) for shard in shards])
     names = (
         splits
-        if splits and len(splits) == 3
+        if splits and len(splits) == len({*splits})
         else [f"{part}-{i:05d}" for i, part in enumerate(splits or ["shard"] * len(shards))]
     )
     for name, shard in zip(names, shards, strict=True):
         target = folder if len(shards) == 1 else unfinished / name
         if not is_packed(target):  # else it is there from a call that was interrupted
             reader = recognise(shard)
-            _pack(reader, shard, target, size or default_size(reader), max_objects, first, on_bad_record)
+            side = size or default_size(reader)
+            _pack(reader, shard, target, side, max_objects, first, on_bad_record, ignore_label)
     if len(shards) > 1:
         os.replace(unfinished, folder)
 
@@ -162,12 +165,13 @@ def _pack(
     max_objects: int | None,
     first: int | None,
     on_bad_record: str,
+    ignore_label: int | None = None,
 ) -> None:
     if isinstance(reader, PackedReader):
         max_objects = reader.at_most(max_objects)
 
     def scenes(start: int) -> Iterator[Scene | BadRecordError | None]:
-        for index, item in enumerate(decoded(reader, path, side, start), start):
+        for index, item in enumerate(decoded(reader, path, side, start, ignore_label), start):
             if index == first:
                 return
             if isinstance(item, BadRecordError):
@@ -182,6 +186,9 @@ def _pack(
     settings: dict[str, object] = {"size": side, "max_objects": max_objects, "stamp": _stamp(path)}
     settings |= {"preprocessing": PREPROCESSING, "first": first, "on_bad_record": on_bad_record}
     settings |= {name: getattr(reader, name, None) for name in ("ignore_label", "read_as")}
+    settings |= {} if ignore_label is None else {"ignore_label": ignore_label}
+    if first is None and (parts := getattr(reader, "parts", None)):
+        settings["parts"] = parts
     if isinstance(reader, PackedReader):
         settings["skipped"] = reader.skipped
     with Progress(reader.share) as progress:
@@ -194,14 +201,21 @@ def _objects(scene: Scene, path: Path) -> int:
     return scene.objects
 
 
-def decoded(reader: Reader, path: Path, side: int, start: int = 0) -> Iterator[Scene | BadRecordError]:
-    """Cropped and resized scenes from ``start`` on; an error in place of a damaged one, or of all that follow it."""
+def decoded(
+    reader: Reader, path: Path, side: int, start: int = 0, unscored: int | None = None
+) -> Iterator[Scene | BadRecordError]:
+    """Cropped and resized scenes from ``start`` on; an error in place of a damaged one, or of all that follow it.
+
+    unscored: a mask label that is no object, beside the one that the reader knows."""
+    counted = unscored is not None and unscored != getattr(reader, "ignore_label", None)
     index = start
     try:
         for index, scene in enumerate(reader.scenes(start), start):
             if isinstance(scene, BadRecordError):
                 yield scene
                 continue
+            if counted and scene.objects and scene.mask is not None and (scene.mask == unscored).any():
+                scene.objects -= 1
             try:
                 yield preprocess(scene, reader.crop, side)
             except ValueError as error:
@@ -273,10 +287,11 @@ def _recognise_file(path: Path) -> Reader:
     raise UserError(f"{path}: not recognised; known are: {KNOWN}")
 
 
-def cache_folder(path: Path, size: int, on_bad_record: str = "stop") -> Path:
-    """Where the decoded form of a file or folder lies: keyed by path, size, time and preprocessing."""
-    skip = ["skip"] if on_bad_record == "skip" else []  # added, so that caches made before there was a choice serve
-    key = json.dumps([str(path.resolve()), _stamp(path), size, PREPROCESSING, VERSION, *skip])
+def cache_folder(path: Path, size: int, on_bad_record: str = "stop", parts: Parts | None = None) -> Path:
+    """Where the decoded form of a file or folder lies: keyed by path, size, time, preprocessing and ``parts``."""
+    # added, so that caches made before there was a choice serve
+    added = (["skip"] if on_bad_record == "skip" else []) + ([list(parts)] if parts else [])
+    key = json.dumps([str(path.resolve()), _stamp(path), size, PREPROCESSING, VERSION, *added])
     return cache_root() / hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
 
 

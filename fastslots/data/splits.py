@@ -24,19 +24,34 @@ def split_indices(n: int, published: bool = False, parts: tuple[int, int, int] |
     """Ranges of n images in file order.
 
     published: the authors' npz, split as they do where the count is theirs. parts: images of train, val and test, one
-    after another, where their files are named so. Any other set: the last 5 % is val, the 5 % before it test, at least
-    one image each; under 20 images, evaluation uses the training images.
+    after another, where files, folders or lists are named so; without test, val is tested on too, and without val the
+    last 5 % of train are. Any other set: the last 5 % is val, the 5 % before it test, at least one image each; under 20
+    images, evaluation uses the training images.
     """
     if parts:
-        train, val, _ = parts
-        return Splits(range(train), range(train, train + val), range(train + val, n), "as the files are named")
+        return _named(n, *parts)
     if published and n in PUBLISHED:
         train, val, _ = PUBLISHED[n]
         return Splits(range(train), range(train, train + val), range(train + val, n), "the published split")
     if n < FEW:
         everything = range(n)
         return Splits(everything, everything, everything, f"under {FEW} images: evaluation uses the training images")
-    held = max(1, n * 5 // 100)
+    held = _share(n)
     return Splits(
         range(n - 2 * held), range(n - held, n), range(n - 2 * held, n - held), "last 5 % val, 5 % before test"
     )
+
+
+def _named(n: int, train: int, val: int, test: int) -> Splits:
+    if val and test:
+        return Splits(range(train), range(train, train + val), range(train + val, n), "as the files are named")
+    if val:
+        note = "as the files are named; no test images are, so that test is val"
+        return Splits(range(train), range(train, n), range(train, n), note)
+    first = train - _share(train)
+    note = "as the files are named; no validation images are, so that val is the last 5 % of train"
+    return Splits(range(first), range(first, train), range(train, n), note)
+
+
+def _share(n: int) -> int:
+    return max(1, n * 5 // 100)

@@ -15,9 +15,9 @@ SIDE = 96  # small images are enlarged to at least this
 GAP = 2
 
 
-def draw_scenes(path: str, out: Path, **options: Any) -> None:
+def draw_scenes(path: str, out: Path, unscored: int | None = None, **options: Any) -> None:
     """Each label has a colour, the background is dark, what is not scored white. UserError where ``out`` cannot be
-    written; options: of ``open_dataset``."""
+    written; unscored: the label of what is not, None: as the set says; options: of ``open_dataset``."""
     from PIL import Image
 
     from fastslots.data import open_dataset
@@ -29,7 +29,8 @@ def draw_scenes(path: str, out: Path, **options: Any) -> None:
     pictures = [images]
     if masks is not None:
         drawn = labels(masks)
-        drawn[masks == (-1 if dataset.info.ignore_label is None else dataset.info.ignore_label)] = 255
+        label = dataset.info.ignore_label if unscored is None else unscored
+        drawn[masks == (-1 if label is None else label)] = 255
         pictures.append(drawn)
     factor = max(1, -(-SIDE // images.shape[1]))
     lines = [_row(list(of_scenes.repeat(factor, 1).repeat(factor, 2))) for of_scenes in pictures]

@@ -69,6 +69,16 @@ def _add_policy(parser: argparse.ArgumentParser) -> None:
         default="stop",
         help="stop at the first damaged record (default), or leave them out and say how many",
     )
+    parser.add_argument(
+        "--ignore_label", "--ignore-label", type=int, metavar="N", help="mask label of pixels that are not scored"
+    )
+
+
+def _unscored(args: argparse.Namespace) -> int | None:
+    label: int | None = args.ignore_label
+    if label is not None and not 0 <= label <= 255:
+        raise UserError(f"--ignore_label must be from 0 to 255, got {label}")
+    return label
 
 
 def _shape(args: argparse.Namespace) -> dict[str, int | None]:
@@ -87,11 +97,12 @@ def _check(args: argparse.Namespace) -> int:
         found = check_features(args.path, args.max_objects or None)
         print(json.dumps(dataclasses.asdict(found)) if args.json else found)
         return 0
-    report = check(args.path, **_shape(args), quick=args.quick, on_bad_record=args.on_bad_record)
+    unscored, options = _unscored(args), _shape(args) | {"on_bad_record": args.on_bad_record}
+    report = check(args.path, **options, quick=args.quick, ignore_label=unscored)
     if args.picture:
         from fastslots.report.scenes import draw_scenes
 
-        draw_scenes(args.path, args.picture, **_shape(args), on_bad_record=args.on_bad_record)
+        draw_scenes(args.path, args.picture, unscored, **options)
     print(json.dumps(dataclasses.asdict(report)) if args.json else report)
     return 0
 
@@ -115,8 +126,9 @@ def _as_preset(args: argparse.Namespace) -> None:
 def _pack(args: argparse.Namespace) -> int:
     from fastslots.data.open import open_dataset, pack
 
+    unscored = _unscored(args)
     _free(args.out)
-    pack(args.source, args.out, **_shape(args), on_bad_record=args.on_bad_record)
+    pack(args.source, args.out, **_shape(args), on_bad_record=args.on_bad_record, ignore_label=unscored)
     print(open_dataset(args.out).info)
     return 0
 

@@ -24,6 +24,7 @@ class PackedReader:
         info = self._data.info
         self.kind, self.published_split, self.native = info.kind, info.published_split, (info.size, info.size)
         self.skipped, self.ignore_label, self.read_as = info.skipped, info.ignore_label, info.read_as
+        self.parts = info.parts
 
     def at_most(self, max_objects: int | None) -> int | None:
         """Objects of a scene, with the filter of the folder. UserError where that has dropped what is asked for."""

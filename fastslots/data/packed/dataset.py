@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,7 +48,7 @@ class DatasetInfo:
     max_objects: int | None  # the filter, here or when it was packed
     digest: str  # of all images, masks and object counts: the fingerprint
     skipped: int = 0  # damaged records that were left out (``on_bad_record="skip"``)
-    parts: tuple[int, int, int] | None = None  # images of train, val and test, where the files are named so
+    parts: tuple[int, int, int] | None = None  # images of train, val and test, where names say so (0: not said)
     ignore_label: int | None = None  # of pixels that are not scored
     read_as: str = ""  # what its reader has understood, where that could be otherwise
 
@@ -108,11 +108,17 @@ class PackedDataset:
             skipped=meta.get("skipped", 0),
             ignore_label=meta.get("ignore_label"),
             read_as=meta.get("read_as", ""),
+            parts=parts_left(meta.get("parts"), self._rows, path or str(folder)),
         )
 
     @property
     def ignore_label(self) -> int | None:
         return self.info.ignore_label
+
+    @property
+    def kept_objects(self) -> np.ndarray:
+        """uint8 [len], objects of each scene that the filter leaves; ``objects`` are of all."""
+        return self.objects[self._rows]
 
     def __reduce__(self) -> tuple[type[PackedDataset], tuple[object, ...]]:
         """Workers of a torch DataLoader map the files again rather than receive a copy of the arrays."""
@@ -192,6 +198,7 @@ def parse_meta(text: str, path: str, mend: str = MEND) -> dict[str, Any]:
             raise ValueError(f"skipped is {meta['skipped']!r}")
         if type(meta.get("read_as", "")) is not str or type(meta.get("ignore_label")) not in (int, type(None)):
             raise ValueError("read_as or ignore_label is of another type")
+        check_stored_parts(meta)
         if not (meta["count"] >= 1 and 1 <= meta["size"] < 1 << 14):
             raise ValueError("count or size is out of range")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -199,6 +206,32 @@ def parse_meta(text: str, path: str, mend: str = MEND) -> dict[str, Any]:
             raise
         raise UserError(f"{path} describes no packed data set ({error}): {mend}") from None
     return meta
+
+
+def check_stored_parts(meta: dict[str, Any]) -> None:
+    """ValueError unless a meta.json's ``parts``, which older sets do not have, are three numbers of its images."""
+    parts = meta.get("parts")
+    if parts is None:
+        return
+    if not (type(parts) is list and len(parts) == 3 and all(type(n) is int for n in parts)):
+        raise ValueError(f"parts is {parts!r}")
+    if min(parts) < 0 or sum(parts) != meta["count"]:
+        raise ValueError(f"parts is {parts!r}, count {meta['count']}")
+
+
+def parts_left(parts: list[int] | None, rows: np.ndarray, where: str) -> tuple[int, int, int] | None:
+    """Images of train, val and test of which a filter leaves ``rows``. UserError where one of them loses all."""
+    if not parts:
+        return None
+    train, val, test = np.diff(np.searchsorted(rows, np.cumsum([0, *parts]))).tolist()
+    check_parts((train, val, test), parts, where)
+    return train, val, test
+
+
+def check_parts(left: Sequence[int], parts: Sequence[int], where: str) -> None:
+    """UserError where train, val or test had images and has none left."""
+    if any(had and not has for had, has in zip(parts, left, strict=True)):
+        raise UserError(f"{where}: train, val or test is left without images: raise --max_objects")
 
 
 def is_packed(folder: Path) -> bool:

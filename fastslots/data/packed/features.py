@@ -21,7 +21,16 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from fastslots.data.packed.dataset import UNKNOWN, DatasetInfo, check_lengths, digest, map_array, read_arrays
+from fastslots.data.packed.dataset import (
+    UNKNOWN,
+    DatasetInfo,
+    check_lengths,
+    check_stored_parts,
+    digest,
+    map_array,
+    parts_left,
+    read_arrays,
+)
 from fastslots.data.packed.writer import PartialFolder, locked, write_arrays
 from fastslots.data.splits import split_indices
 from fastslots.errors import UserError
@@ -82,18 +91,9 @@ class FeatureDataset:
             published_split=meta["published_split"],
             max_objects=max_objects or meta["max_objects"],
             digest=meta["digest"],
-            parts=self._parts(meta.get("parts")),
+            parts=parts_left(meta.get("parts"), self._rows, str(folder)),
             ignore_label=meta.get("ignore_label"),
         )
-
-    def _parts(self, parts: list[int] | None) -> tuple[int, int, int] | None:
-        """Images of train, val and test that the object filter leaves."""
-        if not parts:
-            return None
-        train, val, test = np.diff(np.searchsorted(self._rows, np.cumsum([0, *parts]))).tolist()
-        if not train * val * test:
-            raise UserError(f"{self._folder}: train, val or test is left without images: raise --max_objects")
-        return train, val, test
 
     def __reduce__(self) -> tuple[type[FeatureDataset], tuple[object, ...]]:
         return FeatureDataset, (self._folder, self.info.max_objects)
@@ -241,11 +241,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
             raise ValueError(f"mask_size is {meta['mask_size']!r}")
         if meta["max_objects"] is not None and type(meta["max_objects"]) is not int:
             raise ValueError(f"max_objects is {meta['max_objects']!r}")
-        parts = meta.get("parts")  # older folders do not say
-        if parts is not None and not (type(parts) is list and len(parts) == 3 and all(type(n) is int for n in parts)):
-            raise ValueError(f"parts is {parts!r}")
-        if parts and (min(parts) < 0 or sum(parts) != meta["count"]):
-            raise ValueError(f"parts is {parts!r}, count {meta['count']}")
+        check_stored_parts(meta)
         for name, kind in _META_TYPES.items():
             if type(meta[name]) is not kind:
                 raise ValueError(f"{name} is {meta[name]!r}")

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fastslots.data.packed.dataset import DatasetInfo, PackedDataset, is_packed
+from fastslots.data.packed.dataset import DatasetInfo, PackedDataset, check_parts, is_packed
 from fastslots.data.packed.ranges import gather
+from fastslots.data.readers.named_splits import SPLITS
 from fastslots.data.readers.npz import images_of
 from fastslots.data.readers.pictures import SUFFIXES as PICTURES
 from fastslots.data.storage.archives import is_archive, unpacked
@@ -19,7 +20,6 @@ from fastslots.data.storage.paths import is_hidden, matching
 from fastslots.errors import UserError
 
 SHARD = re.compile(r".*\.(tfrecords?(-\d+-of-\d+)?|npz|npy|hdf5|h5|parquet|arrow|tar|tar\.gz|tgz|zip)")
-SPLITS = ("train", "val", "test")
 
 
 def find_shards(path: str | Path) -> list[Path]:
@@ -65,19 +65,19 @@ def _is_shard(path: Path) -> bool:
 
 
 def published_parts(names: list[str]) -> list[str] | None:
-    """The split that each file or folder is of, where all three of train, val (or validation) and test are there, and
-    their names begin alike: clevrtex_train.npz, ...; train-00000-of-00002.parquet, ..."""
+    """The split that each file or folder is of, where their names say train and val (or validation) or test, and begin
+    alike: clevrtex_train.npz, ...; train-00000-of-00002.parquet, ..."""
     found = [re.fullmatch(r"(.*[_-])?(train|val|validation|test)((?:[-.]\w+)*)", Path(name).name) for name in names]
     if not all(found) or len({m[1] for m in found if m}) > 1:
         return None
     splits = ["val" if m[2] == "validation" else m[2] for m in found if m]
-    return splits if set(splits) == set(SPLITS) else None
+    return splits if {"train"} < set(splits) else None
 
 
 class PackedShards:
     """Map-style, as ``PackedDataset``: the scenes of several, in order.
 
-    Those whose names say train, val and test are these splits, in this order, and may be without masks: in ``batch``
+    Those whose names say train, val or test are these splits, in this order, and may be without masks: in ``batch``
     these are background all over, and objects unknown.
 
     Raises UserError that names the shard which differs from the first in kind, size or masks.
@@ -100,12 +100,11 @@ class PackedShards:
                 )
         self._parts, self.by_range = parts, any(part.by_range for part in parts)
         self._starts = np.cumsum([0, *map(len, parts)])
-        counts = dict.fromkeys(SPLITS, 0 if splits else 1)
+        counts = dict.fromkeys(SPLITS, 0)
         for part, name in zip(parts, splits or (), strict=bool(splits)):
             counts[name] += len(part)
         train, val, test = counts.values()
-        if not train * val * test:
-            raise UserError(f"{path}: train, val or test is left without images: raise --max_objects")
+        check_parts((train, val, test), [name in (splits or ()) for name in SPLITS], path)
         self.objects = np.concatenate([part.objects for part in parts])
         fingerprint = hashlib.blake2b(" ".join(part.info.digest for part in parts).encode(), digest_size=16)
         self.info = DatasetInfo(
@@ -127,6 +126,11 @@ class PackedShards:
     @property
     def ignore_label(self) -> int | None:
         return self.info.ignore_label
+
+    @property
+    def kept_objects(self) -> np.ndarray:
+        """As of ``PackedDataset``."""
+        return np.concatenate([part.kept_objects for part in self._parts])
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -7,6 +7,7 @@ are brought to the disk and ``progress.json`` says how far they got; a later cal
 from __future__ import annotations
 
 import contextlib
+import copy
 import fcntl
 import json
 import os
@@ -18,14 +19,23 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
-from fastslots.data.packed.dataset import ARRAYS, MAGIC, UNKNOWN, VERSION, digest, is_packed, read_arrays
+from fastslots.data.packed.dataset import (
+    ARRAYS,
+    MAGIC,
+    UNKNOWN,
+    VERSION,
+    check_parts,
+    digest,
+    is_packed,
+    read_arrays,
+)
 from fastslots.data.readers.scene import BadRecordError, Scene
 from fastslots.errors import UserError
 from fastslots.files import refuse_links
 from fastslots.notices import notice
 
 FLUSH_EVERY = 256  # scenes of the source
-_FRESH = {"read": 0, "done": 0, "bad": 0, "size": None, "has_masks": None}
+_FRESH = {"read": 0, "done": 0, "bad": 0, "size": None, "has_masks": None, "kept": [0, 0, 0]}
 
 
 def write_packed(
@@ -163,7 +173,8 @@ class _Appender(PartialFolder):
     """Scenes into the arrays of a packed folder."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
-        super().__init__(folder, settings, _FRESH, _widths)
+        super().__init__(folder, settings, copy.deepcopy(_FRESH), _widths)
+        self._ends = np.cumsum(settings.get("parts") or [0, 0, 0])
         for path in self._chunks():
             if int(path.stem.removeprefix("factors-")) > self.state["read"]:
                 path.unlink()
@@ -192,6 +203,8 @@ class _Appender(PartialFolder):
         self.append("objects.u8", bytes([known]))
         self._factors.append(scene.factors)
         state["done"] += 1
+        if state["read"] < self._ends[-1]:
+            state["kept"][int(np.searchsorted(self._ends, state["read"], side="right"))] += 1
 
     def flush(self) -> None:
         if self._factors:
@@ -226,6 +239,9 @@ class _Appender(PartialFolder):
         meta |= {"size": state["size"], "has_masks": state["has_masks"]}
         meta |= {"max_objects": settings.get("max_objects") or 0, "published_split": published_split}
         meta |= {name: settings[name] for name in ("ignore_label", "read_as") if settings.get(name) is not None}
+        if settings.get("parts"):
+            check_parts(state["kept"], settings["parts"], settings["source"])
+            meta["parts"] = state["kept"]
         self.describe(meta, ARRAYS)
 
 

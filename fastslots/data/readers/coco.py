@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from fastslots.data.readers.named_splits import in_order, split_named
 from fastslots.data.readers.pictures import MAX_PIXELS, MOST_OBJECTS, SUFFIXES, read_picture
 from fastslots.data.readers.scene import BadRecordError, Scene
 from fastslots.data.storage.paths import visible
@@ -60,8 +61,11 @@ class CocoReader:
             if picture.suffix.lower() in SUFFIXES:
                 places[picture.name].append(picture)
         self._scenes: list[tuple[Path, list[dict[str, Any]]]] = []
+        splits: list[str | None] = []
         for file in files:
             self._add(file, places)
+            splits += [split_named(file.stem.rpartition("_")[2])] * (len(self._scenes) - len(splits))
+        self._scenes, self.parts = in_order(self._scenes, splits)
         if not self._scenes:
             raise UserError(f"{files[0]} names no pictures: name the annotations of instances")
         crowds = any(a.get("iscrowd") for _, objects in self._scenes for a in objects)

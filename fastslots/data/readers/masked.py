@@ -1,21 +1,23 @@
 """Pictures with masks in picture files: ``images/`` and ``masks/`` of any names, NAME_mask.png beside NAME.png, Pascal
-VOC's root. A layout that could be read in two ways is refused, and both are named."""
+VOC. A layout that could be read in two ways is refused, and both are named."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
 from fastslots.data.items import MOST_LABEL, labels_of_colours, mask_of, to_labels
+from fastslots.data.readers.named_splits import SPLIT_WORDS, Parts, in_order, split_of
 from fastslots.data.readers.npz import read_npy
 from fastslots.data.readers.pictures import SUFFIXES, open_picture, read_picture
 from fastslots.data.readers.scene import BadRecordError, Scene
+from fastslots.data.readers.voc import find_pairs, voc_root
 from fastslots.data.storage.paths import visible
 from fastslots.errors import UserError
 
@@ -26,7 +28,6 @@ MASK_WORDS |= set("instance instances instanceids labelids panoptic segmentation
 IMAGE_WORDS = set(
     "image images img imgs rgb picture pictures photo photos frame frames jpegimages input inputs".split()
 )
-SPLIT_WORDS = set("train training val valid validation test testing dev".split())
 LOOKED_AT = 32  # masks that tell how labels are written
 FEW_COLOURS = 64  # of a picture that may be a mask
 HIGHEST = 100  # labels below it are numbers of objects or classes, so that 255 beside them means something else
@@ -41,6 +42,7 @@ class Layout:
     pairs: list[tuple[Path, Path]]
     how: str
     kind: str = "images with masks"
+    parts: Parts | None = None  # of ``pairs``, where folders or lists say which train, validate and test
 
 
 def find_layout(folder: Path) -> Layout | None:
@@ -48,35 +50,16 @@ def find_layout(folder: Path) -> Layout | None:
 
     UserError where two readings are possible, or where some pictures have masks and others none.
     """
-    voc = _pascal_voc(folder)
-    if voc:
-        return voc
+    root = voc_root(folder)
+    if root:
+        pairs, how, parts = find_pairs(root)
+        return Layout(pairs, how, "Pascal VOC", parts) if pairs else None
     found = [p for p in visible(folder) if p.suffix.lower() in {*SUFFIXES, ".npy"}]
-    return _beside(folder, found) or _in_folders(folder, found)
-
-
-def _pascal_voc(folder: Path) -> Layout | None:
-    """``JPEGImages`` and ``SegmentationObject`` (or ``SegmentationClass``); pictures without masks belong to it."""
-    images = folder / "JPEGImages"
-    masks = next((folder / n for n in ("SegmentationObject", "SegmentationClass") if (folder / n).is_dir()), None)
-    if masks is None or not images.is_dir():
+    layout = _beside(folder, found) or _in_folders(folder, found)
+    if layout is None:
         return None
-    by_stem = {p.stem: p for p in visible(images) if p.suffix.lower() in SUFFIXES}
-    names = [p.stem for p in visible(masks) if p.suffix.lower() in SUFFIXES]
-    listed = folder / "ImageSets" / "Segmentation" / "trainval.txt"
-    if listed.is_file():
-        known = set(names)
-        names = [name for name in listed.read_text(errors="replace").split() if name in known]
-    missing = next((name for name in names if name not in by_stem), None)
-    if missing:
-        raise UserError(f"{images} lacks the picture of {masks / missing}.png: unpack the set again")
-    if not names:
-        return None
-    suffixes = {p.stem: p for p in visible(masks)}
-    how = (
-        f"pictures in JPEGImages, masks in {masks.name}; {len(by_stem) - len(names):,} pictures without a mask left out"
-    )
-    return Layout([(by_stem[name], suffixes[name]) for name in names], how, "Pascal VOC")
+    pairs, parts = in_order(layout.pairs, [split_of(image.relative_to(folder)) for image, _ in layout.pairs])
+    return replace(layout, pairs=pairs, parts=parts)
 
 
 # ---- NAME_mask.png beside NAME.png -----------------------------------------------------------------------------------
@@ -153,7 +136,7 @@ def _of_two(folder: Path, of_names: dict[str, dict[Key, list[Path]]]) -> Layout 
     shared = sorted(
         n for n, keys in of_names.items() if any(keys.keys() & of_names[m].keys() for m in of_names if m != n)
     )
-    if len(shared) < 2 or {name.lower() for name in shared} <= SPLIT_WORDS:
+    if len(shared) < 2 or {name.lower() for name in shared} <= SPLIT_WORDS.keys():
         return None
     pictures = {name: [p for paths in of_names[name].values() for p in paths] for name in shared}
     named = [name for name in shared if name.lower() in MASK_WORDS]
@@ -255,7 +238,7 @@ class MaskedReader:
     published_split = False
 
     def __init__(self, folder: Path, layout: Layout):
-        self._pairs, self.kind = layout.pairs, layout.kind
+        self._pairs, self.kind, self.parts = layout.pairs, layout.kind, layout.parts
         self.native = self._first_size()
         self._coding = coding_of(self._readable_masks())
         self.ignore_label = self._coding.ignore_label

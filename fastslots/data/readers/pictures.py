@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from fastslots.data.items import pixels_of
+from fastslots.data.readers.named_splits import in_order, split_named, split_of
 from fastslots.data.readers.scene import BadRecordError, Scene
 from fastslots.data.storage.paths import visible
 from fastslots.errors import UserError
@@ -71,18 +72,21 @@ class ClevrReader:
 
     def __init__(self, path: Path):
         self._folder = path
-        self._scenes: list[tuple[Path, Any, int]] = []
+        found: list[tuple[Path, Any, int]] = []
+        splits: list[str | None] = []
         for file in self.scene_files(path):
             try:
                 for scene in json.loads(file.read_text())["scenes"]:
                     name = scene["image_filename"]
                     split = scene.get("split") or self._split(path, name, file)
                     picture = self._picture(path, split, name, file)
-                    self._scenes.append((picture, scene["objects"], len(scene["objects"])))
+                    found.append((picture, scene["objects"], len(scene["objects"])))
+                    splits.append(split_named(file.name.removeprefix("CLEVR_").removesuffix("_scenes.json")))
             except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 if isinstance(error, UserError):
                     raise
                 raise UserError(f"{file} is no CLEVR scenes file ({error!r}): download it again") from None
+        self._scenes, self.parts = in_order(found, splits)
         if not self._scenes:
             raise UserError(f"{path}: its scenes files name no scene: download them again")
         most = max(objects for *_, objects in self._scenes)
@@ -154,14 +158,15 @@ class ClevrReader:
 
 
 class FolderReader:
-    """Every picture below a folder, in the order of its names; hidden files are left out."""
+    """Every picture below a folder, in the order of its names (those below ``train`` first); hidden files left out."""
 
     kind = "folder of images"
     crop = False
     published_split = False
 
     def __init__(self, path: Path):
-        self._paths = [p for p in visible(path) if p.suffix.lower() in SUFFIXES]
+        found = [p for p in visible(path) if p.suffix.lower() in SUFFIXES]
+        self._paths, self.parts = in_order(found, [split_of(p.relative_to(path)) for p in found])
         self.count = len(self._paths)
         self.native = self._first_size() if self._paths else (0, 0)
 

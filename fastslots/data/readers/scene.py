@@ -38,8 +38,8 @@ class Reader(Protocol):
     def crop(self) -> bool: ...  # whether CLEVR's centred crop applies
     @property
     def published_split(self) -> bool: ...  # whether the authors' split applies (their npz)
-    # May have: ``ignore_label``, of pixels that are not scored, and ``read_as``, what was understood of a layout that
-    # could be read otherwise.
+    # May have: ``ignore_label``, of pixels that are not scored; ``read_as``, what was understood of a layout that could
+    # be read otherwise; ``parts``, how many of the scenes train, validate and test, in this order (0: not said).
     @property
     def native(self) -> tuple[int, int]: ...  # height and width on disk (of the first scene, where they differ)
 
