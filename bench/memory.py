@@ -33,7 +33,7 @@ def measure(case: str, provider: str, options: Options) -> tuple[int | None, str
         return None, "this system does not tell peak memory"
     spec = {"case": case, "provider": provider, "options": dataclasses.asdict(options)}
     code = "import sys; from fastslots.bench import run; run.measure_memory(sys.argv[1])"
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
     with tempfile.TemporaryDirectory() as folder:  # a checkout's folder would hide the installed package
         done = subprocess.run(
             [sys.executable, "-c", code, json.dumps(spec)], capture_output=True, text=True, cwd=folder, env=environment

@@ -25,16 +25,25 @@ class DecoderLoss {
     shared_size = backward ? shared_sums(nullptr).used : 0;
     image_size = backward ? image_sums(nullptr).used : 0;
     const int64_t workspace_size = Workspace(*this, nullptr).size, tasks = plan.tasks();
-    Block<T> sums(tasks * shared_size), images(plan.pixel_parts * a.batch * image_size);
-    Block<T> queries(query_grad.copies * query_grad.size), workspaces(plan.workers * workspace_size);
+    const int64_t workers = plan.workers < tasks ? plan.workers : tasks;
+    const int64_t most_images = (a.batch + plan.image_parts - 1) / plan.image_parts;
+    Block<T> shared(shared_size), images(a.batch * image_size);
+    Block<T> queries(query_grad.copies * query_grad.size), workspaces(workers * workspace_size);
     Block<double> losses(2 * tasks);
-    shared_base = sums.get(), image_base = images.get(), query_grad.extra = queries.get();
+    GroupSums<T> shared_groups(shared_size, workers), image_groups(most_images * image_size, workers);
+    query_grad.extra = queries.get();
 
     auto body = [&](int64_t task, int thread) {
       Workspace workspace(*this, workspaces.get() + thread * workspace_size);
-      run_task(task, workspace, losses.get() + 2 * task);
+      const int64_t first = plan.first_image(task), own = plan.last_image(task) - first;
+      const GroupTotal<T> of_images{images.get() + first * image_size, own * image_size, plan.pixel_part(task) == 0};
+      shared_groups.add(task, thread, {shared.get(), shared_size, task == 0}, [&](T* to) {
+        image_groups.add(task, thread, of_images, [&](T* image_to) {
+          run_task(task, to, image_to, workspace, losses.get() + 2 * task);
+        });
+      });
     };
-    parallel_for(tasks, a.threads, body);
+    parallel_for(tasks, int(workers), body);
 
     double recon = 0, pairs = 0;
     for (int64_t task = 0; task < tasks; ++task) {
@@ -43,7 +52,7 @@ class DecoderLoss {
     }
     a.recon = recon / double(a.batch > 0 ? a.batch : 1);
     a.interaction = pairs / pixel_count();
-    if (backward) reduce();
+    if (backward) reduce(shared.get(), images.get());
   }
 
   DecoderLossArgs<T>& a;
@@ -174,19 +183,14 @@ class DecoderLoss {
  private:
   PixelGradient<T> query_grad;
   int64_t shared_size = 0, image_size = 0;
-  T *shared_base = nullptr, *image_base = nullptr;
 
-  void run_task(int64_t task, Workspace& ws, double* losses) {
+  // images: the sums of the task's images, one behind the other.
+  void run_task(int64_t task, T* shared, T* images, Workspace& ws, double* losses) {
     losses[0] = losses[1] = 0;
-    T* const shared = shared_base + task * shared_size;
-    T* const images = image_base + (plan.pixel_part(task) * a.batch) * image_size;
-    std::memset(shared, 0, size_t(shared_size) * sizeof(T));
-    const int64_t first = plan.first_image(task), own = plan.last_image(task) - first;
-    std::memset(images + first * image_size, 0, size_t(own * image_size) * sizeof(T));
     Sums sums = shared_sums(shared);
     const auto begin_image = [&](int64_t b) {
       decoder.begin_image(b, ws);
-      const Sums of_image = image_sums(images + b * image_size);
+      const Sums of_image = image_sums(images + (b - plan.first_image(task)) * image_size);
       for (int64_t i = 0; i < a.layer_count; ++i) {
         sums.layers[i].scores = of_image.layers[i].scores;
         sums.layers[i].values = of_image.layers[i].values;
@@ -229,15 +233,13 @@ class DecoderLoss {
         });
   }
 
-  void reduce() {
-    add_partials<T>(shared_base, plan.tasks(), shared_size, a.threads);
-    reduce_shared(shared_sums(shared_base));
-    add_partials<T>(image_base, plan.pixel_parts, a.batch * image_size, a.threads);
-    const Partials parts{1, a.batch * image_size};
+  void reduce(T* shared, T* images) {
+    reduce_shared(shared_sums(shared));
+    const Partials whole{1, 0};
     auto body = [&](int64_t b, int) {
-      const Sums sums = image_sums(image_base + b * image_size);
+      const Sums sums = image_sums(images + b * image_size);
       for (int64_t i = 0; i < a.layer_count; ++i) {
-        reduce_projections<T>(sums.layers[i], parts, b, D, HK, a.layer_grads[i]);
+        reduce_projections<T>(sums.layers[i], whole, b, D, HK, a.layer_grads[i]);
       }
     };
     parallel_for(a.batch, a.threads, body);

@@ -36,10 +36,11 @@ class EncoderCall {
     const int64_t state = a.saved ? 0 : encoder.measure_state(), scratch = encoder.measure_scratch(true);
     const int64_t workers = a.threads > 1 ? (a.threads < groups ? a.threads : groups) : 1;
     Block<T> memory(workers * (state + scratch));
+    Block<T> total(sums_size);
     GroupSums<T> sums(sums_size, workers);
     auto body = [&](int64_t group, int thread) {
       T* const own = memory.get() + thread * (state + scratch);
-      sums.add(group, thread, [&](T* to) {
+      sums.add(group, thread, {total.get(), sums_size, group == 0}, [&](T* to) {
         auto w = encoder.carve_scratch(own, true);
         encoder.begin_group(w);
         for (int64_t b = a.batch * group / groups; b < a.batch * (group + 1) / groups; ++b) {
@@ -52,9 +53,9 @@ class EncoderCall {
       });
     };
     parallel_for(groups, int(workers), body);
-    encoder.write_gradients(sums.total(), a.grads);
+    encoder.write_gradients(total.get(), a.grads);
     if (a.queries_grad && a.query_batch == 1) {
-      write_rows(sums.total() + query_sum, encoder.K, encoder.S, encoder.L, a.queries_grad);
+      write_rows(total.get() + query_sum, encoder.K, encoder.S, encoder.L, a.queries_grad);
     }
   }
 

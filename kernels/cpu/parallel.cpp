@@ -109,7 +109,7 @@ class Spare {
     void* memory;
     size_t bytes;
   };
-  static constexpr size_t kSmallest = size_t(1) << 16, kMost = size_t(1) << 25;  // 64 KiB, 32 MiB
+  static constexpr size_t kSmallest = size_t(1) << 16, kMost = size_t(1) << 24;  // 64 KiB, 16 MiB
   std::vector<Kept> blocks_;
   size_t total_ = 0;
 };

@@ -38,13 +38,14 @@ class TrainStep {
     const int64_t most = a.encoder.threads > 1 ? a.encoder.threads : 1, workers = most < groups ? most : groups;
     const int64_t size = Memory(*this, nullptr).used;
     Block<T> memory(workers * size);
+    Block<T> total(sums_size_);
     GroupSums<T> sums(sums_size_, workers);
     Block<double> losses(3 * groups);
     auto body = [&](int64_t group, int thread) {
       Memory m(*this, memory.get() + thread * size);
       double* const of_group = losses.get() + 3 * group;
       of_group[0] = of_group[1] = of_group[2] = 0;
-      sums.add(group, thread, [&](T* to) {
+      sums.add(group, thread, {total.get(), sums_size_, group == 0}, [&](T* to) {
         m.shared = decoder_.shared_sums(to + decoder_sum_);
         encoder_.begin_group(m.scratch);
         for (int64_t b = B * group / groups; b < B * (group + 1) / groups; ++b) image(b, m, to, of_group);
@@ -52,11 +53,11 @@ class TrainStep {
       });
     };
     parallel_for(groups, int(workers), body);
-    double total[3] = {};
-    for (int64_t i = 0; i < 3 * groups; ++i) total[i % 3] += losses.get()[i];
-    a.recon = total[0] / double(B > 0 ? B : 1), a.interaction = total[1] / decoder_.pixel_count();
-    a.kl = total[2] / double(B > 0 ? B : 1);
-    write(sums.total());
+    double loss[3] = {};
+    for (int64_t i = 0; i < 3 * groups; ++i) loss[i % 3] += losses.get()[i];
+    a.recon = loss[0] / double(B > 0 ? B : 1), a.interaction = loss[1] / decoder_.pixel_count();
+    a.kl = loss[2] / double(B > 0 ? B : 1);
+    write(total.get());
   }
 
  private:

@@ -73,39 +73,34 @@ void carve_sums(Carver<T>& carver, int64_t rows, int64_t columns, LinearSums<T>&
   sums.bias = carver.take(rows * kLanes<T>);
 }
 
-// Adds `count` buffers of `size` elements, one behind the other, into the first, in their order.
+// What a group of tasks adds to: `size` elements of `total`, which earlier groups have added to unless this is the `first`.
 template <typename T>
-void add_partials(T* sums, int64_t count, int64_t size, int threads) {
-  constexpr int64_t kPart = 4096;  // elements: stays in the nearest cache while its partners stream by
-  auto body = [&](int64_t part, int) {
-    const int64_t first = part * kPart, own = size - first < kPart ? size - first : kPart;
-    for (int64_t i = 1; i < count; ++i) add_to<T>(sums + first, sums + i * size + first, own);
-  };
-  parallel_for(count > 1 ? (size + kPart - 1) / kPart : 0, threads, body);
-}
+struct GroupTotal {
+  T* total;
+  int64_t size;
+  bool first;
+};
 
-// Sums of groups, each over elements of its own, added up in the order of the groups: group 0 adds into the total itself,
-// and a thread has one buffer for the others that it takes, whatever their number.
+// Sums of groups, each over elements of its own, added up in the order of the groups: the first group adds into the total
+// itself, and a thread has one buffer of `most` elements for the others that it takes, whatever their number.
 template <typename T>
 class GroupSums {
  public:
-  GroupSums(int64_t size, int64_t workers) : size_(size), memory_(size * (workers + 1)) {}
-
-  T* total() const { return memory_.get(); }
+  GroupSums(int64_t most, int64_t workers) : most_(most), memory_(most * workers) {}
 
   // Calls body(sums), whose sums are cleared, for a group; in tasks that are handed out in order.
   template <typename Body>
-  void add(int64_t group, int thread, Body body) {
-    T* const own = group ? memory_.get() + (thread + 1) * size_ : total();
-    std::memset(own, 0, size_t(size_) * sizeof(T));
+  void add(int64_t group, int thread, const GroupTotal<T>& to, Body body) {
+    T* const own = to.first ? to.total : memory_.get() + thread * most_;
+    std::memset(own, 0, size_t(to.size) * sizeof(T));
     body(own);
     turns_.wait(group);
-    if (group) add_to<T>(total(), own, size_);
+    if (!to.first) add_to<T>(to.total, own, to.size);
     turns_.done();
   }
 
  private:
-  int64_t size_;
+  int64_t most_;
   Block<T> memory_;
   Turns turns_;
 };

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -21,13 +22,11 @@ from fastslots.ops import reference
 from fastslots.records import FeedForward, FoldedDecoder, FoldedLayer, FoldedProjections, LossInputs, OutputHead
 from fastslots.testing import LargestTensor
 
-PROGRAM = """
+PRELUDE = """
 import json, sys, torch
 from fastslots import ops
 from fastslots.records import FeedForward, FoldedDecoder, FoldedLayer, FoldedProjections, LossInputs, OutputHead
 
-backend = sys.argv[1]
-B, H, K, d, D, F, M, S = 1, 8, 32, 2, 8, 8, 128, 4
 torch.set_num_threads(1)
 
 
@@ -46,6 +45,13 @@ def added(call):
 
 def leaf(*size):
     return torch.randn(*size, requires_grad=True)
+"""
+
+PROGRAM = (
+    PRELUDE
+    + """
+backend = sys.argv[1]
+B, H, K, d, D, F, M, S = 1, 8, 32, 2, 8, 8, 128, 4
 
 
 def both_ways(*outputs):
@@ -75,10 +81,38 @@ L = 2**16
 per_head = {name: 4 * L * B * (M if name == "token_attention" else H * K) for name in calls(1)}
 print(json.dumps({name: [added(call), per_head[name]] for name, call in calls(L).items()}))
 """
+)
 
 
-def measured(backend: str) -> dict[str, list[int]]:
-    done = subprocess.run([sys.executable, "-P", "-c", PROGRAM, backend], capture_output=True, text=True, timeout=280)
+GROWTH = (
+    PRELUDE
+    + """
+L, H, K, D, F = 2048, 8, 8, 128, 128
+
+
+def decoder_loss(B):
+    layers = []
+    for _ in range(2):
+        folded = FoldedProjections(leaf(B, D, H, K), leaf(B, H, K), leaf(B, H, K, D), leaf(D))
+        ff = FeedForward(leaf(D), leaf(D), leaf(F, D), leaf(F), leaf(D, F), leaf(D))
+        layers.append(FoldedLayer(folded, ff))
+    head = OutputHead(leaf(D), leaf(D), [leaf(3, D)], [leaf(3)])
+    loss = LossInputs(FoldedDecoder(leaf(1, L, D), layers, head), torch.zeros(B, L, 3), None, None, 1.0, 1.0)
+    return lambda: ops.decoder_loss(loss, backend="cpu").total.backward()
+
+
+decoder_loss(1)()
+few, many = decoder_loss(4), decoder_loss(16)
+print(json.dumps([added(few), added(many), 4 * 2 * 2 * D * H * K]))
+"""
+)
+
+
+def measured(*program: str) -> Any:
+    """What the program prints. Blocks that it frees go back to the system, so that the peak is of what was alive."""
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
+    command = [sys.executable, "-P", "-c", *program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 
@@ -139,12 +173,21 @@ def test_triton_loss_makes_none(shared, weighted):
 @needs_peak
 def test_cpu_kernels_add_less_than_a_per_head_tensor():
     pytest.importorskip("fastslots._cpu")
-    for name, (added, limit) in measured("cpu").items():
+    for name, (added, limit) in measured(PROGRAM, "cpu").items():
         assert added < limit / 2, f"{name} added {added / 2**20:.0f} MiB, a per-head tensor has {limit / 2**20:.0f}"
+
+
+@needs_peak
+def test_sums_of_an_image_are_kept_once_and_not_by_every_task():
+    """The loss is cut into 24 tasks. An image's projections (weights and their gradients) are there about seven times:
+    packed for both directions, their gradients for autograd, as sums, and as those of the task at hand."""
+    pytest.importorskip("fastslots._cpu")
+    few, many, projections = measured(GROWTH)
+    assert many - few < 12 * 10 * projections, f"{few / 2**20:.1f} and {many / 2**20:.1f} MiB for 4 and 16 images"
 
 
 @needs_peak
 def test_the_measurement_sees_a_per_head_tensor():
     """The reference makes them, but for its loss in tiles."""
-    for name, (added, limit) in measured("reference").items():
+    for name, (added, limit) in measured(PROGRAM, "reference").items():
         assert added > limit or name == "decoder_loss", name
