@@ -33,6 +33,7 @@ def measure(case: str, provider: str, options: Options) -> tuple[int | None, str
         return None, "this system does not tell peak memory"
     spec = {"case": case, "provider": provider, "options": dataclasses.asdict(options)}
     code = "import sys; from fastslots.bench import run; run.measure_memory(sys.argv[1])"
+    # Blocks of 128 KiB or more go back to the system when they are freed: the peak is of what was alive.
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
     with tempfile.TemporaryDirectory() as folder:  # a checkout's folder would hide the installed package
         done = subprocess.run(
