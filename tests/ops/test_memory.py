@@ -179,7 +179,7 @@ def test_cpu_kernels_add_less_than_a_per_head_tensor():
 
 @needs_peak
 def test_sums_of_an_image_are_kept_once_and_not_by_every_task():
-    """The loss is cut into 24 tasks. An image's projections (weights and their gradients) are there about five times (37 before):
+    """The loss is cut into 24 tasks. Yet an image's projections (weights, gradients) are there five times (37 before):
     packed for both directions, their gradients for autograd, as sums, and as those of the task at hand."""
     pytest.importorskip("fastslots._cpu")
     few, many, projections = measured(GROWTH)
