@@ -7,6 +7,7 @@ from fastslots.testing.bounds import (
     UNIT,
     assert_as_good,
     assert_close,
+    assert_slots_within_units,
     assert_within_units,
     errors,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "TokenShape",
     "assert_as_good",
     "assert_close",
+    "assert_slots_within_units",
     "assert_within_units",
     "errors",
     "in_dtype",

@@ -9,7 +9,17 @@ from values import compare
 from fastslots import ops
 from fastslots.kernels.gpu.cross_attention import cross_attention_bwd, cross_attention_fwd
 from fastslots.ops import reference
-from fastslots.testing import SHAPES, UNIT, Poison, assert_close, assert_within_units, on, random_mask, random_qkv
+from fastslots.testing import (
+    SHAPES,
+    UNIT,
+    Poison,
+    assert_close,
+    assert_slots_within_units,
+    assert_within_units,
+    on,
+    random_mask,
+    random_qkv,
+)
 
 EVERY_SHAPE = pytest.mark.parametrize("shape", [pytest.param(shape, id=name) for name, shape in SHAPES.items()])
 SMALL = SHAPES["one-slot"]._replace(K=3)
@@ -128,6 +138,7 @@ def test_triton_values_and_every_gradient(shape, dtype, device):
     expected = reference.cross_attention(*inputs, scale, mask)
     expected_grads = torch.autograd.grad(expected, inputs, [dout.double(), dmap.double()])
     assert_within_units((*got, *grads), (*expected, *expected_grads), dtype)
+    assert_slots_within_units((got[1], *grads[1:]), (expected[1], *expected_grads[1:]), (2, 2, 2), dtype)
 
 
 def test_triton_serves_the_public_op(device):

@@ -18,6 +18,7 @@ from fastslots.testing import (
     Poison,
     Shape,
     assert_close,
+    assert_slots_within_units,
     assert_within_units,
     layer_inputs,
     on,
@@ -92,7 +93,9 @@ def test_triton_values_and_every_gradient(shape, dtype, device):
     with Poison():
         got = decoder_layer_fwd(inputs.x, inputs.folded, inputs.ff, inputs.mask)
         grads = decoder_layer_bwd(inputs.dy, inputs.dmap, inputs.x, inputs.folded, inputs.ff, inputs.mask)
-    assert_within_units((*got, *flat(grads)), expected_of(*inputs), dtype)
+    expected = expected_of(*inputs)
+    assert_within_units((*got, *flat(grads)), expected, dtype)
+    assert_slots_within_units((got[1], *grads.folded[:3]), (expected[1], *expected[3:6]), (2, 3, 2, 2), dtype)
 
 
 @pytest.mark.parametrize("block_l, block_c", [(16, 64), (64, 16), (128, 128)])

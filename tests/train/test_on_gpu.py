@@ -174,6 +174,22 @@ def test_no_step_waits_for_the_device(overrides, captured, device, monkeypatch):
             trained.steps._step.stopped.item()
 
 
+def test_graphs_of_torchs_compiler_leave_this_one_alone(device):
+    """They clear cuBLAS's workspaces: a graph that had taken one would write into whatever lies there then."""
+    if device.type == "cpu":
+        pytest.skip("graphs of CUDA")
+    config = config_of("clevr6", device, precision="bf16")
+    images = batches(config).to(device)
+    expected, trained = Trained(config, device)(images), Trained(config, device)
+    values = trained(images[:2])
+    compiled = torch.compile(lambda a: (a @ a).relu() @ a, mode="reduce-overhead")
+    for _ in range(4):
+        compiled(torch.randn(512, 512, device=device))
+    held = [torch.full((1 << 22,), 7.0, device=device) for _ in range(16)]
+    assert values + trained(images[2:], 3) == expected
+    assert all((t == 7).all() for t in held)
+
+
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
