@@ -1,8 +1,8 @@
 """CUDA graphs: work on tensors of fixed addresses is captured once, then replayed as one launch.
 
 Kernels are compiled and states made by a call before the capture, on the stream that is then captured; the products'
-workspace belongs to the graph; other threads may go on calling CUDA. Nothing here has run on a GPU yet: tests drive
-everything around it by stand-ins that record what they are asked.
+workspace belongs to the graph; other threads may go on calling CUDA. Tests without a GPU drive everything around it by
+stand-ins that record what they are asked.
 """
 
 from __future__ import annotations

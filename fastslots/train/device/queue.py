@@ -28,7 +28,7 @@ class Queue(Protocol):
 
 
 class Cuda:
-    """The queue of one GPU. **Not run on one yet.**"""
+    """The queue of one GPU."""
 
     def __init__(self, device: torch.device):
         self._device = device
