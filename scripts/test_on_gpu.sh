@@ -15,8 +15,9 @@ tests=(
   tests/ops/test_cross_attention.py tests/ops/test_folded_cross_attention.py tests/kernels/test_triton_gelu.py
   tests/kernels/test_triton_launch.py tests/ops/test_contract.py tests/ops/test_not_numbers.py
 )
-# Chunks of one test: the order above is kept, and a worker that compiles holds up none but its own.
-timeout -s INT -k 20 "${SECONDS_AT_MOST:-150}" "$(command -v python || command -v python3)" -m pytest --device cuda \
-  -n "${WORKERS:-8}" --dist load --maxschedchunk 1 --timeout 120 -q -rfE --tb short --durations 12 -p no:cacheprovider \
+# Chunks of one test: the order above is kept, and a worker that compiles holds up none but its own. A line for each test
+# as it ends, so that the log says how far it came whatever ends it.
+timeout --foreground -s INT -k 30 "${SECONDS_AT_MOST:-150}" "$(command -v python || command -v python3)" -m pytest --device cuda \
+  -n "${WORKERS:-8}" --dist load --maxschedchunk 1 --timeout 120 -v -rfE --tb short --durations 12 -p no:cacheprovider \
   --junitxml "$out/tests.xml" "${tests[@]}" "$@" 2>&1 | tee "$out/log.txt"
 exit "${PIPESTATUS[0]}"

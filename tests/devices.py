@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 import torch
@@ -42,6 +43,7 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"device: {gpu()}, torch {torch.__version__}, Triton kernels compiled"
 
 
+@cache
 def gpu() -> str:
     properties = torch.cuda.get_device_properties(0)
     return f"cuda:0 ({properties.name}, sm_{properties.major}{properties.minor})"
@@ -92,6 +94,10 @@ def _made() -> int:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    try:
+        _wait()
+    except RuntimeError as error:  # an illegal address, say, after which CUDA refuses this process everything
+        pytest.skip(f"not run, an earlier test of this process lost the GPU: {str(error).splitlines()[0]}")
     item.stash[MADE] = _made()
     return (yield)
 
@@ -99,9 +105,16 @@ def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     try:
-        return (yield)
+        result = yield
+        _wait()  # what a kernel did wrong is found in its own test
+        return result
     finally:
         item.user_properties.append((RAN_ON, gpu() if _made() > item.stash[MADE] else "cpu"))
+
+
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
