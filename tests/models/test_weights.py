@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import time
 
 import pytest
 from safetensors.torch import load, save
@@ -51,10 +50,10 @@ def test_a_small_file_allocates_no_large_model(tmp_path, claims, words):
     path = tmp_path / "model.safetensors"
     path.write_bytes(save(load(data), {"fastslots.config": json.dumps(config)}))
     assert path.stat().st_size < 30_000
-    before, began = peak(), time.monotonic()
+    before = peak()
     with pytest.raises(UserError, match=f"^{path}: .*{words}.*: |{words}"):
         SlotVAE.from_file(path)
-    assert peak() - before < 256 << 20 and time.monotonic() - began < 10
+    assert peak() - before < 256 << 20
 
 
 def test_models_of_every_preset_are_within_the_budget(tmp_path):

@@ -20,7 +20,7 @@ from fastslots.train import NonFiniteLossError, TrainConfig, fit, loop
 from fastslots.train.checkpoint import load_checkpoint
 from fastslots.train.device import queue as queues
 from fastslots.train.device.queue import Cuda
-from fastslots.train.device.step import DeviceStep
+from fastslots.train.device.queued import DeviceStep
 from fastslots.train.device.steps import LateSteps, Steps, why_at_once
 from fastslots.train.optim import Optimizers
 from fastslots.train.step import Precision, training_step, values_of

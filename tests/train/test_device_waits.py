@@ -20,8 +20,8 @@ from fastslots.models import SlotVAE
 from fastslots.ops.autograd import IMPLEMENTATIONS
 from fastslots.testing.stand_in import cuda_stand_in
 from fastslots.train import TrainConfig
-from fastslots.train.device import step as module
-from fastslots.train.device.step import DeviceStep
+from fastslots.train.device import queued as module
+from fastslots.train.device.queued import DeviceStep
 from fastslots.train.optim import Optimizers
 from fastslots.train.step import Precision
 

@@ -16,7 +16,7 @@ from fastslots.models.decoder import Decoder
 from fastslots.models.encoder import Encoder
 from fastslots.models.slot_attention import SlotAttentionEncoder
 from fastslots.train.device.queue import Cuda, Queue
-from fastslots.train.device.step import DeviceStep
+from fastslots.train.device.queued import DeviceStep
 from fastslots.train.extras import Loss
 from fastslots.train.optim import GUARDED, Optimizers
 from fastslots.train.step import Precision, training_step, values_of
