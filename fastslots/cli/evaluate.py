@@ -100,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
     from fastslots.evaluation.preconditions import check_evaluation
     from fastslots.models import SlotVAE
     from fastslots.runs.pretrained import hidden_by, is_shipped, run_folder
+    from fastslots.train.step import Precision
 
     asked = asked_of(args)
     folder = RunFolder(run_folder(args.run_folder))
@@ -114,6 +115,7 @@ def run(args: argparse.Namespace) -> int:
         config = replace(config, objects=args.objects)
     check_allowed(config.data, folder.config, args.allow_remote or bool(args.data))
     device = recorded.torch_device()
+    Precision("fp32", device)  # on a GPU torch would take TF32 in convolutions
     named = code_named(args, folder)
     if args.threads:
         torch.set_num_threads(args.threads)

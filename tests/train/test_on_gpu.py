@@ -275,6 +275,7 @@ def test_eval_gives_the_scores_of_a_cpu(run, device, capsys):
     """Means of fp32 numbers to 1e-4 of their size; scores of segmentations, where a pixel whose slots are as good as
     equal may fall to another, to 0.01."""
     found = []
+    torch.backends.cudnn.allow_tf32 = True  # torch's default, which the command must not keep
     for place in (str(device), "cpu"):
         assert main(["eval", str(run), "--images", "32", "--device", place, "--json"]) == 0
         found.append(json.loads(capsys.readouterr().out))

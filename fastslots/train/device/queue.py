@@ -57,5 +57,9 @@ class Cuda:
         return read
 
     def capture(self, work: Callable[[], object], rehearse: Callable[[], object]) -> Callable[[], None]:
-        with capture.whole_step():
-            return capture.captured(work, self._device, REHEARSALS, rehearse)[0]
+        try:
+            with capture.whole_step():
+                return capture.captured(work, self._device, REHEARSALS, rehearse)[0]
+        except RuntimeError:
+            torch.cuda.synchronize(self._device)  # raises where not the capture failed but the device
+            raise
