@@ -100,16 +100,19 @@ def progress_of(what: str) -> Callable[[int, int], None]:
     return show
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of texts as columns, two blanks between them; the first row is the head."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines)
+Rows: TypeAlias = Sequence[Sequence[str]]
+Columns: TypeAlias = list[tuple[int, int]]
+"""Of a table: the number of each in the rows, and its width."""
+CAPS = (1 << 30, 24, 12)
+"""Columns at which long texts are folded, the widest first, until a table fits."""
+SHORT = 16  # characters of a text that is never folded: 0.8686 ± 0.0123
+EDGE, BETWEEN = 2, 3  # blanks that rich puts around a table, and between its columns
 
 
-def show_table(rows: Sequence[Sequence[str]], title: str = "", plain_head: bool = True) -> None:
-    """Print a table on stdout; the first row is the head, the first column names the others.
+def show_table(rows: Rows, title: str = "", plain_head: bool = True, keys: int = 1) -> None:
+    """Print a table; the first row is the head.
 
+    keys: columns that name the rows. Where not all of the others fit beside them, they follow in tables of their own.
     plain_head: False leaves the head out of plain text.
     """
     if not (sys.stdout.isatty() and importlib.util.find_spec("rich")):
@@ -121,9 +124,45 @@ def show_table(rows: Sequence[Sequence[str]], title: str = "", plain_head: bool 
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for place, head in enumerate(rows[0]):
-        table.add_column(Text(head), justify="right" if place else "left", overflow="fold")
-    for row in rows[1:]:
-        table.add_row(*map(Text, row))
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    for number, columns in enumerate(blocks(rows, console.width, keys)):
+        table = Table(
+            title=(title or None) if not number else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+        )
+        for place, (column, width) in enumerate(columns):
+            head = Text(rows[0][column])
+            table.add_column(head, justify="right" if place >= keys else "left", overflow="fold", width=width)
+        for row in rows[1:]:
+            table.add_row(*(Text(row[column]) for column, _ in columns))
+        console.print(table)
+
+
+def blocks(rows: Rows, width: int, keys: int = 1) -> list[Columns]:
+    """The columns of each table, the first ``keys`` of ``rows`` in all of them: as few tables as fit into ``width``,
+    then as wide columns as these allow."""
+    found = [_blocks(rows, width, keys, cap) for cap in CAPS]
+    fitting = [tables for tables in found if all(_wide(columns) <= width for columns in tables)]
+    return min(fitting or found[-1:], key=len)
+
+
+def _blocks(rows: Rows, width: int, keys: int, cap: int) -> list[Columns]:
+    lengths = [[len(row[i]) for row in rows] for i in range(len(rows[0]))]
+    widths = [max(n if n <= SHORT else min(n, cap) for n in column) for column in lengths]
+    columns = list(enumerate(widths))
+    tables = [columns[:keys]]
+    for column in columns[keys:]:
+        if len(tables[-1]) > keys and _wide([*tables[-1], column]) > width:
+            tables.append(columns[:keys])
+        tables[-1] = [*tables[-1], column]
+    return tables
+
+
+def _wide(columns: Columns) -> int:
+    return EDGE + sum(width for _, width in columns) + BETWEEN * (len(columns) - 1)
+
+
+def aligned(rows: Rows) -> str:
+    """Rows of texts as columns, two blanks between them; the first row is the head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)

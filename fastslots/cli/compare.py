@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         show_table(table(comparison, show), f"scores on {comparison.kind}")
         if comparison.groups:
-            show_table(groups_table(comparison, show), "\nby setting, over seeds")
+            groups = groups_table(comparison, show)
+            show_table(groups, "\nby setting, over seeds", keys=groups[0].index("runs") + 1)
     for note in comparison.notes:
         print(f"note      {note}", file=sys.stderr)
     if args.out or not args.json:

@@ -129,7 +129,8 @@ def run(args: argparse.Namespace) -> int:
             results = run_trials(trials, args.jobs, scoring, say)
     finally:
         signal.signal(signal.SIGTERM, before)
-    show_table(write_sweep(results, args.out))
+    rows = write_sweep(results, args.out)
+    show_table(rows, keys=rows[0].index("trials") + 1)
     failures = [result for result in results if result.error]
     for result in failures:
         say(f"failed: {result.trial.name}: {result.error}")
