@@ -17,6 +17,7 @@ from .gpu.decoder_layer import decoder_layer_bwd, decoder_layer_fwd
 from .gpu.decoder_loss import decoder_loss
 from .gpu.folded_cross_attention import folded_cross_attention_bwd, folded_cross_attention_fwd
 from .gpu.joint_norm import joint_norm_bwd, joint_norm_fwd
+from .gpu.row_passes import bias_gelu_bwd, bias_gelu_fwd, bias_norm_bwd, bias_norm_fwd
 from .gpu.token_attention import MAX_CELLS, MAX_ROWS, padded_rows, token_attention_bwd, token_attention_fwd
 
 MAX_IMAGES = 65535
@@ -30,6 +31,7 @@ KERNELS = {"cross_attention": ("cross_attention_",), "folded_cross_attention": _
 layer runs the kernels of its two halves, which bear their names: ``folded_attention_*`` and ``feed_forward_*``."""
 
 __all__ = [
+    "bias_gelu_bwd", "bias_gelu_fwd", "bias_norm_bwd", "bias_norm_fwd",
     "cross_attention_bwd", "cross_attention_fwd", "decoder_layer_bwd", "decoder_layer_fwd", "decoder_loss",
     "folded_cross_attention_bwd", "folded_cross_attention_fwd", "joint_norm_bwd", "joint_norm_fwd",
     "token_attention_bwd", "token_attention_fwd", "why_not",
@@ -75,10 +77,12 @@ def _too_large(call: Call) -> str | None:
     dtype, width, slots = call.dtypes[0], call.width, call.slots
     if call.images > MAX_IMAGES:
         return f"{call.images} images are more than {MAX_IMAGES}, the most of one launch"
-    if call.op == "joint_norm":
+    if call.op in ("joint_norm", "bias_gelu"):
         return None
     if width > launch.WIDTH_CLASSES[-1]:
         return f"rows of {width} elements are wider than {launch.WIDTH_CLASSES[-1]}"
+    if call.op == "bias_norm":
+        return None
     if call.op == "token_attention":
         rows = padded_rows(call.rows)
         fits = rows <= MAX_ROWS and rows * round_up(width, 64) <= MAX_CELLS

@@ -17,7 +17,7 @@ from fastslots.models.queries import KINDS
 from fastslots.nn import AttentionProjections
 from fastslots.ops import backends, token_attention
 from fastslots.ops.encoder import encode
-from fastslots.ops.encoder_parts import encode_queries, joint_norm
+from fastslots.ops.encoder_parts import bias_gelu, bias_norm, encode_queries, joint_norm
 from fastslots.ops.reference import feed_forward, without_autocast
 from fastslots.records import EncoderInputs, describe
 
@@ -121,17 +121,37 @@ class TokenEncoder(nn.Module):
         if self.cnn is not None:
             if x.is_cuda:  # as the tensor cores' convolutions want it, and tokens then lie as they are read
                 x = x.contiguous(memory_format=torch.channels_last)
-            x = self.cnn(x)
+            plain = x.is_cuda and not _unlike_our_cnn(self.cnn) and not any(map(is_hooked, self.cnn.modules()))
+            x = convolved(x, self.cnn) if plain else self.cnn(x)
         x = x.flatten(2).transpose(1, 2)
         if self.cnn is not None:
             x = x + self.position(self.grid)
-        x = self.token_mlp(joint_norm(x))
+        x = joint_norm(x)
+        if x.is_cuda and _is_our_mlp(self.token_mlp) and not any(map(is_hooked, self.token_mlp.modules())):
+            return normed_tokens(x, self.token_mlp)
+        x = self.token_mlp(x)
         with without_autocast(x.device):
             return F.layer_norm(x, x.shape[-1:])
 
     def serving_backend(self, images: Tensor, backend: str = "auto") -> str:
         """Name of the backend that takes these images; plain PyTorch is "reference"."""
         return "reference"
+
+
+def convolved(x: Tensor, cnn: nn.Sequential, backend: str = "auto") -> Tensor:
+    """``cnn(x)`` of convolutions with GELU after each, x with channels last: bias and GELU are one pass."""
+    for convolution in cast("list[nn.Conv2d]", list(cnn)[::2]):
+        u = F.conv2d(x, convolution.weight, None, convolution.stride, convolution.padding)
+        x = bias_gelu(u.permute(0, 2, 3, 1), cast(Tensor, convolution.bias), backend).permute(0, 3, 1, 2)
+    return x
+
+
+def normed_tokens(x: Tensor, token_mlp: nn.Sequential, backend: str = "auto") -> Tensor:
+    """``layer_norm(token_mlp(x))`` of two linear layers with GELU between them: each bias goes with what follows it."""
+    first, _, second = cast("tuple[nn.Linear, nn.GELU, nn.Linear]", tuple(token_mlp))
+    x = F.linear(bias_gelu(F.linear(x, first.weight), first.bias, backend), second.weight)
+    with without_autocast(x.device):
+        return bias_norm(x, second.bias, backend=backend)
 
 
 class Encoder(TokenEncoder):
@@ -251,7 +271,7 @@ def unlike_the_operator(encoder: Encoder) -> str:
         return "a hook waits for a part of it"
     if not hasattr(encoder.first_queries, "before_tokens"):
         return f"its first queries, {type(encoder.first_queries).__name__}, do not come before the tokens"
-    if [type(module) for module in encoder.token_mlp] != [nn.Linear, nn.GELU, nn.Linear]:
+    if not _is_our_mlp(encoder.token_mlp):
         return "its token MLP is not two linear layers with GELU between them"
     if any(type(layer) is not EncoderLayer for layer in encoder.transformer) or type(encoder.norm) is not nn.LayerNorm:
         return "its Transformer has other layers"
@@ -260,6 +280,10 @@ def unlike_the_operator(encoder: Encoder) -> str:
     if type(encoder.output) not in (nn.Linear, nn.Identity):
         return f"its output layer is a {type(encoder.output).__name__}"
     return "" if encoder.cnn is None else _unlike_our_cnn(encoder.cnn)
+
+
+def _is_our_mlp(token_mlp: nn.Sequential) -> bool:
+    return [type(module) for module in token_mlp] == [nn.Linear, nn.GELU, nn.Linear]
 
 
 def _unlike_our_cnn(cnn: nn.Sequential) -> str:

@@ -142,15 +142,6 @@ class StatisticsBackend(Backend, Protocol):
         """-> dq, dk, dv, and the gradient of the heads' weights, empty where it is not needed."""
 
 
-class NormBackend(Backend, Protocol):
-    """A backend that serves ``joint_norm`` as well."""
-
-    def joint_norm_fwd(self, x: Tensor, eps: float) -> Pair:
-        """-> normed over all but the first axis, and 1/σ of each image."""
-
-    def joint_norm_bwd(self, dy: Tensor, y: Tensor, rstd: Tensor) -> Tensor: ...
-
-
 class EncoderBackend(Backend, Protocol):
     """A backend that serves ``encoder`` as well."""
 

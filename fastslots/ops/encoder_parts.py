@@ -1,7 +1,8 @@
 """Parts of the encoder where it is no operator as a whole: on a GPU, whose step is bound by how many operators it has.
 
 Their definition is the plain PyTorch of ``fastslots/models/encoder.py``. ``joint_norm`` is the norm over tokens and
-channels together, which has a kernel on GPUs alone. ``encode_queries`` are the layers: K rows an image, so what depends
+channels together; ``bias_gelu`` and ``bias_norm`` are what follows a convolution or a linear layer that has left its
+bias out. Those three have kernels on GPUs alone. ``encode_queries`` are the layers: K rows an image, so what depends
 on weights alone is made for all N layers at once. With γ, β of the tokens' norm, for each head h::
 
     rows[b,(k,h)] = A_h norm(q_bk) + a_h      A_h = scale · γ ∘ Wk_hᵀ Wq_h      a_h = scale · γ ∘ Wk_hᵀ bq_h
@@ -13,7 +14,7 @@ All of that is fp32, tokens and what meets them apart: rows have the dtype of th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +95,30 @@ def encode_queries(queries: Tensor, tokens: Tensor, weights: Sequence[Tensor], h
     return x.view(B, K, S)
 
 
+class PartsBackend(backends.Backend, Protocol):
+    """A backend that serves these parts as well."""
+
+    def joint_norm_fwd(self, x: Tensor, eps: float) -> backends.Pair:
+        """-> normed over all but the first axis, and 1/σ of each image."""
+
+    def joint_norm_bwd(self, dy: Tensor, y: Tensor, rstd: Tensor) -> Tensor: ...
+
+    def bias_gelu_fwd(self, u: Tensor, bias: Tensor) -> Tensor: ...
+
+    def bias_gelu_bwd(self, dh: Tensor, u: Tensor, bias: Tensor) -> backends.Pair:
+        """-> du, and the gradient of the bias in fp32."""
+
+    def bias_norm_fwd(self, x: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        """-> y, and the mean and 1/σ of each row."""
+
+    def bias_norm_bwd(self, dy: Tensor, x: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> backends.Pair:
+        """-> dx, and the gradient of the bias in fp32."""
+
+
+def _backend(name: str) -> PartsBackend:
+    return cast(PartsBackend, backends.load(name))
+
+
 # ---- the norm over tokens and channels ------------------------------------------------------------------------------
 
 
@@ -107,10 +132,6 @@ def joint_norm(x: Tensor, eps: float = 1e-5, backend: str = "auto") -> Tensor:
         return F.layer_norm(x, x.shape[1:], eps=eps)
     y, _ = joint_norm_operator(x, eps, name)
     return y
-
-
-def _backend(name: str) -> backends.NormBackend:
-    return cast(backends.NormBackend, backends.load(name))
 
 
 @operator
@@ -133,7 +154,7 @@ def _(dy: Tensor, y: Tensor, *_: object) -> Tensor:
     return contiguous_like(y)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _joint_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.backend = inputs[2]
     y, rstd = output
     ctx.mark_non_differentiable(rstd)
@@ -141,11 +162,110 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(y, rstd)
 
 
-def _vjp(ctx: Any, dy: Tensor | None, _drstd: None) -> tuple[Any, ...]:
+def _joint_norm_vjp(ctx: Any, dy: Tensor | None, _drstd: None) -> tuple[Any, ...]:
     if dy is None:  # an undefined cotangent, which nothing turns into zeros here
         return None, None, None
     y, rstd = ctx.saved_tensors
     return joint_norm_operator_backward(dy, y, rstd, ctx.backend), None, None
 
 
-torch.library.register_autograd("fastslots::joint_norm_operator", _vjp, setup_context=_setup)
+torch.library.register_autograd("fastslots::joint_norm_operator", _joint_norm_vjp, setup_context=_joint_norm_setup)
+
+# ---- what follows a convolution or a linear layer -------------------------------------------------------------------
+
+
+def bias_gelu(u: Tensor, bias: Tensor, backend: str = "auto") -> Tensor:
+    """u [..., D], bias [D] -> GELU(u + bias), like u. ValueError where a backend that is named cannot serve."""
+    name = backends.select(describe("bias_gelu", [u]), backend)
+    if name == "reference" or not u.numel():
+        return F.gelu(u + bias.to(u.dtype))
+    return bias_gelu_operator(u, bias, name)
+
+
+def bias_norm(x: Tensor, bias: Tensor, eps: float = 1e-5, backend: str = "auto") -> Tensor:
+    """x [..., D], bias [D] -> x + bias, each row normed without affine part, like x. ValueError where a backend that is
+    named cannot serve."""
+    name = backends.select(describe("bias_norm", [x]), backend)
+    if name == "reference" or not x.numel():
+        return F.layer_norm(x + bias.to(x.dtype), x.shape[-1:], eps=eps)
+    y, *_ = bias_norm_operator(x, bias, eps, name)
+    return y
+
+
+@operator
+def bias_gelu_operator(u: Tensor, bias: Tensor, backend: str) -> Tensor:
+    return _backend(backend).bias_gelu_fwd(u, bias)
+
+
+@shapes_of(bias_gelu_operator)
+def _(u: Tensor, *_: object) -> Tensor:
+    return contiguous_like(u)
+
+
+@operator
+def bias_gelu_operator_backward(dh: Tensor, u: Tensor, bias: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return _backend(backend).bias_gelu_bwd(dh, u, bias)
+
+
+@shapes_of(bias_gelu_operator_backward)
+def _(dh: Tensor, u: Tensor, bias: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return contiguous_like(u), contiguous_like(bias).float()
+
+
+def _bias_gelu_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    u, bias, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(u, bias)
+
+
+def _bias_gelu_vjp(ctx: Any, dh: Tensor | None) -> tuple[Any, ...]:
+    if dh is None:
+        return None, None, None
+    u, bias = ctx.saved_tensors
+    du, dbias = bias_gelu_operator_backward(dh, u, bias, ctx.backend)
+    return du, dbias.to(bias.dtype), None
+
+
+torch.library.register_autograd("fastslots::bias_gelu_operator", _bias_gelu_vjp, setup_context=_bias_gelu_setup)
+
+
+@operator
+def bias_norm_operator(x: Tensor, bias: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return _backend(backend).bias_norm_fwd(x, bias, eps)
+
+
+@shapes_of(bias_norm_operator)
+def _(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32).flatten() for _ in range(2))
+    return contiguous_like(x), mean, rstd
+
+
+@operator
+def bias_norm_operator_backward(
+    dy: Tensor, x: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    return _backend(backend).bias_norm_bwd(dy, x, bias, mean, rstd)
+
+
+@shapes_of(bias_norm_operator_backward)
+def _(dy: Tensor, x: Tensor, bias: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return contiguous_like(x), contiguous_like(bias).float()
+
+
+def _bias_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, bias, _, ctx.backend = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, bias, mean, rstd)
+
+
+def _bias_norm_vjp(ctx: Any, dy: Tensor | None, _dmean: None, _drstd: None) -> tuple[Any, ...]:
+    if dy is None:
+        return None, None, None, None
+    x, bias, mean, rstd = ctx.saved_tensors
+    dx, dbias = bias_norm_operator_backward(dy, x, bias, mean, rstd, ctx.backend)
+    return dx, dbias.to(bias.dtype), None, None
+
+
+torch.library.register_autograd("fastslots::bias_norm_operator", _bias_norm_vjp, setup_context=_bias_norm_setup)

@@ -5,8 +5,8 @@
 Given the slots, pixels are independent. So a tile (whole images, or part of one where an image is larger) goes through
 the decoder and back before the next one starts; what leaves it are gradients of weights, folded projections and
 queries. Memory beyond those does not grow with the batch or the resolution: a tile takes at most ``TILE_BYTES``.
-Weights are packed once, outside the loop over tiles. Layers are the fused kernels; the output head (a norm and a few
-products 180 wide) is cuBLAS, differentiated by hand. Nothing waits for the device (a test runs it on tensors without
+Weights are packed once, outside the loop over tiles. Layers are the fused kernels; the output head's
+products are cuBLAS's, and it is differentiated by hand. Nothing waits for the device (a test runs it on tensors without
 values), so on CUDA all tiles together are captured in a CUDA graph and replayed (``graphs``).
 """
 
@@ -28,7 +28,7 @@ from ._pack import LayerPacks
 from .decoder_layer import Needs, layer_backward, layer_forward
 from .graphs import GRAPHS, Graphs, wanted
 from .launch import allows_tf32
-from .output_head import SavedHead, output_head_bwd, output_head_fwd
+from .output_head import PackedHead, SavedHead, output_head_bwd, output_head_fwd, pack_head
 
 TILE_BYTES, TILE_SHARE = 4 << 30, 8
 """Memory of a tile's tensors: this, or where that is less, one part in so many of the device's."""
@@ -214,7 +214,7 @@ class _Decoded(NamedTuple):
     head: SavedHead
 
 
-def _decode(tile: LossInputs, packs: Sequence[LayerPacks], keep: bool) -> _Decoded:
+def _decode(tile: LossInputs, packs: Sequence[LayerPacks], head: PackedHead, keep: bool) -> _Decoded:
     xs, zs, maps = [cast(Tensor, tile.decoder.queries)], [], []
     for layer in packs:
         y, layer_map, z = layer_forward(xs[-1], layer, tile.eps, keep)
@@ -224,7 +224,7 @@ def _decode(tile: LossInputs, packs: Sequence[LayerPacks], keep: bool) -> _Decod
     slot_map = maps[0]
     for layer_map in maps[1:]:
         slot_map += layer_map
-    return _Decoded(xs, zs, slot_map, *output_head_fwd(xs.pop().flatten(0, 1), tile.decoder.head, tile.eps))
+    return _Decoded(xs, zs, slot_map, *output_head_fwd(xs.pop().flatten(0, 1), head, tile.eps))
 
 
 def _run(inputs: LossInputs, need: Sequence[str], grad_scale: float | Tensor, tiling: Tiling) -> list[Tensor]:
@@ -233,19 +233,16 @@ def _run(inputs: LossInputs, need: Sequence[str], grad_scale: float | Tensor, ti
     tiles = list(_tiles(B, L, tiling.rows))
     sums = _Sums(inputs, need, len(tiles) == 1)
     queries, layers, head = inputs.decoder
-    head = OutputHead(
-        head.norm_weight.to(tiling.dtype), head.norm_bias.to(tiling.dtype),
-        [w.to(tiling.dtype) for w in head.weights], [b.to(tiling.dtype) for b in head.biases],
-    )  # fmt: skip
     queries = cast(Tensor, queries).to(tiling.dtype)
-    inputs = replace(inputs, decoder=inputs.decoder._replace(queries=queries, head=head))
+    inputs = replace(inputs, decoder=inputs.decoder._replace(queries=queries))
+    packed_head = pack_head(head, tiling.dtype)
     packs = [LayerPacks(folded, ff, inputs.slot_mask, tiling.dtype) for folded, ff in layers]
     terms = torch.zeros(2, device=queries.device, dtype=torch.float32)
     for images, pixels in tiles:
         tile = inputs.part(pixels, images)
         tile_packs = packs if images == slice(0, B) else [layer.of_images(images) for layer in packs]
         weight = None if tile.pixel_weight is None else tile.pixel_weight.float()
-        decoded = _decode(tile, tile_packs, bool(need))
+        decoded = _decode(tile, tile_packs, packed_head, bool(need))
         error = decoded.pixels.float() - tile.target.flatten(0, 1)
         # The maps' mean over N layers: their pair sum is N² times that of the mean.
         pairs, squares = _pair_sum(decoded.slot_map), error.square()
@@ -259,7 +256,7 @@ def _run(inputs: LossInputs, need: Sequence[str], grad_scale: float | Tensor, ti
         dmap = (decoded.slot_map.sum(-1, keepdim=True) - decoded.slot_map) * factor
         if weight is not None:
             dpixels, dmap = dpixels * weight.flatten()[:, None], dmap * weight[..., None]
-        dx = _backward(tile, tile_packs, decoded, dpixels.to(tiling.dtype), dmap, images, sums)
+        dx = _backward(tile, tile_packs, packed_head, decoded, dpixels.to(tiling.dtype), dmap, images, sums)
         sums.add("queries", dx, (slice(None) if len(queries) != B else images, pixels))
         sums.end_tile()
     recon, interaction = terms.unbind()
@@ -267,11 +264,11 @@ def _run(inputs: LossInputs, need: Sequence[str], grad_scale: float | Tensor, ti
 
 
 def _backward(
-    tile: LossInputs, packs: Sequence[LayerPacks], decoded: _Decoded, dpixels: Tensor, dmap: Tensor, images: slice,
-    sums: _Sums,
+    tile: LossInputs, packs: Sequence[LayerPacks], head: PackedHead, decoded: _Decoded, dpixels: Tensor, dmap: Tensor,
+    images: slice, sums: _Sums,
 ) -> Tensor:  # fmt: skip
     """Adds the gradients of a tile's head and layers -> that of the first layer reached: of the queries, if needed."""
-    dx, dhead = output_head_bwd(dpixels, tile.decoder.head, decoded.head, sums.head)
+    dx, dhead = output_head_bwd(dpixels, head, decoded.head, sums.head)
     dx = dx.view(-1, tile.target.shape[1], dx.shape[-1])
     if dhead is not None:
         sums.add_head(dhead)

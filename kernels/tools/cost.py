@@ -162,6 +162,19 @@ def _joint_norm(t: _Terms) -> tuple[int, int, int]:
     return t.size(*pixels) + reads * t.size(*partials) + scalar, 0, 0
 
 
+def _row_pass(t: _Terms) -> tuple[int, int, int]:
+    """Rows once; the vectors of a row by every tile that uses them."""
+    name, vectors = t.launch.name, {"bias_ptr", "weight_ptr", "vector_ptr"} & t.args.keys()
+    once = [arg for arg, value in t.args.items() if isinstance(value, Tensor) and arg not in vectors]
+    if name == "bias_gelu_fwd":
+        reads = t.grid[0] // (t.W // t.consts["BLOCK_D"])
+    else:
+        reads = t.grid[1] if name == "bias_gelu_bwd" else t.grid[0] * t.args.get("blocks", 1)
+    if name == "row_norm_fwd" and not t.consts["AFFINE"]:
+        vectors.remove("weight_ptr")
+    return t.size(*once) + reads * t.size(*vectors), 0, 0
+
+
 _PARTS = ("part_sum_ptr", "part_top_ptr", "part_total_ptr")
 
 
@@ -198,6 +211,10 @@ _MODELS: dict[str, Callable[[_Terms], tuple[int, int, int]]] = {
     "joint_norm_fwd": _joint_norm,
     "joint_norm_sums": _joint_norm,
     "joint_norm_bwd": _joint_norm,
+    "bias_gelu_fwd": _row_pass,
+    "bias_gelu_bwd": _row_pass,
+    "row_norm_fwd": _row_pass,
+    "row_norm_bwd": _row_pass,
     "token_attention_fwd": _token_attention_fwd,
     "token_attention_combine": _token_attention_combine,
     "token_attention_bwd": _token_attention_bwd,

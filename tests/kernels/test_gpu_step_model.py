@@ -150,7 +150,7 @@ def test_a_step_is_walked_to_its_launches(step, clevr6):
 
 def test_a_step_is_few_nodes_and_keeps_tokens_in_16_bits(step):
     """Tokens are [32, 16384, 128]: a copy in fp32 would be 268 MB, and every layer would make one."""
-    assert step.nodes("decoder") <= 300 and step.nodes() <= 830
+    assert step.nodes("decoder") <= 300 and step.nodes() <= 800
     wide = [n for n in step.noted if (torch.float32, (32, 128 * 128, 128)) in zip(n.dtypes, n.shapes, strict=True)]
     assert not wide, wide[0]
 
@@ -167,6 +167,17 @@ def test_every_launch_of_a_step_takes_the_whole_batch_at_once(step):
     assert all(item.args["z_ptr"].shape == (32, 128 * 128, 180) for item in of["decoder_layer_fwd"])
     assert all(item.args["rows"] == pixels and item.constexprs["KEEP"] for item in of["feed_forward_dx"])
     assert len(of["token_attention_bwd"]) == 5 and len(of["joint_norm_fwd"]) == len(of["joint_norm_bwd"]) == 1
+    # Four convolutions and the token MLP, the head's two maps; the tokens' norm and the head's.
+    assert len(of["bias_gelu_fwd"]) == len(of["bias_gelu_bwd"]) == 7
+    assert len(of["row_norm_fwd"]) == len(of["row_norm_bwd"]) == 2
+
+
+def test_biases_and_gelus_of_all_pixels_are_no_operators_of_torch(step):
+    """Each is one pass over memory: a sum, an addition or a GELU of its own would be another."""
+    rows = 32 * 128 * 128
+    whole = [n for n in step.noted if any(s and s.numel() >= 64 * rows for s in map(torch.Size, n.shapes))]
+    names = {n.name for n in whole if not isinstance(n.work, launch.Launch)}
+    assert names and not names & {"gelu", "gelu_backward", "native_layer_norm", "native_layer_norm_backward"}
 
 
 def test_the_published_step_stores_the_weights_of_every_head(clevr6):

@@ -18,6 +18,7 @@ from fastslots.kernels.gpu import launch
 from fastslots.kernels.gpu._pack import LayerPacks
 from fastslots.kernels.gpu.decoder_layer import layer_backward, layer_forward
 from fastslots.kernels.gpu.joint_norm import BLOCK, joint_norm_bwd, joint_norm_fwd
+from fastslots.kernels.gpu.row_passes import bias_gelu_bwd, bias_gelu_fwd, row_norm_bwd, row_norm_fwd
 from fastslots.kernels.tools import shipped
 from fastslots.records import FeedForward, FoldedProjections
 
@@ -75,7 +76,7 @@ def clashes(seen) -> list[str]:
 
 
 def every_launch(dtype, shared):
-    """Of all ops, a layer of the decoder's loss and the joint norm, at sizes that fill no tile."""
+    """Of all ops, a layer of the decoder's loss, the joint norm, the passes over rows; sizes fill no tile."""
     shape = shipped.Shape("tail", 2, 70, 5, 3, 12, 37, 50, 20, 150, 45)
     t = shipped.inputs(shape, dtype, "cpu", shared)
     with launch.record("interpreter") as launches:
@@ -88,7 +89,16 @@ def every_launch(dtype, shared):
         x = torch.randn(2, 70, BLOCK // 64, dtype=torch.float32).to(dtype)
         y, rstd = joint_norm_fwd(x, 1e-5)
         joint_norm_bwd(y, y, rstd)
+        row_passes(dtype)
     return launches
+
+
+def row_passes(dtype):
+    x, vector = torch.randn(150, 70).to(dtype), torch.randn(70)
+    bias_gelu_bwd(bias_gelu_fwd(x, vector), x, vector)
+    for weight, pitch in ((None, 70), (vector, 128)):
+        y, mean, rstd = row_norm_fwd(x, weight, vector, 1e-5, pitch)
+        row_norm_bwd(y, x, vector, mean, rstd, weight is not None)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +106,7 @@ def every_launch(dtype, shared):
 )
 def test_no_two_programs_write_one_address_and_none_reads_what_another_writes(dtype, shared, monkeypatch):
     launches = every_launch(dtype, shared)
-    assert len({item.name for item in launches}) >= 14
+    assert len({item.name for item in launches}) >= 18
     for item in launches:
         for value in item.args.values():  # what a recorded launch has left unwritten
             if isinstance(value, torch.Tensor) and value.is_floating_point():

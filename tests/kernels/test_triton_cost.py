@@ -10,7 +10,7 @@ import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
 from fastslots.config.presets import PRESETS
-from fastslots.kernels.gpu import launch
+from fastslots.kernels.gpu import launch, row_passes
 from fastslots.kernels.gpu._tiles import INTERPRETED
 from fastslots.kernels.tools import cost, shipped
 from fastslots.train import TrainConfig
@@ -70,6 +70,22 @@ def test_model_counts_what_the_code_moves(op, precision, shared, monkeypatch):
         model = cost.launch_cost(item)
         assert (seen["bytes"], seen["flops"]) == (model.requested, model.issued), item.name
         assert model.bytes <= model.requested and model.flops <= model.issued, item.name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_model_counts_what_passes_over_rows_move(dtype, monkeypatch):
+    with launch.record("interpreter") as launches:
+        x, vector = torch.zeros(150, 70, dtype=dtype), torch.zeros(70)
+        row_passes.bias_gelu_bwd(row_passes.bias_gelu_fwd(x, vector), x, vector)
+        for weight, pitch in ((None, 70), (vector.clone(), 128)):
+            y, mean, rstd = row_passes.row_norm_fwd(x, weight, vector, 1e-5, pitch)
+            row_passes.row_norm_bwd(y, x, vector, mean, rstd, weight is not None)
+    assert len(launches) == 6
+    for item in launches:
+        with counted(monkeypatch) as seen:
+            launch.run(item.kernel, item.grid, item.args, item.constexprs, item.config)
+        model = cost.launch_cost(item)
+        assert seen["bytes"] == model.requested >= model.bytes, item.name
 
 
 def test_forward_layer_moves_its_floor():

@@ -291,7 +291,8 @@ def test_triton_makes_no_gradient_that_is_not_needed(wanted, launches, device):
         assert torch.equal(grad, every_gradient(device)[name])
     with launch.record("sm_90") as found:
         gpu_decoder_loss._run(on("meta", inputs), need, 1.0, gpu_decoder_loss.Tiling(4096, torch.float32))
-    backwards = [item.name for item in found if not item.name.endswith("_fwd")]
+    of_head = ("bias_gelu", "row_norm")  # which every gradient has to pass
+    backwards = [item.name for item in found if not item.name.endswith("_fwd") and not item.name.startswith(of_head)]
     kept = ["feed-forward" for item in found if item.name == "feed_forward_dx" and item.constexprs["KEEP"]]
     assert Counter([*("dx" if name.endswith("_dx") else name for name in backwards), *kept]) == launches
 
@@ -312,7 +313,7 @@ def test_deterministic_algorithms_can_be_asked_for(deterministic, device):
     inputs = on(device, loss_inputs(UNALIGNED, FP32))
     with Operations() as found:
         decoder_loss(inputs, list(inputs.tensors()))
-    assert "native_layer_norm_backward" in found.names and not found.names & REFUSED
+    assert "mm" in found.names and not found.names & REFUSED
     w = torch.rand(2, 5, 4, dtype=torch.float64, device=device, requires_grad=True)
     with Operations() as found:
         penalty = ops.interaction_penalty(w)
