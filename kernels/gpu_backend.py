@@ -16,8 +16,9 @@ from .gpu.cross_attention import cross_attention_bwd, cross_attention_fwd
 from .gpu.decoder_layer import decoder_layer_bwd, decoder_layer_fwd
 from .gpu.decoder_loss import decoder_loss
 from .gpu.folded_cross_attention import folded_cross_attention_bwd, folded_cross_attention_fwd
-from .gpu.joint_norm import joint_norm_bwd, joint_norm_fwd
-from .gpu.row_passes import bias_gelu_bwd, bias_gelu_fwd, bias_norm_bwd, bias_norm_fwd
+from .gpu.passes.bias_gelu import bias_gelu_bwd, bias_gelu_fwd
+from .gpu.passes.joint_norm import joint_norm_bwd, joint_norm_fwd
+from .gpu.passes.row_norm import bias_norm_bwd, bias_norm_fwd
 from .gpu.token_attention import MAX_CELLS, MAX_ROWS, padded_rows, token_attention_bwd, token_attention_fwd
 
 MAX_IMAGES = 65535

@@ -16,7 +16,8 @@ from torch import Tensor
 from fastslots.records import OutputHead
 
 from ._pack import matmul_fp32, pad_rows, round_up
-from .row_passes import bias_gelu_bwd, bias_gelu_fwd, row_norm_bwd, row_norm_fwd
+from .passes.bias_gelu import bias_gelu_bwd, bias_gelu_fwd
+from .passes.row_norm import row_norm_bwd, row_norm_fwd
 
 
 class PackedHead(NamedTuple):

@@ -15,7 +15,7 @@ from fastslots.kernels.gpu.cross_attention import cross_attention_bwd, cross_att
 from fastslots.kernels.gpu.decoder_layer import decoder_layer_bwd, decoder_layer_fwd
 from fastslots.kernels.gpu.decoder_loss import decoder_loss
 from fastslots.kernels.gpu.graphs import Graphs
-from fastslots.kernels.gpu.joint_norm import joint_norm_bwd, joint_norm_fwd
+from fastslots.kernels.gpu.passes.joint_norm import joint_norm_bwd, joint_norm_fwd
 from fastslots.kernels.gpu.token_attention import token_attention_bwd, token_attention_fwd
 from fastslots.ops import reference
 from fastslots.ops.decoder_loss import reference_decoder_loss

@@ -9,7 +9,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fastslots.kernels.gpu import launch, output_head, row_passes
+from fastslots.kernels.gpu import launch, output_head
+from fastslots.kernels.gpu.passes import bias_gelu as gelu_pass
+from fastslots.kernels.gpu.passes import row_norm as norm_pass
 from fastslots.kernels.tools import cost
 from fastslots.models.encoder import convolved, normed_tokens
 from fastslots.ops import encoder_parts
@@ -28,7 +30,8 @@ def kind(request):
 
 @pytest.fixture(params=[1056, 3], ids=["tile-a-program", "tiles-a-program"])
 def programs(request, monkeypatch):
-    monkeypatch.setattr(row_passes, "PROGRAMS", request.param)
+    for module in (gelu_pass, norm_pass):
+        monkeypatch.setattr(module, "PROGRAMS", request.param)
 
 
 def close(got, want, bound):
@@ -156,9 +159,9 @@ def test_16_bit_rows_move_once():
     """Of clevr6's rows, a forward's bytes are two rows', a backward's three, but for what belongs to no row."""
     with launch.record("sm_90") as launches, torch.device("meta"):
         u, bias = torch.empty(524288, 128, dtype=torch.bfloat16), torch.empty(128)
-        row_passes.bias_gelu_bwd(row_passes.bias_gelu_fwd(u, bias), u, bias)
-        y, mean, rstd = row_passes.bias_norm_fwd(u, bias, 1e-5)
-        row_passes.bias_norm_bwd(y, u, bias, mean, rstd)
+        gelu_pass.bias_gelu_bwd(gelu_pass.bias_gelu_fwd(u, bias), u, bias)
+        y, mean, rstd = norm_pass.bias_norm_fwd(u, bias, 1e-5)
+        norm_pass.bias_norm_bwd(y, u, bias, mean, rstd)
     rows = u.numel() * 2
     moved = {item.name: cost.launch_cost(item).bytes / rows for item in launches}
     assert moved == pytest.approx(

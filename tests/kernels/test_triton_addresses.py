@@ -17,8 +17,9 @@ from triton.runtime.interpreter import InterpreterBuilder
 from fastslots.kernels.gpu import launch
 from fastslots.kernels.gpu._pack import LayerPacks
 from fastslots.kernels.gpu.decoder_layer import layer_backward, layer_forward
-from fastslots.kernels.gpu.joint_norm import BLOCK, joint_norm_bwd, joint_norm_fwd
-from fastslots.kernels.gpu.row_passes import bias_gelu_bwd, bias_gelu_fwd, row_norm_bwd, row_norm_fwd
+from fastslots.kernels.gpu.passes.bias_gelu import bias_gelu_bwd, bias_gelu_fwd
+from fastslots.kernels.gpu.passes.joint_norm import BLOCK, joint_norm_bwd, joint_norm_fwd
+from fastslots.kernels.gpu.passes.row_norm import row_norm_bwd, row_norm_fwd
 from fastslots.kernels.tools import shipped
 from fastslots.records import FeedForward, FoldedProjections
 

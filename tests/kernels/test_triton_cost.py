@@ -10,8 +10,9 @@ import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
 from fastslots.config.presets import PRESETS
-from fastslots.kernels.gpu import launch, row_passes
+from fastslots.kernels.gpu import launch
 from fastslots.kernels.gpu._tiles import INTERPRETED
+from fastslots.kernels.gpu.passes import bias_gelu, row_norm
 from fastslots.kernels.tools import cost, shipped
 from fastslots.train import TrainConfig
 
@@ -76,10 +77,10 @@ def test_model_counts_what_the_code_moves(op, precision, shared, monkeypatch):
 def test_model_counts_what_passes_over_rows_move(dtype, monkeypatch):
     with launch.record("interpreter") as launches:
         x, vector = torch.zeros(150, 70, dtype=dtype), torch.zeros(70)
-        row_passes.bias_gelu_bwd(row_passes.bias_gelu_fwd(x, vector), x, vector)
+        bias_gelu.bias_gelu_bwd(bias_gelu.bias_gelu_fwd(x, vector), x, vector)
         for weight, pitch in ((None, 70), (vector.clone(), 128)):
-            y, mean, rstd = row_passes.row_norm_fwd(x, weight, vector, 1e-5, pitch)
-            row_passes.row_norm_bwd(y, x, vector, mean, rstd, weight is not None)
+            y, mean, rstd = row_norm.row_norm_fwd(x, weight, vector, 1e-5, pitch)
+            row_norm.row_norm_bwd(y, x, vector, mean, rstd, weight is not None)
     assert len(launches) == 6
     for item in launches:
         with counted(monkeypatch) as seen:

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
-from ._pack import next_power
+from .. import launch
+from .._pack import next_power
 
 BLOCK = 4096
 """Elements of a tile."""

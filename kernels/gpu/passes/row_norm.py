@@ -1,16 +1,5 @@
 # ruff: noqa: RUF005  (the Triton front end has no starred tuples)
-"""What stands between the products of the encoder and of the output head, each as one pass over rows [N, D]::
-
-    bias_gelu   h = GELU(u + b)                       du = dh ∘ GELU'(u + b),   db = Σ_rows du
-    bias_norm   y = n                                 dx of the norm,           db = Σ_rows dx
-                with n = (x + b − mean) / σ of each row
-    row_norm    y = γ ∘ n + β                         dx,  dγ = Σ_rows dy ∘ n,  dβ = Σ_rows dy
-                with n = (x − mean) / σ
-
-Memory binds them: a forward reads and writes each number once, a backward reads two and writes one. Arithmetic is fp32
-whatever rows are stored in. Sums over rows are fp32 as well: a program sums a fixed range of rows, torch the programs'
-sums, so the same call gives the same bits.
-"""
+"""Layer norm of rows, forward and backward, as one pass over memory each: formulas in the package's docstring."""
 
 from __future__ import annotations
 
@@ -19,54 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
-from ._pack import next_power
-from ._tiles import bias_rows, gelu, gelu_and_grad, load_rows, store_rows, zero_rows
-
-COLUMNS = 64
-"""Of a chunk of a row: in 16 bits eight threads read 16 bytes each."""
-PROGRAMS = 1056
-"""Of a backward: eight blocks for each of an H100's multiprocessors."""
-
-
-@triton.jit
-def _bias_gelu_fwd_kernel(u_ptr, bias_ptr, h_ptr, rows, D: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr):
-    # Program: one chunk of columns of one tile of rows; on one axis, since tiles may be more than another axis holds.
-    CHUNKS: tl.constexpr = triton.cdiv(D, BLOCK_D)
-    offs_d = tl.program_id(0) % CHUNKS * BLOCK_D + tl.arange(0, BLOCK_D)
-    start = (tl.program_id(0) // CHUNKS).to(tl.int64) * BLOCK_L
-    offs = tl.arange(0, BLOCK_L)[:, None] * D + offs_d[None, :]
-    mask = (start + tl.arange(0, BLOCK_L) < rows)[:, None]
-    if D % BLOCK_D:
-        mask = mask & (offs_d < D)[None, :]
-    bias = tl.load(bias_ptr + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
-    u = tl.load(u_ptr + start * D + offs, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
-    tl.store(h_ptr + start * D + offs, gelu(u, u_ptr.dtype.element_ty).to(h_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _bias_gelu_bwd_kernel(
-    dh_ptr, u_ptr, bias_ptr, du_ptr, dbias_ptr, rows, blocks,
-    D: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    # Program (chunk of columns, part of the rows): du of them, and the sum of each column in fp32.
-    offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    part = tl.program_id(1).to(tl.int64)
-    offs = tl.arange(0, BLOCK_L)[:, None] * D + offs_d[None, :]
-    bias = tl.load(bias_ptr + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
-    total = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
-    for block in range(blocks):
-        start = (part * blocks + block) * BLOCK_L
-        mask = (start + tl.arange(0, BLOCK_L) < rows)[:, None]
-        if D % BLOCK_D:
-            mask = mask & (offs_d < D)[None, :]
-        dh = tl.load(dh_ptr + start * D + offs, mask=mask, other=0.0)
-        u = tl.load(u_ptr + start * D + offs, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
-        _, slope = gelu_and_grad(u, u_ptr.dtype.element_ty)
-        du = tl.where(mask, dh.to(tl.float32) * slope, 0.0)
-        tl.store(du_ptr + start * D + offs, du.to(du_ptr.dtype.element_ty), mask=mask)
-        total += du
-    tl.store(dbias_ptr + part * D + offs_d, tl.sum(total, 0), mask=offs_d < D)
+from .. import launch
+from .._pack import next_power
+from .._tiles import bias_rows, load_rows, store_rows, zero_rows
+from . import COLUMNS, PROGRAMS
 
 
 @triton.jit
@@ -189,46 +134,14 @@ def _row_norm_bwd_kernel(
             tl.store(sums_ptr + part * D + offs_d, tl.sum(first_sums[c], 0), mask=offs_d < D)
 
 
-def _config(block_l: int, D: int, warps: int = 4) -> launch.LaunchConfig:
-    return launch.LaunchConfig(block_l, 1, warps, 1, min(COLUMNS, next_power(D)))
-
-
-def _norm_config(pitch: int) -> launch.LaunchConfig:
+def _config(pitch: int) -> launch.LaunchConfig:
     """A tile holds whole rows."""
-    return _config(16, pitch, 4 if pitch <= 192 else 8)
+    warps = 4 if pitch <= 192 else 8
+    return launch.LaunchConfig(16, 1, warps, num_stages=1, block_d=min(COLUMNS, next_power(pitch)))
 
 
-def _tiles(config: launch.LaunchConfig, **more: int | bool) -> dict[str, int | bool]:
-    return {**more, "BLOCK_L": config.block_l, "BLOCK_D": config.block_d}
-
-
-def bias_gelu_fwd(u: Tensor, bias: Tensor) -> Tensor:
-    """u [..., D], bias [D] -> h like u (contiguous)."""
-    u = u.contiguous()
-    h, D = torch.empty_like(u), u.shape[-1]
-    rows = u.numel() // max(D, 1)
-    config = _config(64, D)
-    grid = (triton.cdiv(D, config.block_d) * triton.cdiv(rows, config.block_l),)
-    args = {"u_ptr": u, "bias_ptr": bias.contiguous(), "h_ptr": h, "rows": rows}
-    launch.run(_bias_gelu_fwd_kernel, grid, args, _tiles(config, D=D), config)
-    return h
-
-
-def bias_gelu_bwd(dh: Tensor, u: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """-> du like u (contiguous), dbias [D] fp32."""
-    u, dh = u.contiguous(), dh.to(u.dtype).contiguous()
-    du, D = torch.empty_like(u), u.shape[-1]
-    rows = u.numel() // max(D, 1)
-    config = _config(32, D)
-    chunks = triton.cdiv(D, config.block_d)
-    parts, blocks = launch.split(rows, config.block_l, chunks, PROGRAMS)
-    dbias = u.new_empty(parts, D, dtype=torch.float32)
-    args = {
-        "dh_ptr": dh, "u_ptr": u, "bias_ptr": bias.contiguous(), "du_ptr": du, "dbias_ptr": dbias, "rows": rows,
-        "blocks": blocks,
-    }  # fmt: skip
-    launch.run(_bias_gelu_bwd_kernel, (chunks, parts), args, _tiles(config, D=D), config)
-    return du, dbias.sum(0)
+def _values(config: launch.LaunchConfig, D: int, pitch: int, affine: bool) -> dict[str, int | bool]:
+    return {"D": D, "PITCH": pitch, "AFFINE": affine, "BLOCK_L": config.block_l, "BLOCK_D": config.block_d}
 
 
 def row_norm_fwd(
@@ -243,12 +156,12 @@ def row_norm_fwd(
     rows, pitch = x.numel() // max(D, 1), pitch or D
     y = x.new_empty(*x.shape[:-1], pitch)
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    config = _norm_config(pitch)
+    config = _config(pitch)
     args = {
         "x_ptr": x, "weight_ptr": bias if weight is None else weight.contiguous(), "bias_ptr": bias.contiguous(),
         "y_ptr": y, "mean_ptr": mean, "rstd_ptr": rstd, "rows": rows, "eps": eps,
     }  # fmt: skip
-    values = _tiles(config, D=D, PITCH=pitch, AFFINE=weight is not None)
+    values = _values(config, D, pitch, weight is not None)
     launch.run(_row_norm_fwd_kernel, (triton.cdiv(rows, config.block_l),), args, values, config)
     return y, mean, rstd
 
@@ -261,14 +174,14 @@ def row_norm_bwd(
     x, dy = x.contiguous(), dy.to(x.dtype).contiguous()
     dx, D, pitch = torch.empty_like(x), x.shape[-1], dy.shape[-1]
     rows = x.numel() // max(D, 1)
-    config = _norm_config(pitch)
+    config = _config(pitch)
     parts, blocks = launch.split(rows, config.block_l, 1, PROGRAMS)
     sums = x.new_empty(parts, 2 if affine else 1, D, dtype=torch.float32)
     args = {
         "dy_ptr": dy, "x_ptr": x, "vector_ptr": vector.contiguous(), "mean_ptr": mean, "rstd_ptr": rstd, "dx_ptr": dx,
         "sums_ptr": sums, "rows": rows, "blocks": blocks,
     }  # fmt: skip
-    values = _tiles(config, D=D, PITCH=pitch, AFFINE=affine)
+    values = _values(config, D, pitch, affine)
     launch.run(_row_norm_bwd_kernel, (parts,), args, values, config)
     return dx, sums.sum(0)
 
