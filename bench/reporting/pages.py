@@ -257,11 +257,14 @@ def cost_of_a_run(seen: dict[Key, Run]) -> str:
                 preset = PRESETS[row.preset]
                 step = row.time * preset["batch_size"] / row.axes["B"]
                 days = step * preset["steps"] / 86400
+                threads = f" on {row.run['threads']} threads" if row.run["threads"] > 1 else ""
                 what = f"{row.preset}, {preset['steps']:,} steps of {preset['batch_size']} images"
-                lines.append([what, row.provider, f"{1 / step:.3g}", f"{days:,.0f}"])
+                lines.append(
+                    [f"{what}, from {row.axes['B']:,}{threads}", row.provider, f"{1 / step:.3g}", f"{days:,.0f}"]
+                )
     if not lines:
         return "The whole step was not measured."
-    note = "From the step above, linear in images: a CPU is for small presets and for tests.\n\n"
+    note = "From the steps above, linear in images: a CPU is for small presets and for tests.\n\n"
     return note + markdown(["run", "provider", "steps/s", "days"], lines)
 
 
