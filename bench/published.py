@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastslots.models import SlotVAE
-from fastslots.models.decoder import Decoder, DecoderLayer
+from fastslots.models.decoder import Decoder
 from fastslots.models.encoder import Encoder, EncoderLayer
-from fastslots.models.layers import FeedForwardLayer
+from fastslots.models.layers import DecoderLayer, FeedForwardLayer
 from fastslots.nn import AttentionProjections
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]

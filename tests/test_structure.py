@@ -78,12 +78,10 @@ def modules() -> dict[str, Path]:
 
 
 def imported_modules(path: Path, known: dict[str, Path]) -> set[str]:
-    """Also those that a function imports when it is called, but not those that only a type checker reads."""
+    """Also those that a function imports when it is called, and those that a type checker alone reads."""
     names, pending = set(), [ast.parse(path.read_text())]
     while pending:
         node = pending.pop()
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            continue
         if isinstance(node, ast.ImportFrom) and node.module:
             inner = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
             names |= {inner[name] if inner[name] in known else node.module for name in inner}

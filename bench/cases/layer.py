@@ -13,7 +13,7 @@ from fastslots.bench.case import Case, Options, Provider, Run, Tensors, model_ax
 from fastslots.bench.cases.common import compiled, named_gradients, need
 from fastslots.kernels.tools.cost import eager_cost, eager_ops
 from fastslots.models import SlotVAEConfig
-from fastslots.models.decoder import DecoderLayer
+from fastslots.models.layers import DecoderLayer
 from fastslots.ops import reference
 
 

@@ -13,38 +13,15 @@ from torch import Tensor
 
 from fastslots.config.model import SlotVAEConfig
 from fastslots.models.decoder_jacobian import transformer_jacobian
-from fastslots.models.layers import FeedForwardLayer, grid, mlp, rows_at, xavier_
+from fastslots.models.layers import DecoderLayer, grid, mlp, rows_at, xavier_
 from fastslots.models.slot_decoder import JacobianRequest, SlotDecoder, check_loss, check_slots
-from fastslots.nn import AttentionProjections
 from fastslots.ops import backends, checks, decoder_layer
 from fastslots.ops.backends import is_traced
 from fastslots.ops.decoder_loss import DecoderLossTerms, decoder_loss
-from fastslots.ops.reference import fold_norm, output_head, real_slots, without_autocast
-from fastslots.records import FoldedDecoder, FoldedLayer, FoldedProjections, LossInputs, OutputHead, QueryMlp, describe
+from fastslots.ops.reference import output_head, real_slots, without_autocast
+from fastslots.records import FoldedDecoder, FoldedLayer, LossInputs, OutputHead, QueryMlp, describe
 
 CACHED_ROWS = 1024
-
-
-class DecoderLayer(nn.Module):
-    """Cross-attention to the slots and a feed-forward; ``fold`` turns the slots into what the ops take."""
-
-    def __init__(self, config: SlotVAEConfig):
-        super().__init__()
-        self.norm_q = nn.LayerNorm(config.query_width)
-        self.norm_slots = nn.LayerNorm(config.slot_width)
-        self.projections = AttentionProjections(
-            config.query_width, config.slot_width, config.slot_width, config.decoder_heads
-        )
-        self.ff = FeedForwardLayer(config.query_width)
-
-    def keys_values(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """slots [B, K, slot_width] -> k, v [B, H, K, d]."""
-        return self.projections.keys_values(self.norm_slots(slots))
-
-    def fold(self, slots: Tensor) -> FoldedProjections:
-        """slots [B, K, slot_width] -> folded projections, the affine part of the query norm included."""
-        folded = self.projections.fold(*self.keys_values(slots))
-        return fold_norm(folded, self.norm_q.weight, self.norm_q.bias)
 
 
 class Decoder(SlotDecoder):

@@ -19,22 +19,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastslots.models.layers import rows_at
+from fastslots.models.layers import DecoderLayer, rows_at
 from fastslots.models.slot_decoder import JacobianRequest
 from fastslots.ops import backends
 from fastslots.ops.backends import is_traced
 from fastslots.ops.reference import feed_forward, output_head, slot_softmax
 from fastslots.ops.second_order import second_order
-from fastslots.records import FeedForward, FoldedDecoder, FoldedProjections, Tangents, describe
-
-if TYPE_CHECKING:
-    from fastslots.models.decoder import Decoder, DecoderLayer
+from fastslots.records import FeedForward, FoldedDecoder, FoldedLayer, FoldedProjections, OutputHead, Tangents, describe
 
 CPU_ROWS = 512
 """Rows (images x pixels) of a tile on a CPU: what one head adds to a channel, K·D numbers a row, stays in L2."""
@@ -43,6 +41,19 @@ KERNEL_IMAGES = 16
 """Images handed to a kernel at once: each has Jacobians of its keys and values, 4·K·D·H·d numbers at two layers."""
 CHANNEL_BLOCK = 8
 """Channels whose gradients are held at once: all of an image, few enough of a feature map's 768."""
+
+
+class Transformer(Protocol):
+    """What is asked of a decoder here (``fastslots.models.decoder.Decoder``)."""
+
+    channels: int
+    slot_mlp: nn.Sequential
+    transformer: nn.ModuleList
+    norm: nn.LayerNorm
+
+    def queries(self) -> Tensor: ...
+    def layers(self, slots: Tensor) -> list[FoldedLayer]: ...
+    def head(self) -> OutputHead: ...
 
 
 class _Layer(NamedTuple):
@@ -64,7 +75,7 @@ class _Tap(NamedTuple):
     attn: Tensor  # [B, H, K, 1, P]
 
 
-def transformer_jacobian(decoder: Decoder, slots: Tensor, request: JacobianRequest) -> Tensor:
+def transformer_jacobian(decoder: Transformer, slots: Tensor, request: JacobianRequest) -> Tensor:
     """slots [B, K, D] in the decoder's dtype -> reduced [B, K, R·R or P], otherwise [B, C, R·R or P, K, D]."""
     with torch.set_grad_enabled(request.differentiable):
         queries = decoder.queries()
@@ -87,7 +98,7 @@ def transformer_jacobian(decoder: Decoder, slots: Tensor, request: JacobianReque
     return torch.cat(parts)
 
 
-def _backend(decoder: Decoder, slots: Tensor, queries: Tensor, request: JacobianRequest) -> str:
+def _backend(decoder: Transformer, slots: Tensor, queries: Tensor, request: JacobianRequest) -> str:
     """Name of the backend that serves: kernels give the sum alone, without a gradient."""
     if not request.reduce or request.differentiable or is_traced():
         if request.backend not in ("auto", "reference"):
@@ -111,7 +122,7 @@ def _groups(
         yield own, slots[images], None if slot_mask is None else slot_mask[images]
 
 
-def _by_kernel(decoder: Decoder, slots: Tensor, queries: Tensor, slot_mask: Tensor | None, name: str) -> Tensor:
+def _by_kernel(decoder: Transformer, slots: Tensor, queries: Tensor, slot_mask: Tensor | None, name: str) -> Tensor:
     kernel = cast(backends.JacobianBackend, backends.load(name)).slot_jacobian
     parts = [slots.new_empty(0, slots.shape[1], queries.shape[1])]
     with torch.no_grad():
@@ -127,11 +138,11 @@ def _by_kernel(decoder: Decoder, slots: Tensor, queries: Tensor, slot_mask: Tens
     return torch.cat(parts)
 
 
-def _modules(decoder: Decoder) -> list[DecoderLayer]:
+def _modules(decoder: Transformer) -> list[DecoderLayer]:
     return cast("list[DecoderLayer]", list(decoder.transformer))
 
 
-def _key_value_jacobians(decoder: Decoder, slots: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _key_value_jacobians(decoder: Transformer, slots: Tensor) -> list[tuple[Tensor, Tensor]]:
     """∂k/∂z and ∂v/∂z of every layer, [D, B, H, K, d] each, for slots [B, K, D]."""
 
     def keys_values(z: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -146,7 +157,7 @@ def _key_value_jacobians(decoder: Decoder, slots: Tensor) -> list[tuple[Tensor, 
     return torch.func.vmap(derivative)(torch.eye(slots.shape[2], dtype=slots.dtype, device=slots.device))
 
 
-def _layers(decoder: Decoder, slots: Tensor, differentiable: bool) -> list[_Layer]:
+def _layers(decoder: Transformer, slots: Tensor, differentiable: bool) -> list[_Layer]:
     """Folded projections and the Jacobians of keys and values for slots [B, K, D]."""
     with torch.set_grad_enabled(differentiable):
         with second_order() if differentiable else nullcontext():
@@ -161,7 +172,7 @@ def _layers(decoder: Decoder, slots: Tensor, differentiable: bool) -> list[_Laye
 
 
 def _tile(
-    decoder: Decoder, layers: list[_Layer], x: Tensor, slot_mask: Tensor | None, K: int, request: JacobianRequest
+    decoder: Transformer, layers: list[_Layer], x: Tensor, slot_mask: Tensor | None, K: int, request: JacobianRequest
 ) -> Tensor:
     """Queries x [B or 1, P, Dq] of some pixels -> their part of the Jacobian: [B, K, P], or [B, C, P, K, D]."""
     differentiable = request.differentiable

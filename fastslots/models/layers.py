@@ -1,4 +1,4 @@
-"""Parameters and small layers that the encoder and the decoder share."""
+"""Parameters and small layers that the encoder and the decoder are made of."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from fastslots.records import FeedForward
+from fastslots.config.model import SlotVAEConfig
+from fastslots.nn import AttentionProjections
+from fastslots.ops.reference import fold_norm
+from fastslots.records import FeedForward, FoldedProjections
 
 
 class FeedForwardLayer(nn.Module):
@@ -23,6 +26,28 @@ class FeedForwardLayer(nn.Module):
     def weights(self) -> FeedForward:
         w1, w2 = self.w1, self.w2
         return FeedForward(self.norm.weight, self.norm.bias, w1.weight, w1.bias, w2.weight, w2.bias)
+
+
+class DecoderLayer(nn.Module):
+    """Cross-attention to the slots and a feed-forward; ``fold`` turns the slots into what the ops take."""
+
+    def __init__(self, config: SlotVAEConfig):
+        super().__init__()
+        self.norm_q = nn.LayerNorm(config.query_width)
+        self.norm_slots = nn.LayerNorm(config.slot_width)
+        self.projections = AttentionProjections(
+            config.query_width, config.slot_width, config.slot_width, config.decoder_heads
+        )
+        self.ff = FeedForwardLayer(config.query_width)
+
+    def keys_values(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """slots [B, K, slot_width] -> k, v [B, H, K, d]."""
+        return self.projections.keys_values(self.norm_slots(slots))
+
+    def fold(self, slots: Tensor) -> FoldedProjections:
+        """slots [B, K, slot_width] -> folded projections, the affine part of the query norm included."""
+        folded = self.projections.fold(*self.keys_values(slots))
+        return fold_norm(folded, self.norm_q.weight, self.norm_q.bias)
 
 
 def is_hooked(module: nn.Module) -> bool:

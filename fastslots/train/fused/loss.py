@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from fastslots.config.run import TrainConfig
 from fastslots.models import SlotVAE
-from fastslots.models.decoder import Decoder, DecoderLayer
+from fastslots.models.decoder import Decoder
 from fastslots.models.encoder import Encoder, EncoderLayer, operator_weights, strides, unlike_the_operator
-from fastslots.models.layers import is_hooked
+from fastslots.models.layers import DecoderLayer, is_hooked
 from fastslots.models.queries import LearnedQueries, SeededQueries
 from fastslots.ops import backends
 from fastslots.records import StepDraws, StepModel, describe
