@@ -149,7 +149,7 @@ def test_the_encoders_parts_are_its_modules(device):
         return [tokens, *(p.grad.clone() for p in (*cnn.parameters(), *mlp.parameters()))]
 
     for got, want in zip(run(True), run(False), strict=True):
-        close(got, want, 1e-5)
+        close(got, want, 1e-4)  # cuDNN and cuBLAS add in other orders
 
 
 # ---- what the launches move -----------------------------------------------------------------------------------------
