@@ -70,7 +70,7 @@ def _dtype(item: Launch) -> torch.dtype:
     """Of the rows that a launch works on."""
     rows: Tensor = next(
         t
-        for name in ("x_ptr", "z_ptr", "u_ptr", "tokens_ptr", "gathered_ptr", "y_ptr")
+        for name in ("x_ptr", "n_ptr", "u_ptr", "tokens_ptr", "gathered_ptr", "y_ptr")
         if (t := item.args.get(name)) is not None
     )
     return rows.dtype

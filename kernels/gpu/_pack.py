@@ -47,6 +47,11 @@ def round_up(n: int, block: int) -> int:
     return -(-n // block) * block
 
 
+def pitch(D: int) -> int:
+    """Columns of a row of D elements in a tensor that only kernels and cuBLAS see: whole 16 bytes, the rest zeros."""
+    return round_up(D, 8)
+
+
 def pad_rows(t: Tensor, rows: int, width: int, dtype: torch.dtype) -> Tensor:
     """[..., n, w] -> [..., rows, width] in ``dtype``, zeros in the padding."""
     padded = t.new_zeros(*t.shape[:-2], rows, width, dtype=dtype)
@@ -195,7 +200,40 @@ class LayerPacks:
 
 
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of operands in the compute dtype -> fp32, summed up in fp32."""
+    """a @ b, of matrices or of batches of them, in the compute dtype -> fp32, summed up in fp32."""
     if a.dtype == torch.float32:
         return a @ b
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+    product = torch.mm if a.ndim == 2 else torch.bmm
+    return product(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+class KeptAttention(NamedTuple):
+    """What the products of an attention's gradients take beside dy, in the compute dtype, and the slots of a head."""
+
+    n: Tensor  # [B or 1, L, above D], with a column of ones at D
+    attn: Tensor  # [B, L, COLUMNS + 8], with a column of ones at COLUMNS
+    dscores: Tensor  # [B or 1, L, 1 or B, COLUMNS]
+    slots: int
+
+
+PRODUCTS = 256
+"""Products into which a sum over all pixels of all images is cut, or fewer: a product of an image alone has so few
+tiles of the result that it would leave most of a GPU idle."""
+
+
+def attention_products(dy: Tensor, kept: KeptAttention, G: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> dG, dg, dU, db, by cuBLAS; sums of columns are products with columns of ones."""
+    (B, L, _), columns = dy.shape, kept.dscores.shape[3]
+    most = max(1, min(PRODUCTS // max(B, 1), L // 128))
+    parts = max(n for n in range(1, most + 1) if L % n == 0)
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        """Σ over rows of a [N,L,·] and b [N,L,·] -> [N,·,·]."""
+        a, b = (t.reshape(len(t) * parts, L // parts, t.shape[2]) for t in (a, b))
+        return matmul_fp32(a.transpose(1, 2), b).unflatten(0, (-1, parts)).sum(1)
+
+    dw_in = product(kept.n, kept.dscores.flatten(2))  # [B or 1, above D, COLUMNS of one or all images]
+    dw_in = dw_in.unflatten(2, (-1, columns)).transpose(1, 2).flatten(0, 1)
+    dw_out, D = product(dy, kept.attn), G.shape[1]
+    grads = unpack_attention(dw_in, dw_in[:, D], dw_out[..., :columns], G, kept.slots)
+    return *grads, dw_out[:, :D, columns].sum(0)

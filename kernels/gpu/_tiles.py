@@ -52,6 +52,30 @@ def store_rows(ptr, stride, rows, mask_l, D: tl.constexpr, BLOCK_L: tl.constexpr
 
 
 @triton.jit
+def store_one(ptr, stride, mask_l, BLOCK_L: tl.constexpr):
+    """A 1 and seven zeros in each row: a product over rows with such a column gives the other side's sums too."""
+    offs_d = tl.arange(0, 8)
+    value = tl.where(mask_l[:, None] & (offs_d == 0)[None, :], 1.0, 0.0).to(ptr.dtype.element_ty)
+    tl.store(ptr + tl.arange(0, BLOCK_L)[:, None] * stride + offs_d[None, :], value, mask=mask_l[:, None])
+
+
+@triton.jit
+def store_rows_and_one(ptr, rows, mask_l, D: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows, then a 1 and zeros up to the next multiple of 8 above D, which is their pitch (``pitch(D + 1)``)."""
+    PITCH: tl.constexpr = D // 8 * 8 + 8
+    for c in tl.static_range(len(rows)):
+        offs_d = c * BLOCK_D + tl.arange(0, BLOCK_D)
+        offs = tl.arange(0, BLOCK_L)[:, None] * PITCH + offs_d[None, :]
+        if (c + 1) * BLOCK_D <= D:
+            tl.store(ptr + offs, rows[c], mask=mask_l[:, None])
+        else:
+            value = tl.where((offs_d == D)[None, :], 1.0, rows[c]).to(ptr.dtype.element_ty)
+            tl.store(ptr + offs, value, mask=mask_l[:, None] & (offs_d < PITCH)[None, :])
+    if D % BLOCK_D == 0:
+        store_one(ptr + D, PITCH, mask_l, BLOCK_L)
+
+
+@triton.jit
 def store_column_sums(ptr, rows, BLOCK_D: tl.constexpr):
     """The sum of each column over the tile, fp32, padded columns included."""
     for c in tl.static_range(len(rows)):
@@ -119,6 +143,18 @@ def norm_rows_grad(drows, normed, rstd, D: tl.constexpr):
     out = ()
     for c in tl.static_range(len(drows)):
         out = out + (rstd[:, None] * (drows[c] - first[:, None] - normed[c].to(tl.float32) * second[:, None]),)
+    return out
+
+
+@triton.jit
+def add_rows(rows, others, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """rows + others in fp32; zeros past column D, where a norm's gradient has none."""
+    out = ()
+    for c in tl.static_range(len(rows)):
+        total = rows[c] + others[c].to(tl.float32)
+        if (c + 1) * BLOCK_D > D:
+            total = tl.where((c * BLOCK_D + tl.arange(0, BLOCK_D) < D)[None, :], total, 0.0)
+        out = out + (total,)
     return out
 
 
@@ -197,3 +233,50 @@ def gelu_and_grad(u, DTYPE: tl.constexpr):
     """GELU and its derivative, Φ(u) + u · φ(u), to the precision of DTYPE."""
     cdf, bell = normal_cdf(u, DTYPE)
     return u * cdf, cdf + u * 0.3989422804014327 * bell
+
+
+@triton.jit
+def attend(
+    normed, acc, w_in_ptr, b_in_ptr, w_out_ptr, image,
+    D: tl.constexpr, KP: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """acc + A·U and the slot map [BLOCK_L, KP] of a tile of normed rows; one group of heads at a time."""
+    WIDTH: tl.constexpr = triton.cdiv(D, BLOCK_D) * BLOCK_D
+    w_in_ptr += image * (WIDTH * COLUMNS)
+    w_out_ptr += image * (WIDTH * COLUMNS)
+    b_in_ptr += image * COLUMNS
+    slot_map = tl.zeros([BLOCK_L, KP], tl.float32)
+    for group in range(COLUMNS // BLOCK_C):
+        column = group * BLOCK_C
+        scores = tl.zeros([BLOCK_L, BLOCK_C], tl.float32)
+        for c in tl.static_range(len(normed)):
+            w = load_tile(w_in_ptr + c * BLOCK_D * COLUMNS + column, COLUMNS, BLOCK_D, BLOCK_C)
+            scores = dot(normed[c], w, scores, PRECISION)
+        scores = with_bias(scores, tl.load(b_in_ptr + column + tl.arange(0, BLOCK_C)))
+        attn = slot_softmax(scores, BLOCK_L, BLOCK_C, KP)
+        slot_map += tl.sum(attn, 1)
+        weights = tl.reshape(attn, [BLOCK_L, BLOCK_C]).to(normed[0].dtype)
+        out = ()
+        for c in tl.static_range(len(normed)):
+            w = load_tile(w_out_ptr + column * WIDTH + c * BLOCK_D, WIDTH, BLOCK_C, BLOCK_D)
+            out = out + (dot(weights, w, acc[c], PRECISION),)
+        acc = out
+    return acc, slot_map
+
+
+@triton.jit
+def attn_and_grad(
+    normed, dy, dslot_map, w_in, b_in, w_out,
+    KP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A and dS [BLOCK_L, BLOCK_C] of one group of heads, in the compute dtype; dS also in fp32."""
+    scores = tl.zeros([BLOCK_L, BLOCK_C], tl.float32)
+    dattn = tl.zeros([BLOCK_L, BLOCK_C], tl.float32)
+    for c in tl.static_range(len(normed)):
+        scores = dot(normed[c], w_in[c], scores, PRECISION)
+        dattn = dot(dy[c], tl.trans(w_out[c]), dattn, PRECISION)
+    attn = slot_softmax(with_bias(scores, b_in), BLOCK_L, BLOCK_C, KP)
+    dscores = slot_softmax_grad(attn, tl.reshape(dattn, [BLOCK_L, BLOCK_C // KP, KP]), dslot_map)
+    dscores = tl.reshape(dscores, [BLOCK_L, BLOCK_C])
+    return tl.reshape(attn, [BLOCK_L, BLOCK_C]).to(dy[0].dtype), dscores

@@ -7,14 +7,16 @@ x is read once and y written once; z, n and the hidden units live in registers, 
 widths 180 and 360) stream through L2 in groups of ``BLOCK_C`` columns. The affine part of the second norm is merged
 into W1 and b1, in fp32, by the launcher.
 
-The layer's backward saves x alone, and the attention kernel writes z again; inside a tile of the decoder's loss the
-forward keeps z. Then, with u = W1 n + b1 and h = gelu(u)::
+The layer's backward saves x alone, and the attention kernel makes n again; inside a tile of the decoder's loss the
+forward keeps n and 1/σ. Then, with u = W1 n + b1 and h = gelu(u)::
 
     dh = dy·W2   du = dh ∘ gelu'(u)   dz = dy + norm'(du·W1)     dW1 = Σ duᵀ n   db1 = Σ du   dW2 = Σ dyᵀ h   db2 = Σ dy
 
-and dz, dw go through the backward of ``folded_cross_attention``. One kernel makes dz and leaves n, h and du in the
-compute dtype; dW1 and dW2 are two products of cuBLAS over all rows. A kernel that made u, du and h again for them took
-longer than the bytes do (docs/kernels.md).
+and dz, dw go through the backward of ``folded_cross_attention``. One kernel makes dz and leaves h and du in the compute
+dtype; dW1 and dW2 are two products of cuBLAS over all rows, and columns of ones in n and h make db1 and db2 in the same
+two: sums over rows inside the kernel cost a tenth of its instructions. A kernel that made u, du and h again for dW1 and
+dW2 took longer than the bytes do (docs/kernels.md). Rows that only kernels and cuBLAS see are padded to whole 16 bytes,
+without which cuBLAS falls back to kernels of an older kind.
 """
 
 from __future__ import annotations
@@ -29,8 +31,10 @@ from torch import Tensor
 from fastslots.records import FeedForward, FoldedProjections, LayerGrads
 
 from . import launch
-from ._pack import LayerPacks, constexprs, fit_slots, matmul_fp32, split_norm_grads
+from ._pack import LayerPacks, constexprs, fit_slots, matmul_fp32, pitch, split_norm_grads
 from ._tiles import (
+    add_rows,
+    attend,
     bias_rows,
     dot,
     gelu,
@@ -39,17 +43,19 @@ from ._tiles import (
     load_tile,
     norm_rows,
     norm_rows_grad,
-    store_column_sums,
     store_map,
+    store_one,
     store_rows,
+    store_rows_and_one,
     zero_rows,
 )
-from .folded_cross_attention import attend, attention_backward, attention_forward
+from .folded_cross_attention import attention_backward, attention_forward
 
 
 @triton.jit
 def _decoder_layer_fwd_kernel(
-    x_ptr, w_in_ptr, b_in_ptr, w_out_ptr, bias_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, y_ptr, map_ptr, z_ptr, L, eps,
+    x_ptr, w_in_ptr, b_in_ptr, w_out_ptr, bias_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, y_ptr, map_ptr, n_ptr, rstd_ptr,
+    L, eps,
     D: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, COLUMNS: tl.constexpr, UNITS: tl.constexpr,
     SHARED_X: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -67,9 +73,10 @@ def _decoder_layer_fwd_kernel(
         D, KP, COLUMNS, PRECISION, BLOCK_L, BLOCK_C, BLOCK_D,
     )  # fmt: skip
     store_map(map_ptr + row * K, slot_map, mask_l, K, KP, BLOCK_L)
+    normed, rstd = norm_rows(z, eps, D, BLOCK_D, x_ptr.dtype.element_ty)
     if KEEP:
-        store_rows(z_ptr + row * D, D, z, mask_l, D, BLOCK_L, BLOCK_D)
-    normed, _ = norm_rows(z, eps, D, BLOCK_D, x_ptr.dtype.element_ty)
+        store_rows_and_one(n_ptr + row * (D // 8 * 8 + 8), normed, mask_l, D, BLOCK_L, BLOCK_D)
+        tl.store(rstd_ptr + row + tl.arange(0, BLOCK_L), rstd, mask=mask_l)
     y = bias_rows(z, b2_ptr, D, BLOCK_D)
     for unit in range(0, UNITS, BLOCK_F):
         u = tl.zeros([BLOCK_L, BLOCK_F], tl.float32)
@@ -87,52 +94,59 @@ def _decoder_layer_fwd_kernel(
 
 @triton.jit
 def _feed_forward_dx_kernel(
-    z_ptr, dy_ptr, w1_ptr, b1_ptr, w2_ptr, dz_ptr, db2_ptr, n_ptr, h_ptr, du_ptr, db1_ptr, rows, eps,
-    D: tl.constexpr, UNITS: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    n_ptr, rstd_ptr, dy_ptr, w1_ptr, b1_ptr, w2_ptr, dz_ptr, h_ptr, du_ptr, rows,
+    D: tl.constexpr, DY: tl.constexpr, DZ: tl.constexpr, UNITS: tl.constexpr,
+    KEEP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # With KEEP also n [rows, WIDTH], h and du [rows, UNITS] and the tile's sum of du: what the weights' gradients take.
+    # Rows of dy are DY wide and those of dz DZ, zeros from D on. With KEEP also h, with a column of ones at UNITS, and
+    # du: what the weights' gradients take.
     WIDTH: tl.constexpr = triton.cdiv(D, BLOCK_D) * BLOCK_D
-    DTYPE: tl.constexpr = z_ptr.dtype.element_ty
-    tile = tl.program_id(0).to(tl.int64)
-    start = tile * BLOCK_L
+    PITCH: tl.constexpr = D // 8 * 8 + 8
+    DTYPE: tl.constexpr = n_ptr.dtype.element_ty
+    start = tl.program_id(0).to(tl.int64) * BLOCK_L
     mask_l = start + tl.arange(0, BLOCK_L) < rows
-    dy = load_rows(dy_ptr + start * D, D, mask_l, D, BLOCK_L, BLOCK_D)
-    normed, rstd = norm_rows(load_rows(z_ptr + start * D, D, mask_l, D, BLOCK_L, BLOCK_D), eps, D, BLOCK_D, DTYPE)
-    store_column_sums(db2_ptr + tile * WIDTH, dy, BLOCK_D)
-    if KEEP:
-        store_rows(n_ptr + start * WIDTH, WIDTH, normed, mask_l, WIDTH, BLOCK_L, BLOCK_D)
+    dy = load_rows(dy_ptr + start * DY, DY, mask_l, DY, BLOCK_L, BLOCK_D)
+    # Its column of ones meets weights that are zero, and gradients that are.
+    normed = load_rows(n_ptr + start * PITCH, PITCH, mask_l, D if D == WIDTH else PITCH, BLOCK_L, BLOCK_D)
     dnormed = zero_rows(BLOCK_L, BLOCK_D, len(normed))
+    if KEEP:
+        store_one(h_ptr + start * (UNITS + 8) + UNITS, UNITS + 8, mask_l, BLOCK_L)
     for unit in range(0, UNITS, BLOCK_C):
         u = tl.zeros([BLOCK_L, BLOCK_C], tl.float32)
         dhidden = tl.zeros([BLOCK_L, BLOCK_C], tl.float32)
         w1 = ()
         for c in tl.static_range(len(normed)):
             w1 = w1 + (load_tile(w1_ptr + c * BLOCK_D * UNITS + unit, UNITS, BLOCK_D, BLOCK_C),)
-            w2 = load_tile(w2_ptr + unit * WIDTH + c * BLOCK_D, WIDTH, BLOCK_C, BLOCK_D)
             u = dot(normed[c], w1[c], u, PRECISION)
+        for c in tl.static_range(len(normed)):
+            w2 = load_tile(w2_ptr + unit * WIDTH + c * BLOCK_D, WIDTH, BLOCK_C, BLOCK_D)
             dhidden = dot(dy[c], tl.trans(w2), dhidden, PRECISION)
         u += tl.load(b1_ptr + unit + tl.arange(0, BLOCK_C))[None, :]
         hidden, slope = gelu_and_grad(u, DTYPE)
         # Rows past the end have dy = 0, hence du = 0.
-        du = dhidden * slope
+        du = (dhidden * slope).to(DTYPE)
         if KEEP:
-            offs = tl.arange(0, BLOCK_L)[:, None] * UNITS + unit + tl.arange(0, BLOCK_C)[None, :]
-            tl.store(h_ptr + start * UNITS + offs, hidden.to(DTYPE), mask=mask_l[:, None])
-            tl.store(du_ptr + start * UNITS + offs, du.to(DTYPE), mask=mask_l[:, None])
-            tl.store(db1_ptr + tile * UNITS + unit + tl.arange(0, BLOCK_C), tl.sum(du, 0))
-        du = du.to(DTYPE)
+            at = tl.arange(0, BLOCK_L)[:, None]
+            units = unit + tl.arange(0, BLOCK_C)[None, :]
+            tl.store(h_ptr + (start + at) * (UNITS + 8) + units, hidden.to(DTYPE), mask=mask_l[:, None])
+            tl.store(du_ptr + (start + at) * UNITS + units, du, mask=mask_l[:, None])
         out = ()
         for c in tl.static_range(len(normed)):
             out = out + (dot(du, tl.trans(w1[c]), dnormed[c], PRECISION),)
         dnormed = out
+    rstd = tl.load(rstd_ptr + start + tl.arange(0, BLOCK_L), mask=mask_l, other=0.0)
     dnormed = norm_rows_grad(dnormed, normed, rstd, D)
     # dy once more, from the cache: kept across the loop for this alone, it would push other registers out.
-    residual = load_rows(dy_ptr + start * D, D, mask_l, D, BLOCK_L, BLOCK_D)
-    dz = ()
-    for c in tl.static_range(len(normed)):
-        dz = dz + (dnormed[c] + residual[c].to(tl.float32),)
-    store_rows(dz_ptr + start * D, D, dz, mask_l, D, BLOCK_L, BLOCK_D)
+    residual = load_rows(dy_ptr + start * DY, DY, mask_l, DY, BLOCK_L, BLOCK_D)
+    store_rows(dz_ptr + start * DZ, DZ, add_rows(dnormed, residual, D, BLOCK_D), mask_l, DZ, BLOCK_L, BLOCK_D)
+
+
+class Normed(NamedTuple):
+    """What a layer's backward needs of the norm before its feed-forward."""
+
+    n: Tensor  # [B, L, above D], with a column of ones at D
+    rstd: Tensor  # [B, L] fp32, 1/σ
 
 
 def decoder_layer_fwd(
@@ -143,24 +157,26 @@ def decoder_layer_fwd(
     return y, slot_map
 
 
-def layer_forward(x: Tensor, packs: LayerPacks, eps: float, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """-> y, slot_map and, with ``keep``, z [B,L,D], which the backward then need not make again (else y once more)."""
+def layer_forward(x: Tensor, packs: LayerPacks, eps: float, keep: bool) -> tuple[Tensor, Tensor, Normed]:
+    """-> y, slot_map and, with ``keep``, norm(z), which the backward then need not make again (else no rows)."""
     x = x.contiguous()
     B, D, _, K = packs.folded.G.shape
     L = x.shape[1]
     config = fit_slots(launch.select(_decoder_layer_fwd_kernel, x, D), K)
     attention, units = packs.attention(config), packs.feed_forward(config)
     y, slot_map = x.new_empty(B, L, D), x.new_empty(B, L, K, dtype=torch.float32)
-    z = torch.empty_like(y) if keep else y
+    kept = B if keep else 0
+    normed = Normed(x.new_empty(kept, L, pitch(D + 1)), x.new_empty(kept, L, dtype=torch.float32))
     args = {
         "x_ptr": x, "w_in_ptr": attention.w_in, "b_in_ptr": attention.b_in, "w_out_ptr": attention.w_out,
         "bias_ptr": packs.bias, "w1_ptr": units.w_in, "b1_ptr": units.b_in, "w2_ptr": units.w_out,
-        "b2_ptr": packs.ff.b2.float().contiguous(), "y_ptr": y, "map_ptr": slot_map, "z_ptr": z, "L": L, "eps": eps,
+        "b2_ptr": packs.ff.b2.float().contiguous(), "y_ptr": y, "map_ptr": slot_map,
+        "n_ptr": normed.n, "rstd_ptr": normed.rstd, "L": L, "eps": eps,
     }  # fmt: skip
     values = constexprs(attention, K, config, x.dtype, D)
     values |= {"UNITS": units.columns, "BLOCK_F": units.block, "SHARED_X": x.shape[0] != B, "KEEP": keep}
     launch.run(_decoder_layer_fwd_kernel, (triton.cdiv(L, config.block_l), B), args, values, config)
-    return y, slot_map, z
+    return y, slot_map, normed
 
 
 class Needs(NamedTuple):
@@ -184,8 +200,8 @@ def decoder_layer_bwd(
 ) -> LayerGrads:
     """-> gradients of x and of the weights, each like its tensor; the forward's attention runs again."""
     packs = LayerPacks(folded, ff, slot_mask, x.dtype)
-    z, _ = attention_forward(x, packs, True, eps)
-    grads = layer_backward(dy.to(x.dtype).contiguous(), dslot_map, x, z, packs, eps)
+    n, _, rstd = attention_forward(x, packs, True, eps, norm_y=True)
+    grads = layer_backward(dy.to(x.dtype).contiguous(), dslot_map, x, Normed(n, rstd), packs, eps, keep=False)
     assert grads.ff is not None
     # Contiguous: they are cut out of padded sums, and compiled code reads them by the strides of the fake.
     like = (t.to(weight.dtype).contiguous() for t, weight in zip(grads.ff, ff, strict=True))
@@ -193,43 +209,47 @@ def decoder_layer_bwd(
 
 
 def layer_backward(
-    dy: Tensor, dslot_map: Tensor, x: Tensor, z: Tensor, packs: LayerPacks, eps: float, needs: Needs = EVERYTHING
-) -> LayerGrads:
-    """-> gradients of x (like x), of ``folded`` (like its tensors) and of the feed-forward (fp32)."""
-    dz, dff = _feed_forward_backward(dy, z, packs, eps, needs.ff)
-    dx, dfolded = attention_backward(dz, dslot_map, x, packs, True, eps, needs.folded)
+    dy: Tensor, dslot_map: Tensor, x: Tensor, normed: Normed, packs: LayerPacks, eps: float,
+    needs: Needs = EVERYTHING, keep: bool = True,
+) -> LayerGrads:  # fmt: skip
+    """-> gradients of x (like x), of ``folded`` (like its tensors) and of the feed-forward (fp32).
+
+    With ``keep``, for tiles whose memory is bounded, cuBLAS makes the gradients of ``folded`` too, of weights of heads
+    that are stored for it. Rows of dy may be, and those of dx then are, as wide as ``pitch``.
+    """
+    dz, dff = _feed_forward_backward(dy, normed, packs, needs.ff)
+    dx, dfolded = attention_backward(dz, dslot_map, x, packs, True, eps, needs.folded, keep)
     return LayerGrads(dx, dfolded, dff)
 
 
 def _feed_forward_backward(
-    dy: Tensor, z: Tensor, packs: LayerPacks, eps: float, need: bool
+    dy: Tensor, normed: Normed, packs: LayerPacks, need: bool
 ) -> tuple[Tensor, FeedForward | None]:
-    """-> dz, and the gradients of the feed-forward in fp32.
+    """-> dz, as wide as ``pitch``, and the gradients of the feed-forward in fp32.
 
-    Those of its matrices are products over all rows, which are cuBLAS's: of n, h and du in the compute dtype.
+    Those of its weights are products over all rows, which are cuBLAS's: of n, h and du in the compute dtype. Columns of
+    ones in n and h make those of its biases in the same products.
     """
-    D, F, rows = z.shape[2], packs.ff.w1.shape[0], z.shape[0] * z.shape[1]
-    config = launch.select(_feed_forward_dx_kernel, z, D)
+    (F, D), rows, like = packs.ff.w1.shape, normed.rstd.numel(), normed.n
+    config = launch.select(_feed_forward_dx_kernel, like, D)
     units = packs.feed_forward(config)
-    width, columns, tiles = units.w_in.shape[1], units.columns, triton.cdiv(rows, config.block_l)
-    dz, db2 = torch.empty_like(z), z.new_empty(tiles, width, dtype=torch.float32)
+    columns, tiles = units.columns, triton.cdiv(rows, config.block_l)
+    dz = like.new_empty(*normed.rstd.shape, pitch(D))
+    h, du = (like.new_empty(rows if need else 0, n) for n in (columns + 8, columns))
     args = {
-        "z_ptr": z, "dy_ptr": dy, "w1_ptr": units.w_in, "b1_ptr": units.b_in, "w2_ptr": units.w_out, "dz_ptr": dz,
-        "db2_ptr": db2, "n_ptr": dz, "h_ptr": dz, "du_ptr": dz, "db1_ptr": db2, "rows": rows, "eps": eps,
+        "n_ptr": like, "rstd_ptr": normed.rstd, "dy_ptr": dy, "w1_ptr": units.w_in, "b1_ptr": units.b_in,
+        "w2_ptr": units.w_out, "dz_ptr": dz, "h_ptr": h, "du_ptr": du, "rows": rows,
     }  # fmt: skip
-    if need:
-        n, (h, du) = z.new_empty(rows, width), (z.new_empty(rows, columns) for _ in range(2))
-        db1 = z.new_empty(tiles, columns, dtype=torch.float32)
-        args |= {"n_ptr": n, "h_ptr": h, "du_ptr": du, "db1_ptr": db1}
     values = {
-        "D": D, "UNITS": columns, "KEEP": need, "PRECISION": launch.precision(z.dtype),
-        "BLOCK_L": config.block_l, "BLOCK_C": units.block, "BLOCK_D": config.block_d,
+        "D": D, "DY": dy.shape[2], "DZ": dz.shape[2], "UNITS": columns, "KEEP": need,
+        "PRECISION": launch.precision(like.dtype), "BLOCK_L": config.block_l, "BLOCK_C": units.block,
+        "BLOCK_D": config.block_d,
     }  # fmt: skip
     launch.run(_feed_forward_dx_kernel, (tiles,), args, values, config)
     if not need:
         return dz, None
-    dw = matmul_fp32(du.t(), n)[:F, :D]
-    dw2 = matmul_fp32(dy.flatten(0, 1).t(), h)[:, :F]
-    db = db1.sum(0)[:F]
+    dw = matmul_fp32(du.t(), like.flatten(0, 1))[:F]
+    dw2 = matmul_fp32(dy.flatten(0, 1).t(), h)[:D]
+    dw, db, dw2, db2 = dw[:, :D], dw[:, D], dw2[:, :F], dw2[:, columns]
     dnorm_weight, dnorm_bias, dw1 = split_norm_grads(dw, db, packs.ff)
-    return dz, FeedForward(dnorm_weight, dnorm_bias, dw1, db, dw2, db2.sum(0)[:D])
+    return dz, FeedForward(dnorm_weight, dnorm_bias, dw1, db, dw2, db2)

@@ -25,7 +25,7 @@ from torch import Tensor
 from fastslots.records import LayerGrads, LossInputs, LossResult, OutputHead
 
 from ._pack import LayerPacks
-from .decoder_layer import Needs, layer_backward, layer_forward
+from .decoder_layer import Needs, Normed, layer_backward, layer_forward
 from .graphs import GRAPHS, Graphs, wanted
 from .launch import allows_tf32
 from .output_head import PackedHead, SavedHead, output_head_bwd, output_head_fwd, pack_head
@@ -33,8 +33,9 @@ from .output_head import PackedHead, SavedHead, output_head_bwd, output_head_fwd
 TILE_BYTES, TILE_SHARE = 4 << 30, 8
 """Memory of a tile's tensors: this, or where that is less, one part in so many of the device's."""
 ROW_TENSORS = 22
-"""Tensors [rows, D] that a tile of a two-layer decoder has at once, in the compute dtype: input, z and output of each
-layer, what the head keeps and makes, and n, h and du (these twice as wide) of the layer whose gradients are made."""
+"""Tensors [rows, D] that a tile of a two-layer decoder has at once, in the compute dtype: input, n and output of each
+layer, what the head keeps and makes, and h and du (twice as wide) of the layer whose gradients are made. What the
+attention's gradients take (n, and A and dS, as wide as heads x slots) comes when those are gone again, and is less."""
 
 
 @cache
@@ -208,23 +209,23 @@ class _Decoded(NamedTuple):
     """A tile on its way forward, and what its backward needs."""
 
     xs: list[Tensor]  # the input of each layer
-    zs: list[Tensor]  # what each layer's attention gives, its residual in it; where a backward follows
+    normed: list[Normed]  # what each layer's feed-forward takes; where a backward follows
     slot_map: Tensor  # sum over layers
     pixels: Tensor  # [N, C]
     head: SavedHead
 
 
 def _decode(tile: LossInputs, packs: Sequence[LayerPacks], head: PackedHead, keep: bool) -> _Decoded:
-    xs, zs, maps = [cast(Tensor, tile.decoder.queries)], [], []
+    xs, kept, maps = [cast(Tensor, tile.decoder.queries)], [], []
     for layer in packs:
-        y, layer_map, z = layer_forward(xs[-1], layer, tile.eps, keep)
+        y, layer_map, normed = layer_forward(xs[-1], layer, tile.eps, keep)
         xs.append(y)
-        zs.append(z)
+        kept.append(normed)
         maps.append(layer_map)
     slot_map = maps[0]
     for layer_map in maps[1:]:
         slot_map += layer_map
-    return _Decoded(xs, zs, slot_map, *output_head_fwd(xs.pop().flatten(0, 1), head, tile.eps))
+    return _Decoded(xs, kept, slot_map, *output_head_fwd(xs.pop().flatten(0, 1), head, tile.eps))
 
 
 def _run(inputs: LossInputs, need: Sequence[str], grad_scale: float | Tensor, tiling: Tiling) -> list[Tensor]:
@@ -268,12 +269,13 @@ def _backward(
     images: slice, sums: _Sums,
 ) -> Tensor:  # fmt: skip
     """Adds the gradients of a tile's head and layers -> that of the first layer reached: of the queries, if needed."""
+    D = cast(Tensor, tile.decoder.queries).shape[-1]
     dx, dhead = output_head_bwd(dpixels, head, decoded.head, sums.head)
     dx = dx.view(-1, tile.target.shape[1], dx.shape[-1])
     if dhead is not None:
         sums.add_head(dhead)
     for i in reversed(range(sums.first, len(packs))):
-        grads = layer_backward(dx, dmap, decoded.xs[i], decoded.zs[i], packs[i], tile.eps, sums.layers[i])
+        grads = layer_backward(dx, dmap, decoded.xs[i], decoded.normed[i], packs[i], tile.eps, sums.layers[i])
         sums.add_layer(i, grads, images)
         dx = grads.x
-    return dx
+    return dx[..., :D]

@@ -111,6 +111,7 @@ def _attention_columns(t: _Terms) -> tuple[int, int, int, int, int]:
 def _folded_attention_fwd(t: _Terms) -> tuple[int, int, int]:
     B, L, real, columns, weights = _attention_columns(t)
     requested = B * L * t.D * t.element("x_ptr") + t.programs * (weights + t.size("bias_ptr"))
+    requested += t.size("rstd_ptr") if t.consts.get("NORM_Y") else 0
     return requested + t.size("y_ptr", "map_ptr"), 4 * B * L * real * t.D, 4 * t.programs * t.BL * columns * t.W
 
 
@@ -119,6 +120,7 @@ def _folded_attention_dx(t: _Terms) -> tuple[int, int, int]:
     tiles = t.grid[0] * B
     requested = t.size("x_ptr", "dy_ptr", "dmap_ptr", "dx_ptr", "db_ptr") + tiles * weights
     requested += t.size("residual_ptr") if t.consts["NORM"] else 0
+    requested += t.size("n_ptr", "attn_ptr", "dscores_ptr") if t.consts["KEEP"] else 0
     return requested, 6 * B * L * real * t.D, 6 * tiles * t.BL * columns * t.W
 
 
@@ -135,16 +137,17 @@ def _decoder_layer_fwd(t: _Terms) -> tuple[int, int, int]:
     requested, flops, issued = _folded_attention_fwd(t)
     rows, units = t.grid[1] * t.number("L"), t.consts["UNITS"]
     requested += t.programs * t.size("w1_ptr", "w2_ptr", "b1_ptr", "b2_ptr")
-    requested += t.size("z_ptr") if t.consts["KEEP"] else 0
+    requested += t.size("n_ptr", "rstd_ptr") if t.consts["KEEP"] else 0
     return requested, flops + 4 * rows * units * t.D, issued + 4 * t.programs * t.BL * units * t.W
 
 
 def _feed_forward_dx(t: _Terms) -> tuple[int, int, int]:
     rows, units = t.number("rows"), t.consts["UNITS"]
-    requested = t.size("z_ptr", "dy_ptr", "dy_ptr", "dz_ptr", "db2_ptr") + t.programs * t.size(
-        "w1_ptr", "w2_ptr", "b1_ptr"
-    )
-    requested += t.size("n_ptr", "h_ptr", "du_ptr", "db1_ptr") if t.consts["KEEP"] else 0
+    # Of n not the seven columns behind its ones where they lie in a chunk of their own.
+    unread = 8 if t.D == t.W else 0
+    requested = t.size("dy_ptr", "dy_ptr", "rstd_ptr", "dz_ptr") + t.programs * t.size("w1_ptr", "w2_ptr", "b1_ptr")
+    requested += t.size("n_ptr") - rows * unread * t.element("n_ptr")
+    requested += t.size("h_ptr", "du_ptr") if t.consts["KEEP"] else 0
     return requested, 6 * rows * units * t.D, 6 * t.programs * t.BL * units * t.W
 
 

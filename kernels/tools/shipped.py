@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fastslots.records import FeedForward, FoldedProjections
 
+from ..gpu._pack import LayerPacks
 from ..gpu.cross_attention import cross_attention_bwd, cross_attention_fwd
-from ..gpu.decoder_layer import decoder_layer_bwd, decoder_layer_fwd
+from ..gpu.decoder_layer import decoder_layer_bwd, decoder_layer_fwd, layer_backward, layer_forward
 from ..gpu.folded_cross_attention import folded_cross_attention_bwd, folded_cross_attention_fwd
 from ..gpu.launch import Launch, allows_tf32, has_entries, record
 from ..gpu.token_attention import table_width, token_attention_bwd, token_attention_fwd
@@ -105,11 +106,17 @@ def run_op(op: str, t: dict[str, Tensor]) -> None:
         folded_cross_attention_bwd(t["dy"], t["dmap"], t["x"], folded)
         return
     ff = FeedForward(*(t[name] for name in FeedForward._fields))
+    if op == "decoder_loss":
+        packs = LayerPacks(folded, ff, None, t["x"].dtype)
+        _, _, normed = layer_forward(t["x"], packs, 1e-5, keep=True)
+        layer_backward(t["dy"], t["dmap"], t["x"], normed, packs, 1e-5)
+        return
     decoder_layer_fwd(t["x"], folded, ff)
     decoder_layer_bwd(t["dy"], t["dmap"], t["x"], folded, ff)
 
 
-OPS = ("cross_attention", "folded_cross_attention", "decoder_layer", "token_attention")
+OPS = ("cross_attention", "folded_cross_attention", "decoder_layer", "decoder_loss", "token_attention")
+"""Of the decoder's loss one layer of one tile."""
 
 
 def serves(op: str, shape: Shape, t: dict[str, Tensor]) -> bool:
@@ -124,16 +131,17 @@ def record_shipped(arch: str, shape: Shape, precision: str) -> list[tuple[str, L
     """
     distinct: dict[Hashable, tuple[str, Launch]] = {}
     for op in OPS:
-        for shared in (False, True) if op == "decoder_layer" else (False,):
+        for shared in (False, True) if op.startswith("decoder_") else (False,):
             tensors = inputs(shape, PRECISIONS[precision], shared=shared)
             with matmul_precision(precision), record(arch) as launches:
                 if serves(op, shape, tensors):
                     run_op(op, tensors)
             for launch in launches:
                 norm = launch.constexprs.get("NORM", True)
-                name = launch.name + ("" if norm else "_plain") + ("_shared" if shared else "")
+                kept = op == "decoder_loss" and launch.constexprs["KEEP"]
+                variant = ("" if norm else "_plain") + ("_kept" if kept else "") + ("_shared" if shared else "")
                 scalars = tuple(v == 1 for v in launch.args.values() if not isinstance(v, Tensor))
                 types = tuple(v.dtype for v in launch.args.values() if isinstance(v, Tensor))
                 key = (launch.name, tuple(launch.constexprs.items()), launch.config, scalars, types)
-                distinct.setdefault(key, (name, launch))
+                distinct.setdefault(key, (launch.name + variant, launch))
     return list(distinct.values())

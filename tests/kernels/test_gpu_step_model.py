@@ -161,10 +161,12 @@ def test_every_launch_of_a_step_takes_the_whole_batch_at_once(step):
     for noted in step.noted:
         if isinstance(noted.work, launch.Launch):
             of.setdefault(noted.name, []).append(noted.work)
-    for name in ("decoder_layer_fwd", "feed_forward_dx", "folded_attention_dx", "folded_attention_dw"):
+    for name in ("decoder_layer_fwd", "feed_forward_dx", "folded_attention_dx"):
         assert len(of[name]) == 2, name
-    assert "folded_attention_fwd" not in of  # the forward keeps z, so no attention runs again
-    assert all(item.args["z_ptr"].shape == (32, 128 * 128, 180) for item in of["decoder_layer_fwd"])
+    assert "folded_attention_fwd" not in of  # the forward keeps n, so no attention runs again
+    assert "folded_attention_dw" not in of  # nor does one for the gradients of its weights
+    assert all(item.args["n_ptr"].shape == (32, 128 * 128, 184) for item in of["decoder_layer_fwd"])
+    assert all(item.constexprs["KEEP"] for item in of["folded_attention_dx"])
     assert all(item.args["rows"] == pixels and item.constexprs["KEEP"] for item in of["feed_forward_dx"])
     assert len(of["token_attention_bwd"]) == 5 and len(of["joint_norm_fwd"]) == len(of["joint_norm_bwd"]) == 1
     # Four convolutions and the token MLP, the head's two maps; the tokens' norm and the head's.
