@@ -248,6 +248,22 @@ def test_it_fits_phones_and_follows_the_scheme(page, width, scheme):
     page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+def test_steps_stay_in_one_line_on_a_phone(browser, tmp_path):
+    """They were broken ("1,0" above "00") to make room for scores, which scroll."""
+    run = write_run(tmp_path / "run", 0)
+    scores = dict.fromkeys(("j_ari", "jis", "fg_ari", "ari", "mbo", "miou", "recon", "kl"), 0.123456)
+    lines = [{"step": step, "eval": "val", "images": 8, "latent": "mean"} | scores for step in (6, 500_000)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    phone = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    opened(browser, write_report([run], explorer=False))
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 400
+    cells = browser.find_elements(By.CSS_SELECTOR, ".scroll tr td:first-child")
+    shown = {cell.text: cell.size["height"] for cell in cells}
+    assert shown["500,000"] == shown["6"]
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 def test_a_run_that_goes_on_says_so(browser, tmp_path):
     opened(browser, write_report([write_run(tmp_path / "run", 0, steps=50)], explorer=False))
     assert browser.find_element(By.ID, "live").text == "live" and "step 12 of 50" in browser.page_source
