@@ -153,3 +153,17 @@ def test_pictures_of_scores_are_drawn_and_say_what_they_show(tmp_path):
     for name in ("slots", "j-ari", "jis"):
         drawn, kept = (Image.open(folder / f"what-{name}.png") for folder in (tmp_path, ROOT / "docs"))
         assert drawn.size == kept.size, f"python scripts/docs_pictures.py draws docs/what-{name}.png anew"
+
+
+@pytest.mark.long
+def test_screenshots_are_taken_by_a_script(tmp_path):
+    for module in ("pyte", "selenium", "rich"):
+        pytest.importorskip(module)
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("needs chromium and chromedriver")
+    few = "--steps 4 --eval_every 2 --eval_images 4".split()
+    subprocess.run([sys.executable, ROOT / "scripts" / "docs_screenshots.py", tmp_path, *few], check=True)
+    for name in ("report", "report-pages", "terminal"):
+        drawn, kept = (Image.open(folder / f"{name}.png") for folder in (tmp_path, ROOT / "docs"))
+        assert abs(drawn.width - kept.width) < 40, f"python scripts/docs_screenshots.py takes docs/{name}.png anew"
+        assert len(drawn.resize((64, 64)).convert("L").getcolors()) > 8, name

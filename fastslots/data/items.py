@@ -19,6 +19,8 @@ UNDO = "undo their scaling (x * std + mean) and give floats in [0, 1], or uint8"
 TRANSPARENT = "is transparent in places: lay it on a background (Image.alpha_composite), or drop the alpha channel"
 ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")  # Pillow's modes with an alpha channel
 MOST_LABEL = 255  # in a map of 8 bits
+VOID = 255  # the label by which Pascal VOC and others say "do not score"
+HIGHEST = 100  # labels below it are numbers of objects or classes, so that 255 beside them means something else
 FEATURES = 5  # channels and more: features of a network, of whatever values
 
 
@@ -106,6 +108,12 @@ def _channels_first(image: np.ndarray) -> bool:
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------
+
+
+def void_label(seen: set[int]) -> int | None:
+    """The label of pixels that are not scored, where the labels of a set show that it has one."""
+    others = seen - {0, VOID}
+    return VOID if VOID in seen and others and max(others) <= HIGHEST else None
 
 
 def to_labels(mask: np.ndarray, name: str, most: int = MOST_LABEL) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -144,6 +145,8 @@ def check_map_style(dataset: Any) -> None:
     """UserError unless it has items by number, and at least one."""
     name = type(dataset).__name__
     expected = "a data set with len() and items by number, 0 to len - 1"
+    if isinstance(dataset, str | PurePath):
+        raise UserError(f"{dataset} is a path: set the configuration's data to it, or hand over open_dataset of it")
     if isinstance(dataset, DataLoader):
         raise UserError(f"{name} gives batches: hand over its data set (loader.dataset)")
     if isinstance(dataset, Mapping):

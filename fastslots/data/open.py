@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,6 @@ from fastslots.data.packed.remote import openers
 from fastslots.data.packed.shards import PackedShards, find_shards, published_parts
 from fastslots.data.packed.urls import is_remote
 from fastslots.data.packed.writer import write_packed
-from fastslots.data.readers.named_splits import Parts
 from fastslots.data.readers.npz import mask_file
 from fastslots.data.readers.scene import BadRecordError, Reader, Scene, default_size, preprocess
 from fastslots.data.storage.paths import stamp, visible
@@ -88,7 +87,8 @@ def _open_one(path: Path, max_objects: int | None, size: int | None, on_bad_reco
         return PackedDataset(path, max_objects)
     reader = recognise(path)
     side = size or default_size(reader)
-    folder = cache_folder(path, side, on_bad_record, getattr(reader, "parts", None))
+    understood = [getattr(reader, name, None) for name in ("parts", "ignore_label")]
+    folder = cache_folder(path, side, on_bad_record, understood)
     if not is_packed(folder):
         notice(f"decoding {path} once into {folder}")
         _pack(reader, path, folder, side, None, None, on_bad_record)
@@ -287,10 +287,12 @@ def _recognise_file(path: Path) -> Reader:
     raise UserError(f"{path}: not recognised; known are: {KNOWN}")
 
 
-def cache_folder(path: Path, size: int, on_bad_record: str = "stop", parts: Parts | None = None) -> Path:
-    """Where the decoded form of a file or folder lies: keyed by path, size, time, preprocessing and ``parts``."""
+def cache_folder(path: Path, size: int, on_bad_record: str = "stop", understood: Sequence[object] = ()) -> Path:
+    """Where the decoded form of a file or folder lies: keyed by path, size, time, preprocessing, and by what its reader
+    has ``understood`` of it, where that is anything."""
     # added, so that caches made before there was a choice serve
-    added = (["skip"] if on_bad_record == "skip" else []) + ([list(parts)] if parts else [])
+    added: list[object] = ["skip"] if on_bad_record == "skip" else []
+    added += [understood] if any(part is not None for part in understood) else []
     key = json.dumps([str(path.resolve()), _stamp(path), size, PREPROCESSING, VERSION, *added])
     return cache_root() / hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
 

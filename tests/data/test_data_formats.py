@@ -278,6 +278,7 @@ def test_damage_is_said_where_it_is(tmp_path, byte, what):
         list(Records(tmp_path / "x"))
 
 
+@settings(deadline=None)  # a busy machine stands still for longer than that
 @given(st.lists(st.binary(max_size=3) | st.binary(min_size=1, max_size=1), max_size=60))
 def test_lists_of_any_values_are_joined(values):
     """The short cut for values of one byte takes no other list for one of those."""

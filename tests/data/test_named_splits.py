@@ -199,3 +199,27 @@ def test_a_label_that_is_not_scored_is_named_to_check_and_pack(tmp_path, capsys)
     assert np.array_equal(packed.batch(np.arange(8))[1], masks)
     assert main(["data", "pack", str(path), str(tmp_path / "other"), "--ignore_label", "300"]) == 2
     assert "--ignore_label must be from 0 to 255, got 300" in capsys.readouterr().err
+
+
+def test_255_beside_few_labels_is_not_scored_in_arrays_either(tmp_path):
+    """In npz and npy it was an object of its own, which every metric scored."""
+    masks = MASKS.copy()
+    masks[:, 0] = 255
+    counts = [len(set(np.unique(mask)) - {0, 255}) for mask in masks]
+    np.savez(tmp_path / "set.npz", arr_0=IMAGES, arr_2=masks)
+    (tmp_path / "arrays").mkdir()
+    np.save(tmp_path / "arrays" / "images.npy", IMAGES)
+    np.save(tmp_path / "arrays" / "masks.npy", masks)
+    for path in (tmp_path / "set.npz", tmp_path / "arrays"):
+        dataset = open_dataset(path)
+        assert dataset.info.ignore_label == 255 and dataset.objects.tolist() == counts
+        report = str(check(path))
+        assert "read as      masks are labels; 255 is not scored" in report and "labels up to 255" not in report
+    np.savez(tmp_path / "many.npz", arr_0=IMAGES, arr_2=np.where(MASKS > 0, MASKS + 120, 0) | (masks == 255) * 255)
+    assert open_dataset(tmp_path / "many.npz").info.ignore_label is None  # labels go that far
+
+
+def test_a_path_is_no_data_set(tmp_path):
+    config = TrainConfig.preset("sprites-mini", steps=1)
+    with pytest.raises(UserError, match="data/x is a path: set the configuration's data to it"):
+        open_source(config, "data/x")

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from fastslots.data.items import MOST_LABEL, labels_of_colours, mask_of, to_labels
+from fastslots.data.items import MOST_LABEL, VOID, labels_of_colours, mask_of, to_labels, void_label
 from fastslots.data.readers.named_splits import SPLIT_WORDS, Parts, in_order, split_of
 from fastslots.data.readers.npz import read_npy
 from fastslots.data.readers.pictures import SUFFIXES, open_picture, read_picture
@@ -30,7 +30,6 @@ IMAGE_WORDS = set(
 )
 LOOKED_AT = 32  # masks that tell how labels are written
 FEW_COLOURS = 64  # of a picture that may be a mask
-HIGHEST = 100  # labels below it are numbers of objects or classes, so that 255 beside them means something else
 T = TypeVar("T")
 Key = tuple[str, ...]
 
@@ -212,9 +211,7 @@ def coding_of(masks: Iterable[np.ndarray]) -> Coding:
         seen |= set(np.unique(mask[..., 0] if mask.ndim == 3 else mask).tolist())
     if colours:
         return Coding(True, False, None)
-    others = seen - {0, 255}
-    ignored = 255 in seen and bool(others) and max(others) <= HIGHEST
-    return Coding(False, not others, 255 if ignored else None)
+    return Coding(False, seen <= {0, VOID}, void_label(seen))
 
 
 def decoded(mask: np.ndarray, coding: Coding, size: tuple[int, int], name: str) -> np.ndarray:

@@ -20,7 +20,7 @@ from typing import IO
 
 import numpy as np
 
-from fastslots.data.items import mask_of, to_uint8
+from fastslots.data.items import mask_of, to_uint8, void_label
 from fastslots.data.readers.scene import BadRecordError, Scene
 from fastslots.errors import UserError
 
@@ -186,6 +186,8 @@ class NpzReader:
         if self._latents is not None and len(self._latents) != len(images):
             raise UserError(f"{path}: arr_1 has {len(self._latents)} rows for {len(images)} images: leave it out")
         self._images, self.native = images, shape[1:3]
+        self.ignore_label = self._void()
+        self.read_as = "" if self.ignore_label is None else f"masks are labels; {self.ignore_label} is not scored"
         self._imagenet = images.dtype.kind == "f" and shape[3] == 3 and self._is_imagenet()
         scaled = ", scaled by ImageNet's mean and deviation" if self._imagenet else ""
         self.kind = f"{self.FORMAT}{scaled}"
@@ -198,6 +200,16 @@ class NpzReader:
             raise UserError(f"{path}: no member arr_0 (it has {found}): expected arr_0 images, arr_2 label maps")
         latents, masks = (Member(path, name) if name in names else None for name in ("arr_1", "arr_2"))
         return Member(path, "arr_0"), latents, masks
+
+    def _void(self) -> int | None:
+        """The label that the first masks show to be of pixels that are not scored."""
+        if self._masks is None:
+            return None
+        try:
+            some = islice(self._masks.rows(0), max(1, min(PROBED, (1 << 22) // math.prod(self.native))))
+            return void_label({int(label) for mask in some for label in np.unique(mask_of(mask, self.native, ""))})
+        except UserError:  # said where the masks are read
+            return None
 
     def _is_imagenet(self) -> bool:
         """Whether the first images reach beyond [0, 1] and are 8-bit pixels once ImageNet's scaling is undone.
@@ -247,7 +259,7 @@ class NpzReader:
         image = to_uint8(image, name)
         if self._masks is not None and labels is not None:
             mask = mask_of(labels, self.native, f"{self._masks.name}[{i}]")
-            objects = len(np.unique(mask[mask > 0]))
+            objects = len(set(np.unique(mask).tolist()) - {0, self.ignore_label})
         return Scene(image.repeat(3, 2) if image.shape[2] == 1 else image, mask, objects, factors)
 
 
