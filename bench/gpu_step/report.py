@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,12 @@ from fastslots.kernels.gpu.launch import Launch
 from fastslots.kernels.tools.executed import Executed, Machine, executed, machine, total_seconds
 
 NODE_SECONDS = 2e-6
-"""A node of a CUDA graph takes no less; launched one by one by the host it takes more."""
+"""A launch of a Triton kernel in a CUDA graph takes no less; ``rates.RATES`` has that of PyTorch's kernels."""
+FROM = {
+    "sm_90": "shares of them by kind of kernel, as measured on an H100",
+    "sm_80": "shares of them as an H100 showed, extrapolated: nobody measured this device",
+}
+FROM["sm_100"] = FROM["sm_80"]
 
 
 @dataclass(frozen=True)
@@ -27,43 +32,70 @@ class Part:
 
     name: str  # "decoder: feed_forward_dx", "encoder: aten.convolution"
     ms: float
-    bound: str  # what takes longest: bytes, issue, tensor (of kernels issue and tensor add up), flops, or launch
+    bound: str  # what takes longest: bytes, issue, tensor (of kernels issue and tensor add up), flops, waits, or launch
     launches: int
     triton: bool
     seconds: dict[str, float]  # each bound alone, ms
+    kinds: dict[str, tuple[float, int]]  # of its kernels: ms, launches
+    loop_spills: int = 0
+
+
+class Timed(NamedTuple):
+    """One kernel of a step, or several alike."""
+
+    kind: str  # the Triton kernel's name, or one of rates.RATES
+    total: float  # seconds
+    seconds: dict[str, float]  # by what binds
+    launches: int
     loop_spills: int = 0
 
 
 def parts_of(walked: Walked, machine_: Machine, precision: str, count: Callable[[Launch], Executed]) -> list[Part]:
     """Longest first."""
-    groups: dict[tuple[str, bool], list[tuple[float, dict[str, float], int, int]]] = {}
+    groups: dict[tuple[str, bool], list[Timed]] = {}
     for noted in walked.noted:
         triton = isinstance(noted.work, Launch)
         name = f"{noted.region}: {noted.name if triton else 'aten.' + noted.name}"
-        groups.setdefault((name, triton), []).append(_timed(noted, machine_, precision, count))
+        groups.setdefault((name, triton), []).extend(_timed(noted, machine_, precision, count))
     parts = []
     for (name, triton), rows in groups.items():
-        bounds = {key: 1e3 * sum(row[1].get(key, 0) for row in rows) for key in rows[0][1]}
+        bounds = {key: 1e3 * sum(row.seconds.get(key, 0) for row in rows) for key in rows[0].seconds}
         took: dict[str, float] = {}
-        for total, seconds, _, _ in rows:  # a part's bound is that of most of its time
-            longest = max(seconds, key=seconds.__getitem__)
-            took[longest] = took.get(longest, 0) + total
+        kinds: dict[str, tuple[float, int]] = {}
+        for row in rows:  # a part's bound is that of most of its time
+            longest = max(row.seconds, key=row.seconds.__getitem__)
+            took[longest] = took.get(longest, 0) + row.total
+            ms, launches = kinds.get(row.kind, (0.0, 0))
+            kinds[row.kind] = ms + 1e3 * row.total, launches + row.launches
         bound = max(took, key=took.__getitem__)
-        ms, launches, spills = sum(row[0] for row in rows), sum(row[2] for row in rows), sum(row[3] for row in rows)
-        parts.append(Part(name, 1e3 * ms, bound, launches, triton, bounds, spills))
+        ms, launches = 1e3 * sum(row.total for row in rows), sum(row.launches for row in rows)
+        spills = sum(row.loop_spills for row in rows)
+        parts.append(Part(name, ms, bound, launches, triton, bounds, kinds, spills))
     return sorted(parts, key=lambda part: -part.ms)
 
 
-def _timed(
-    noted: Noted, machine_: Machine, precision: str, count: Callable[[Launch], Executed]
-) -> tuple[float, dict[str, float], int, int]:
+def kinds_of(parts: Iterable[Part]) -> dict[str, tuple[float, int]]:
+    """Milliseconds and launches of each kind of kernel, all parts together, longest first."""
+    kinds: dict[str, tuple[float, int]] = {}
+    for part in parts:
+        for kind, (ms, launches) in part.kinds.items():
+            before = kinds.get(kind, (0.0, 0))
+            kinds[kind] = before[0] + ms, before[1] + launches
+    return dict(sorted(kinds.items(), key=lambda item: -item[1][0]))
+
+
+def _timed(noted: Noted, machine_: Machine, precision: str, count: Callable[[Launch], Executed]) -> Iterable[Timed]:
     if isinstance(noted.work, Work):
-        seconds = _operator_seconds(noted, noted.work, machine_, precision)
-        return max(seconds.values()), seconds, noted.work.launches, 0
+        rate = _products(noted, machine_, precision)
+        for kernel in noted.work.kernels:
+            seconds = kernel.seconds(machine_.bandwidth, rate, machine_.processors)
+            yield Timed(kernel.kind, max(seconds.values()), seconds, kernel.launches)
+        return
     done = count(noted.work)
     kind = "tf32" if precision == "tf32" else {torch.float32: "fp32"}.get(_dtype(noted.work), precision)
     seconds = done.seconds(machine_, kind)
-    return max(total_seconds(seconds), NODE_SECONDS), seconds | {"launch": NODE_SECONDS}, 1, done.loop_spills
+    total = max(total_seconds(seconds), NODE_SECONDS)
+    yield Timed(noted.name, total, seconds | {"launch": NODE_SECONDS}, 1, done.loop_spills)
 
 
 def _dtype(item: Launch) -> torch.dtype:
@@ -76,14 +108,10 @@ def _dtype(item: Launch) -> torch.dtype:
     return rows.dtype
 
 
-def _operator_seconds(noted: Noted, cost: Work, machine_: Machine, precision: str) -> dict[str, float]:
-    share = min(1.0, cost.processors / machine_.processors)
+def _products(noted: Noted, machine_: Machine, precision: str) -> float:
+    """FLOP/s of an operator's products."""
     wide = torch.float32 in noted.dtypes[:2]
-    rate = machine_.products[precision if not wide or precision in ("fp32", "tf32") else "fp32"]
-    return {
-        "bytes": cost.bytes / (machine_.bandwidth * share), "flops": cost.flops / rate,
-        "launch": NODE_SECONDS * cost.launches,
-    }  # fmt: skip
+    return machine_.products[precision if not wide or precision in ("fp32", "tf32") else "fp32"]
 
 
 @dataclass(frozen=True)
@@ -111,10 +139,15 @@ class StepReport:
         parts = [
             {"name": p.name, "ms": round(p.ms, 4), "bound": p.bound, "launches": p.launches} for p in self.parts
         ]  # fmt: skip
+        kinds, theirs = (
+            [{"kind": k, "ms": round(ms, 4), "launches": n} for k, (ms, n) in kinds_of(of).items()]
+            for of in (self.parts, self.published)
+        )
         out = {
             "step_ms": round(self.step_ms, 3), "published_ms": round(self.published_ms, 3), "nodes": self.nodes,
             "decoder_nodes": self.decoder_nodes, "preset": self.preset, "batch": self.batch,
             "precision": self.precision, "machine": asdict(self.machine), "parts": parts,
+            "kinds": kinds, "published_kinds": theirs,
         }  # fmt: skip
         return json.dumps(out, indent=1)
 
@@ -125,7 +158,7 @@ class StepReport:
             f"{self.preset}, batch {self.batch}, {self.precision}, one training step on {m.name} ({m.arch}): a model, "
             "nothing was run",
             f"roofs: {m.bandwidth / 1e12:.2f} TB/s, {m.products[self.precision] / 1e12:.0f} TFLOP/s, {m.processors} "
-            f"multiprocessors at {m.clock / 1e9:.2f} GHz; a launch takes at least {1e6 * NODE_SECONDS:g} us",
+            f"multiprocessors at {m.clock / 1e9:.2f} GHz; {FROM[m.arch]}",
             "",
             f"{'ms':>8} {'share':>6} {'launches':>8}  {'bound':7} {'part'}",
         ]

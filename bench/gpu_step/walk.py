@@ -47,6 +47,21 @@ class Walked:
         return sum(1 if isinstance(n.work, launch.Launch) else n.work.launches for n in wanted)
 
 
+def works(function: Callable[..., Any], *tensors: Tensor) -> list[Work]:
+    """Of the operators that a call with tensors on ``meta`` runs; those that launch nothing are left out."""
+    found: list[Work] = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = laid_out(func, args, func(*args, **(kwargs or {})))
+            found.append(work(func, args, kwargs or {}, out))
+            return out
+
+    with Mode():  # type: ignore[no-untyped-call]  # torch's
+        function(*tensors)
+    return [of for of in found if of.launches]
+
+
 class _Noting(TorchDispatchMode):
     def __init__(self, walked: Walked, launches: list[launch.Launch], stand_in: CudaStandIn) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
@@ -122,11 +137,11 @@ def walk_step(config: TrainConfig, arch: str) -> Walked:
 
 
 def walk_published(config: TrainConfig, arch: str) -> Walked:
-    """The same step of the published algorithm in eager PyTorch, with torch's default Adam."""
+    """The same step of the published algorithm in eager PyTorch, with torch's fused Adam."""
 
     def step(model: SlotVAE, images: Tensor, noting: _Noting) -> None:
         noise = images.new_empty(len(images), config.num_slots, config.slot_dim)
-        optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
+        optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
         _make_state([optimizer], model, noting)
         with Precision(config.precision, torch.device("cuda")).autocast():
             total, *_ = published.training_loss(model, images, noise)

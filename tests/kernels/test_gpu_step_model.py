@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from fastslots.bench.gpu_step import report
-from fastslots.bench.gpu_step.operators import laid_out, work
-from fastslots.bench.gpu_step.walk import walk_published, walk_step
+from fastslots.bench.gpu_step.rates import Kernel
+from fastslots.bench.gpu_step.walk import walk_published, walk_step, works
 from fastslots.kernels.gpu import launch
 from fastslots.kernels.tools import executed, shipped
 from fastslots.testing.stand_in import cuda_stand_in
@@ -75,31 +75,43 @@ def test_the_loops_of_every_kernel_of_a_step_are_known(shared):
 
 def noted(function, *tensors):
     """The work of the one operator that ``function`` runs."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Mode(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = laid_out(func, args, func(*args, **(kwargs or {})))
-            works.append(work(func, args, kwargs or {}, out))
-            return out
-
-    works = []
-    with Mode():
-        function(*tensors)
-    (found,) = [w for w in works if w.launches]
+    (found,) = works(function, *tensors)
     return found
+
+
+def kinds(work):
+    return [kernel.kind for kernel in work.kernels]
 
 
 def test_operators_move_their_tensors():
     a, b = torch.empty(30, 20, device="meta"), torch.empty(20, 10, device="meta", dtype=torch.float32)
-    assert noted(torch.mm, a, b)[:3] == (4 * (600 + 200 + 300), 2 * 30 * 20 * 10, 1)
+    (product,) = noted(torch.mm, a, b).kernels
+    assert product == Kernel("fp32 product", 4 * (600 + 200 + 300), 2 * 30 * 20 * 10)
     assert noted(lambda t: t.add_(1), a).bytes == 2 * 4 * 600
     assert noted(lambda t: t.zero_(), a).bytes == 4 * 600  # written alone
     row = torch.empty(1, 20, device="meta").expand(30, 20)
     assert noted(torch.add, a, row).bytes == 4 * (600 + 20 + 600)  # an expanded tensor is read once
     assert noted(lambda t: t.to(torch.bfloat16), a).bytes == 6 * 600
     few = torch.empty(32, 1000, device="meta")
-    assert noted(lambda t: F.layer_norm(t, (1000,)), few).processors == 32  # a row is one block's
+    (norm,) = noted(lambda t: F.layer_norm(t, (1000,)), few).kernels
+    assert (norm.kind, norm.blocks, norm.steps) == ("norm", 32, 3)  # a row is one block's
+
+
+def test_the_kind_of_a_kernel_follows_from_how_its_operands_lie():
+    x = torch.empty(64, 8, 180, device="meta", dtype=torch.bfloat16)
+    wide, vector = x.float(), torch.empty(180, device="meta", dtype=torch.bfloat16)
+    assert kinds(noted(torch.add, x, x)) == kinds(noted(lambda t: t.bfloat16(), wide)) == ["elementwise"]
+    assert kinds(noted(lambda t: t.float(), x)) == ["widening"]
+    assert kinds(noted(torch.add, x, vector)) == ["broadcast"]
+    assert kinds(noted(lambda t: t.transpose(0, 1).contiguous(), x)) == ["permuted"]
+    assert kinds(noted(lambda t: torch.cat([t, t], 2), x)) == ["permuted"]
+    assert kinds(noted(lambda t: torch.cat([t, t], 0), x)) == ["elementwise"]
+    assert kinds(noted(lambda t: t.flatten(0, 1).sum(0), wide)) == ["reduction", "tail"]
+    assert kinds(noted(lambda t: t.sum(-1), wide)) == ["reduction"]
+    assert kinds(noted(lambda t: F.layer_norm(t, (180,)), wide.transpose(0, 1))) == ["permuted", "norm"]
+    for width, kind in ((192, "product"), (180, "unaligned product"), (43, "odd product")):
+        rows = torch.empty(512, width, device="meta", dtype=torch.bfloat16)
+        assert kinds(noted(torch.mm, rows.t(), rows)) == [kind], width
 
 
 def test_convolutions_are_turned_where_channels_do_not_come_last():
