@@ -75,7 +75,7 @@ def test_forty_steps_on_any_number_of_threads(preset, pixels, steps, tmp_path, c
                 break
             assert time.monotonic() < deadline, process.said()
             time.sleep(0.02)
-        assert process.wait() in (0, -signal.SIGKILL), process.said()
+        assert process.wait(400) in (0, -signal.SIGKILL), process.said()  # the last one also makes the report
     assert same_weights(whole[0], out)
     assert config.steps == steps
 
