@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastslots.ops import backends
+from fastslots.ops import autograd, backends
 from fastslots.ops.api import token_attention
 from fastslots.ops.autograd import contiguous_like, operator, shapes_of
 from fastslots.records import describe
@@ -76,7 +76,7 @@ def encode_queries(queries: Tensor, tokens: Tensor, weights: Sequence[Tensor], h
     cross = [of.unbind() for of in fold_cross(layers, heads)]
     own_weight, own_bias = _stacked(layers, "to_qkv")
     # The scale goes with the queries' map; the key bias cancels in the softmax, and its gradient is an exact zero.
-    # Filled on the device: a tensor made of numbers is copied from the host, and that copy is waited for.
+    # Filled on the device: a tensor made of numbers is copied from the host, which waits.
     ours, one = own_bias.new_full((S,), S**-0.5), own_bias.new_ones(S)
     scale, unbiased = torch.cat([ours, one, one]), torch.cat([ours, torch.zeros_like(one), one])
     own = (own_weight * scale[:, None]).unbind(), (own_bias * unbiased).unbind()
@@ -84,7 +84,7 @@ def encode_queries(queries: Tensor, tokens: Tensor, weights: Sequence[Tensor], h
     for i, layer in enumerate(layers):
         rows_weight, rows_bias, out_weight, out_bias = (of[i] for of in cross)
         rows = F.linear(F.layer_norm(x, (S,), *layer["norm_q"], eps), rows_weight, rows_bias)
-        gathered = token_attention(rows.view(B, K * heads, S).to(tokens.dtype), tokens)
+        gathered, tokens = attend(rows.view(B, K * heads, S).to(tokens.dtype), tokens)
         x = x + F.linear(gathered.view(B * K, heads * S).to(x.dtype), out_weight, out_bias)
         qkv = F.linear(F.layer_norm(x, (S,), *layer["norm_own"], eps), own[0][i], own[1][i])
         q, k, v = qkv.view(B, K, 3, heads, -1).permute(2, 0, 3, 1, 4).reshape(3, B * heads, K, -1).unbind()
@@ -95,8 +95,55 @@ def encode_queries(queries: Tensor, tokens: Tensor, weights: Sequence[Tensor], h
     return x.view(B, K, S)
 
 
+def attend(rows: Tensor, tokens: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """``token_attention``, and the tokens for the layer that comes next -> gathered, fp32 where kernels serve.
+
+    What later layers make of the tokens' gradient comes back through those, and the kernel adds its own: summed up by
+    autograd, each layer would read and write a gradient of all tokens once more.
+    """
+    name = backends.select(describe("token_attention", (rows, tokens)), backend)
+    if name != "triton" or backends.is_traced():
+        return token_attention(rows, tokens, name), tokens
+    return cast(tuple[Tensor, Tensor], _Attend.apply(rows, tokens, name))
+
+
+class _Attend(torch.autograd.Function):  # no operator: those may not hand on what they are handed
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, tokens: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+        ctx.backend = backend
+        ctx.set_materialize_grads(False)
+        gathered, lse = autograd.token_attention(rows, tokens, backend)
+        ctx.save_for_backward(rows, tokens, gathered, lse)
+        return gathered, tokens
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dgathered: Tensor | None, dtokens: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dgathered is None:
+            return None, dtokens, None
+        rows, tokens, gathered, lse = ctx.saved_tensors
+        return *attend_backward(dgathered, rows, tokens, gathered, lse, dtokens, ctx.backend), None
+
+
+@operator
+def attend_backward(
+    dgathered: Tensor, rows: Tensor, tokens: Tensor, gathered: Tensor, lse: Tensor, before: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    return _backend(backend).token_attention_bwd(dgathered, rows, tokens, gathered, lse, before)
+
+
+@shapes_of(attend_backward)
+def _(dgathered: Tensor, rows: Tensor, tokens: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return contiguous_like(rows), contiguous_like(tokens)
+
+
 class PartsBackend(backends.Backend, Protocol):
     """A backend that serves these parts as well."""
+
+    def token_attention_bwd(
+        self, dgathered: Tensor, rows: Tensor, tokens: Tensor, gathered: Tensor, lse: Tensor,
+        before: Tensor | None = None,
+    ) -> backends.Pair: ...  # fmt: skip
 
     def joint_norm_fwd(self, x: Tensor, eps: float) -> backends.Pair:
         """-> normed over all but the first axis, and 1/σ of each image."""
@@ -130,8 +177,7 @@ def joint_norm(x: Tensor, eps: float = 1e-5, backend: str = "auto") -> Tensor:
     name = backends.select(describe("joint_norm", [x]), backend)
     if name == "reference" or not x.numel():
         return F.layer_norm(x, x.shape[1:], eps=eps)
-    y, _ = joint_norm_operator(x, eps, name)
-    return y
+    return joint_norm_operator(x, eps, name)[0]
 
 
 @operator
@@ -188,8 +234,7 @@ def bias_norm(x: Tensor, bias: Tensor, eps: float = 1e-5, backend: str = "auto")
     name = backends.select(describe("bias_norm", [x]), backend)
     if name == "reference" or not x.numel():
         return F.layer_norm(x + bias.to(x.dtype), x.shape[-1:], eps=eps)
-    y, *_ = bias_norm_operator(x, bias, eps, name)
-    return y
+    return bias_norm_operator(x, bias, eps, name)[0]
 
 
 @operator

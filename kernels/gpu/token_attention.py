@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import launch
 from ._pack import next_power
-from ._tiles import dot, load_rows, store_rows, zero_rows
+from ._tiles import add_rows, dot, load_rows, store_rows, zero_rows
 
 MAX_ROWS, MAX_CELLS = 128, 128 * 128
 """Rows, and rows x width, padded: of the latter the backward holds an fp32 accumulator and two operands."""
@@ -130,11 +130,12 @@ def _token_attention_combine_kernel(
 
 @triton.jit
 def _token_attention_bwd_kernel(
-    dgathered_ptr, rows_ptr, tokens_ptr, gathered_ptr, lse_ptr, dtokens_ptr, drows_ptr, M, T, blocks,
-    D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    dgathered_ptr, rows_ptr, tokens_ptr, gathered_ptr, lse_ptr, before_ptr, dtokens_ptr, drows_ptr, M, T, blocks,
+    D: tl.constexpr, PRECISION: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # Program (part, image): dtokens of its tokens, and its share of drows, transposed [D, rows]. Padded rows carry
-    # rows = dgathered = lse = δ = 0, hence dS = 0, and A = 1 meets dgathered = 0.
+    # Program (part, image): dtokens of its tokens, with those before them where it is to ADD, and its share of drows,
+    # transposed [D, rows]. Padded rows carry rows = dgathered = lse = δ = 0: dS is 0, and A = 1 meets dgathered = 0.
     CHUNKS: tl.constexpr = triton.cdiv(D, BLOCK_D)
     part = tl.program_id(0).to(tl.int64)
     image = tl.program_id(1).to(tl.int64)
@@ -169,6 +170,8 @@ def _token_attention_bwd_kernel(
             dtokens = dtokens + (dot(dscores, rows[c], acc, PRECISION),)
             new_drows = new_drows + (dot(tl.trans(tokens[c]), dscores, drows[c], PRECISION),)
         drows = new_drows
+        if ADD:
+            dtokens = add_rows(dtokens, load_rows(before_ptr + row * D, D, mask_l, D, BLOCK_L, BLOCK_D))
         store_rows(dtokens_ptr + row * D, D, dtokens, mask_l, D, BLOCK_L, BLOCK_D)
     partial = image * tl.num_programs(0) + part
     _store_transposed(drows_ptr + partial * D * BLOCK_M, drows, D, BLOCK_M, BLOCK_D)
@@ -221,14 +224,16 @@ def token_attention_fwd(rows: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def token_attention_bwd(
-    dgathered: Tensor, rows: Tensor, tokens: Tensor, gathered: Tensor, lse: Tensor
+    dgathered: Tensor, rows: Tensor, tokens: Tensor, gathered: Tensor, lse: Tensor, before: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """-> drows like rows, dtokens like tokens (contiguous)."""
+    """-> drows like rows, dtokens like tokens (contiguous), with what their gradient was before added to it."""
     B, M, D = rows.shape
     T = tokens.shape[1]
     tokens = tokens.contiguous()
     config = launch.select(_token_attention_bwd_kernel, tokens, table_width(M, D))
-    values = _values(tokens, M, config, tf32_rows=64)  # 16 or 32 rows spill registers in TF32, 64 do not (Triton 3.9)
+    values = {"ADD": before is not None} | _values(
+        tokens, M, config, tf32_rows=64
+    )  # 16 or 32 rows spill registers in TF32, 64 do not (Triton 3.9)
     block_m = values["BLOCK_M"]
     parts, blocks = launch.split(T, values["BLOCK_L"], B)
     dtokens = torch.empty_like(tokens)
@@ -236,6 +241,7 @@ def token_attention_bwd(
     args = {
         "dgathered_ptr": dgathered.to(tokens.dtype).contiguous(), "rows_ptr": rows.to(tokens.dtype).contiguous(),
         "tokens_ptr": tokens, "gathered_ptr": gathered.contiguous(), "lse_ptr": lse.contiguous(),
+        "before_ptr": dtokens if before is None else before.to(tokens.dtype).contiguous(),
         "dtokens_ptr": dtokens, "drows_ptr": drows, "M": M, "T": T, "blocks": blocks,
     }  # fmt: skip
     launch.run(_token_attention_bwd_kernel, (parts, B), args, values, config)

@@ -195,7 +195,7 @@ def _token_attention_combine(t: _Terms) -> tuple[int, int, int]:
 
 def _token_attention_bwd(t: _Terms) -> tuple[int, int, int]:
     (B, M, S), T = t.of("rows_ptr").shape, t.number("T")
-    requested = t.size("tokens_ptr", "dtokens_ptr", "drows_ptr")
+    requested = t.size("tokens_ptr", "dtokens_ptr", "drows_ptr", *(["before_ptr"] if t.consts["ADD"] else []))
     requested += t.grid[0] * t.size("dgathered_ptr", "gathered_ptr", "lse_ptr")
     requested += t.grid[0] * t.number("blocks") * t.size("rows_ptr", "dgathered_ptr")
     issued = 10 * t.programs * t.number("blocks") * t.BL * t.consts["BLOCK_M"] * t.W

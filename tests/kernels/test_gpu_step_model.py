@@ -162,7 +162,7 @@ def test_a_step_is_walked_to_its_launches(step, clevr6):
 
 def test_a_step_is_few_nodes_and_keeps_tokens_in_16_bits(step):
     """Tokens are [32, 16384, 128]: a copy in fp32 would be 268 MB, and every layer would make one."""
-    assert step.nodes("decoder") <= 300 and step.nodes() <= 800
+    assert step.nodes("decoder") <= 300 and step.nodes() <= 780
     wide = [n for n in step.noted if (torch.float32, (32, 128 * 128, 128)) in zip(n.dtypes, n.shapes, strict=True)]
     assert not wide, wide[0]
 
@@ -190,8 +190,9 @@ def test_biases_and_gelus_of_all_pixels_are_no_operators_of_torch(step):
     """Each is one pass over memory: a sum, an addition or a GELU of its own would be another."""
     rows = 32 * 128 * 128
     whole = [n for n in step.noted if any(s and s.numel() >= 64 * rows for s in map(torch.Size, n.shapes))]
-    names = {n.name for n in whole if not isinstance(n.work, launch.Launch)}
-    assert names and not names & {"gelu", "gelu_backward", "native_layer_norm", "native_layer_norm_backward"}
+    names = [n.name for n in whole if not isinstance(n.work, launch.Launch)]
+    assert names.count("add") == 1  # of the grid's embedding; gradients of the tokens are added by the kernel
+    assert names and not {*names} & {"gelu", "gelu_backward", "native_layer_norm", "native_layer_norm_backward"}
 
 
 def test_the_published_step_stores_the_weights_of_every_head(clevr6):

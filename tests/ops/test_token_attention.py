@@ -15,6 +15,8 @@ from fastslots import ops
 from fastslots.kernels import gpu_backend
 from fastslots.kernels.gpu import launch
 from fastslots.kernels.gpu.token_attention import token_attention_bwd, token_attention_fwd
+from fastslots.ops import reference
+from fastslots.ops.encoder_parts import attend
 from fastslots.records import describe
 from fastslots.testing import (
     INTERPRETED_TOKEN_SHAPES,
@@ -286,3 +288,40 @@ def test_triton_serves_the_public_op(device):
 def test_what_triton_serves(M, S, dtype, reason, device):
     got = gpu_backend.why_not(describe("token_attention", (torch.empty(1, M, S, dtype=dtype, device=device),) * 2))
     assert got is None if reason is None else reason in got
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+def test_layers_add_to_one_gradient_of_the_tokens(dtype, bound, device, monkeypatch):
+    """Through the tokens that each call hands on, and of calls whose result nothing reads; autograd adds none."""
+    gen = torch.Generator().manual_seed(0)
+    make = lambda *shape: torch.randn(shape, generator=gen).to(device)  # noqa: E731
+    first, weights = 0.2 * make(2, 5, 24), make(4, 2, 5, 24)  # small scores: a sharp softmax blows roundings up
+    tokens = make(2, 70, 24).to(dtype)
+
+    def run(attend, tokens, rows):
+        tokens, rows = tokens.clone().requires_grad_(), rows.clone().requires_grad_()
+        passed, x, total = tokens, rows, 0.0
+        for i, weight in enumerate(weights):
+            gathered, passed = attend(x.to(tokens.dtype), passed)
+            if i != 2:  # the third layer's result is read by no one
+                x = x + 0.3 * gathered.to(x.dtype)
+                total = total + (x * weight.to(x)).sum()
+        total = total + (passed.to(x.dtype) * 0.1).sum()  # somebody reads the tokens after the last layer
+        return total, *torch.autograd.grad(total, (tokens, rows))
+
+    def plain(rows, tokens):
+        return reference.token_attention(rows, tokens), tokens
+
+    added, real = [], launch.run
+
+    def noted(kernel, grid, args, constexprs, config):
+        if launch.kernel_name(kernel) == "token_attention_bwd":
+            added.append(constexprs["ADD"])
+        real(kernel, grid, args, constexprs, config)
+
+    monkeypatch.setattr(launch, "run", noted)
+    got = run(lambda rows, tokens: attend(rows, tokens, "triton"), tokens, first)
+    want = run(plain, tokens.double(), first.double())
+    for a, b in zip(got[1:], want[1:], strict=True):
+        assert (a.double() - b).abs().max() <= bound * b.abs().max()
+    assert added == [True, True, True]
