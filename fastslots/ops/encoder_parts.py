@@ -104,7 +104,8 @@ def attend(rows: Tensor, tokens: Tensor, backend: str = "auto") -> tuple[Tensor,
     name = backends.select(describe("token_attention", (rows, tokens)), backend)
     if name != "triton" or backends.is_traced():
         return token_attention(rows, tokens, name), tokens
-    return cast(tuple[Tensor, Tensor], _Attend.apply(rows, tokens, name))
+    gathered, passed = _Attend.apply(rows, tokens, name)  # type: ignore[no-untyped-call]  # torch's
+    return gathered, passed
 
 
 class _Attend(torch.autograd.Function):  # no operator: those may not hand on what they are handed
@@ -117,7 +118,6 @@ class _Attend(torch.autograd.Function):  # no operator: those may not hand on wh
         return gathered, tokens
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dgathered: Tensor | None, dtokens: Tensor | None) -> tuple[Tensor | None, ...]:
         if dgathered is None:
             return None, dtokens, None

@@ -325,3 +325,11 @@ def test_layers_add_to_one_gradient_of_the_tokens(dtype, bound, device, monkeypa
     for a, b in zip(got[1:], want[1:], strict=True):
         assert (a.double() - b).abs().max() <= bound * b.abs().max()
     assert added == [True, True, True]
+
+
+def test_layers_that_add_refuse_second_derivatives(device):
+    rows, tokens = torch.ones(1, 2, 8, device=device, requires_grad=True), torch.ones(1, 4, 8, device=device)
+    gathered, _ = attend(rows, tokens, "triton")
+    (grad,) = torch.autograd.grad(gathered.square().sum(), rows, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        grad.sum().backward()
