@@ -98,15 +98,6 @@ def zero_rows(ROWS: tl.constexpr, COLUMNS: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def add_rows(rows, more):
-    """rows + more, in fp32."""
-    out = ()
-    for c in tl.static_range(len(rows)):
-        out = out + (rows[c].to(tl.float32) + more[c].to(tl.float32),)
-    return out
-
-
-@triton.jit
 def bias_rows(rows, bias_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """rows + bias, in fp32."""
     out = ()

@@ -171,7 +171,8 @@ def _token_attention_bwd_kernel(
             new_drows = new_drows + (dot(tl.trans(tokens[c]), dscores, drows[c], PRECISION),)
         drows = new_drows
         if ADD:
-            dtokens = add_rows(dtokens, load_rows(before_ptr + row * D, D, mask_l, D, BLOCK_L, BLOCK_D))
+            before = load_rows(before_ptr + row * D, D, mask_l, D, BLOCK_L, BLOCK_D)
+            dtokens = add_rows(dtokens, before, D, BLOCK_D)
         store_rows(dtokens_ptr + row * D, D, dtokens, mask_l, D, BLOCK_L, BLOCK_D)
     partial = image * tl.num_programs(0) + part
     _store_transposed(drows_ptr + partial * D * BLOCK_M, drows, D, BLOCK_M, BLOCK_D)
