@@ -1,1 +1,1 @@
-"""A run's folder: what lies in it, what is written into it while it goes, and what a person sees meanwhile."""
+"""A run's folder: its files, what a run writes into them as it trains, and what the terminal shows meanwhile."""

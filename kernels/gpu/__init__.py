@@ -1,4 +1,4 @@
-"""Triton kernels and what launches them; ``gpu_backend`` is their door.
+"""Triton kernels and the code that launches them; the rest of the package calls them through ``gpu_backend``.
 
 Importing raises ImportError, which ``explain`` and ``doctor`` show, where there is no Triton or one that is too old.
 """

@@ -1,1 +1,1 @@
-"""What examines the Triton kernels: compiles them for GPUs that are not there, counts what they cost, tunes them."""
+"""Tools for the Triton kernels: they compile them for GPUs that are not present, count their cost and tune them."""

@@ -1,4 +1,4 @@
-"""A training step whose loss and update are a call of a kernel each, where nothing asks for more."""
+"""A training step of two kernel calls, of the loss and of the update, where model and options allow it."""
 
 from fastslots.train.fused.loss import FusedLoss, fused_loss
 from fastslots.train.fused.update import FusedUpdate, fused_update
