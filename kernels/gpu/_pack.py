@@ -230,7 +230,8 @@ def attention_products(dy: Tensor, kept: KeptAttention, G: Tensor) -> tuple[Tens
     def product(a: Tensor, b: Tensor) -> Tensor:
         """Σ over rows of a [N,L,·] and b [N,L,·] -> [N,·,·]."""
         a, b = (t.reshape(len(t) * parts, L // parts, t.shape[2]) for t in (a, b))
-        return matmul_fp32(a.transpose(1, 2), b).unflatten(0, (-1, parts)).sum(1)
+        summed: Tensor = matmul_fp32(a.transpose(1, 2), b).unflatten(0, (-1, parts)).sum(1)
+        return summed
 
     dw_in = product(kept.n, kept.dscores.flatten(2))  # [B or 1, above D, COLUMNS of one or all images]
     dw_in = dw_in.unflatten(2, (-1, columns)).transpose(1, 2).flatten(0, 1)
