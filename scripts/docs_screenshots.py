@@ -82,9 +82,10 @@ def chromium() -> Any:
 
 
 def terminal(browser: Any, screen: pyte.Screen, page: Path) -> Image.Image:
-    """The screen as a browser draws it, without the empty lines at its end."""
+    """The screen from the last evaluation on as a browser draws it, without the empty lines at its end."""
     shown = [y for y, line in enumerate(screen.display) if line.strip() or coloured(screen, y)]
-    lines = ["".join(cell(screen.buffer[y][x]) for x in range(COLUMNS)) for y in range(shown[0], shown[-1] + 1)]
+    first = max((y for y in shown if screen.display[y].startswith("eval at step")), default=shown[0])
+    lines = ["".join(cell(screen.buffer[y][x]) for x in range(COLUMNS)) for y in range(first, shown[-1] + 1)]
     page.write_text(f"<meta charset=utf-8><style>{STYLE}</style><pre>{chr(10).join(lines)}</pre>")
     sized(browser, WIDE, HEIGHT)
     browser.get(page.as_uri())
