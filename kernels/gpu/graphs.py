@@ -6,7 +6,8 @@ second time: shapes that come once (the last batch of an evaluation) cost nothin
 captured (``fastslots.train.device``), it takes the loss in, and nothing here is asked.
 
 On by default for CUDA tensors; ``FASTSLOTS_CUDA_GRAPHS=0`` turns it off. Tests run everything here but
-``capture_cuda`` itself, with a stand-in that calls the function again. **It has not been run on a GPU yet.**
+``capture_cuda`` itself, with a stand-in that calls the function again; ``tests/kernels/test_on_gpu.py`` compares a
+captured loss with its operators where there is a GPU.
 """
 
 from __future__ import annotations
