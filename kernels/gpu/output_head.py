@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastslots.records import OutputHead
 
-from ._pack import matmul_fp32, pad_rows, round_up
+from ._pack import matmul_fp32, pad_rows, pitch, round_up
 from .passes.bias_gelu import bias_gelu_bwd, bias_gelu_fwd
 from .passes.row_norm import row_norm_bwd, row_norm_fwd
 
@@ -75,7 +75,7 @@ def output_head_fwd(x: Tensor, head: PackedHead, eps: float) -> tuple[Tensor, Sa
 def output_head_bwd(
     dpixels: Tensor, head: PackedHead, saved: SavedHead, need: bool
 ) -> tuple[Tensor, OutputHead | None]:
-    """-> dx and, where there is need, the head's gradients in fp32. Empties ``saved`` as it goes."""
+    """-> dx, as wide as ``pitch``, and, where there is need, the head's gradients in fp32. Empties ``saved``."""
     x, mean, rstd, inputs, sums = saved
     dweights: list[Tensor] = []
     dbiases: list[Tensor] = [dpixels.sum(0, dtype=torch.float32)] if need else []
@@ -90,5 +90,5 @@ def output_head_bwd(
             d, dbias = bias_gelu_bwd(d, sums.pop(), head.biases[i - 1])
             if need:
                 dbiases.insert(0, dbias[: head.shapes[i - 1][0]])
-    dx, of_norm = row_norm_bwd(d, x, head.norm_weight, mean, rstd, affine=True)
+    dx, of_norm = row_norm_bwd(d, x, head.norm_weight, mean, rstd, affine=True, dx_pitch=pitch(x.shape[-1]))
     return dx, OutputHead(of_norm[0], of_norm[1], dweights, dbiases) if need else None

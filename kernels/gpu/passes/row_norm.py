@@ -24,15 +24,24 @@ def _wide(rows):
 
 
 @triton.jit
+def _inside(rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """rows, zeros past column D."""
+    out = ()
+    for c in tl.static_range(len(rows)):
+        row = rows[c]
+        if (c + 1) * BLOCK_D > D:
+            row = tl.where((c * BLOCK_D + tl.arange(0, BLOCK_D) < D)[None, :], row, 0.0)
+        out = out + (row,)
+    return out
+
+
+@triton.jit
 def _centred(rows, mean, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """rows − mean, zeros past column D."""
     out = ()
     for c in tl.static_range(len(rows)):
-        deviation = rows[c] - mean[:, None]
-        if (c + 1) * BLOCK_D > D:
-            deviation = tl.where((c * BLOCK_D + tl.arange(0, BLOCK_D) < D)[None, :], deviation, 0.0)
-        out = out + (deviation,)
-    return out
+        out = out + (rows[c] - mean[:, None],)
+    return _inside(out, D, BLOCK_D)
 
 
 @triton.jit
@@ -89,10 +98,11 @@ def _row_norm_fwd_kernel(
 @triton.jit
 def _row_norm_bwd_kernel(
     dy_ptr, x_ptr, vector_ptr, mean_ptr, rstd_ptr, dx_ptr, sums_ptr, rows, blocks,
-    D: tl.constexpr, PITCH: tl.constexpr, AFFINE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, PITCH: tl.constexpr, DX: tl.constexpr, AFFINE: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # Program: a part of the rows. The vector is γ, or without an affine part the bias. Sums of columns, [1 or 2, D] a
-    # program: AFFINE dγ and dβ, else db.
+    # program: AFFINE dγ and dβ, else db. PITCH, DX: columns of a row of dy and of dx, zeros past the first D.
     CHUNKS: tl.constexpr = triton.cdiv(D, BLOCK_D)
     part = tl.program_id(0).to(tl.int64)
     first_sums = zero_rows(BLOCK_L, BLOCK_D, CHUNKS)
@@ -124,7 +134,7 @@ def _row_norm_bwd_kernel(
                 new_first = new_first + (first_sums[c] + dx[c],)
                 new_second = new_second + (second_sums[c],)
         first_sums, second_sums = new_first, new_second
-        store_rows(dx_ptr + start * D, D, dx, mask_l, D, BLOCK_L, BLOCK_D)
+        store_rows(dx_ptr + start * DX, DX, _inside(dx, D, BLOCK_D), mask_l, DX, BLOCK_L, BLOCK_D)
     for c in tl.static_range(CHUNKS):
         offs_d = c * BLOCK_D + tl.arange(0, BLOCK_D)
         if AFFINE:
@@ -167,21 +177,22 @@ def row_norm_fwd(
 
 
 def row_norm_bwd(
-    dy: Tensor, x: Tensor, vector: Tensor, mean: Tensor, rstd: Tensor, affine: bool
+    dy: Tensor, x: Tensor, vector: Tensor, mean: Tensor, rstd: Tensor, affine: bool, dx_pitch: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """dy [..., pitch], in whose columns past D are zeros -> dx like x (contiguous); sums of columns, fp32: [2, D] of
-    dγ and dβ where it is affine (vector: γ), else [1, D] of the bias (vector: the bias)."""
+    """dy [..., pitch], in whose columns past D are zeros -> dx [..., dx_pitch or D], zeros past column D; sums of
+    columns, fp32: [2, D] of dγ and dβ where it is affine (vector: γ), else [1, D] of the bias (vector: the bias)."""
     x, dy = x.contiguous(), dy.to(x.dtype).contiguous()
-    dx, D, pitch = torch.empty_like(x), x.shape[-1], dy.shape[-1]
+    D, pitch = x.shape[-1], dy.shape[-1]
+    dx = x.new_empty(*x.shape[:-1], dx_pitch or D)
     rows = x.numel() // max(D, 1)
-    config = _config(pitch)
+    config = _config(max(pitch, dx.shape[-1]))
     parts, blocks = launch.split(rows, config.block_l, 1, PROGRAMS)
     sums = x.new_empty(parts, 2 if affine else 1, D, dtype=torch.float32)
     args = {
         "dy_ptr": dy, "x_ptr": x, "vector_ptr": vector.contiguous(), "mean_ptr": mean, "rstd_ptr": rstd, "dx_ptr": dx,
         "sums_ptr": sums, "rows": rows, "blocks": blocks,
     }  # fmt: skip
-    values = _values(config, D, pitch, affine)
+    values = {"DX": dx.shape[-1]} | _values(config, D, pitch, affine)
     launch.run(_row_norm_bwd_kernel, (parts,), args, values, config)
     return dx, sums.sum(0)
 
