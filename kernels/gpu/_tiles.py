@@ -69,7 +69,7 @@ def store_rows_and_one(ptr, rows, mask_l, D: tl.constexpr, BLOCK_L: tl.constexpr
         if (c + 1) * BLOCK_D <= D:
             tl.store(ptr + offs, rows[c], mask=mask_l[:, None])
         else:
-            value = tl.where((offs_d == D)[None, :], 1.0, rows[c]).to(ptr.dtype.element_ty)
+            value = tl.where((offs_d == D)[None, :], 1.0, rows[c].to(tl.float32)).to(ptr.dtype.element_ty)
             tl.store(ptr + offs, value, mask=mask_l[:, None] & (offs_d < PITCH)[None, :])
     if D % BLOCK_D == 0:
         store_one(ptr + D, PITCH, mask_l, BLOCK_L)

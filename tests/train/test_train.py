@@ -153,7 +153,7 @@ def test_images_have_masks_all_or_none(tmp_path):
 def test_what_a_run_opened_is_closed_where_it_cannot_begin(tmp_path, monkeypatch):
     closed = []
     for name in ("MetricsLog", "Writer"):
-        monkeypatch.setattr(getattr(recorder, name), "close", lambda self, name=name: closed.append(name))
+        monkeypatch.setattr(getattr(recorder, name), "close", lambda self, *_, name=name: closed.append(name))
     monkeypatch.setattr(recorder.Recorder, "announce", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         fit(tiny(), out=tmp_path)
