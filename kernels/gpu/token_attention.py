@@ -232,9 +232,8 @@ def token_attention_bwd(
     T = tokens.shape[1]
     tokens = tokens.contiguous()
     config = launch.select(_token_attention_bwd_kernel, tokens, table_width(M, D))
-    values = {"ADD": before is not None} | _values(
-        tokens, M, config, tf32_rows=64
-    )  # 16 or 32 rows spill registers in TF32, 64 do not (Triton 3.9)
+    # 16 or 32 rows spill registers in TF32, 64 do not (Triton 3.9).
+    values = {"ADD": before is not None} | _values(tokens, M, config, tf32_rows=64)
     block_m = values["BLOCK_M"]
     parts, blocks = launch.split(T, values["BLOCK_L"], B)
     dtokens = torch.empty_like(tokens)
