@@ -30,14 +30,23 @@ class TrainStep:
             winograd=os.environ.get("FASTSLOTS_WINOGRAD", "1") != "0",
         )
 
-    def run(self, images: Tensor, draws: StepDraws, weights: tuple[float, float, float]) -> tuple[float, float, float]:
+    def run(
+        self,
+        images: Tensor,
+        draws: StepDraws,
+        weights: tuple[float, float, float],
+        seeds: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[float, float, float]:
         noise, pixels, pixel_weight, keys, first, count = draws
+        picks, seen = seeds or (None, None)
         recon, kl, interaction = weights
         terms: tuple[float, float, float] = self._step.run(
             images=plain(images, self._dtype),
             noise=None if noise is None else plain(noise, self._dtype),
             pixels=None if pixels is None else pixels.contiguous(),
             pixel_weight=None if pixel_weight is None else plain(pixel_weight, self._dtype),
+            picks=None if picks is None else picks.contiguous(),
+            seen=None if seen is None else plain(seen, self._dtype),
             keys=keys,
             first_image=first,
             count=count,

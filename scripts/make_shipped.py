@@ -1,14 +1,16 @@
 """Makes a model that ships with the package, from a seed, and the scores of further seeds beside it.
 
-    python scripts/make_shipped.py sprites-mini --seeds 0,1,2 [--steps N] [--data DATA]
+    python scripts/make_shipped.py sprites-mini --seeds 0,1,2 [--steps N] [--data DATA] [--mix DATA]
 
 Trains the preset with each seed on one thread (the same version, processor and torch give the same bits), scores
 the last weights on the test split with mean latents, and writes into fastslots/runs/shipped/PRESET
 
-    config.json          the first seed's configuration, without paths of this machine
+    config.json          the first seed's configuration, without paths of this machine: where only what was mixed in is
+                         built in, that is its data, so that `fastslots eval` and `explore` need no other
     model.safetensors    its weights; the metadata hold the model's configuration and these scores
-    seeds.json           test scores of every seed, and the curve of its validation scores; as "earlier" those of other
-                         seeds that the file had, which an earlier version trained
+    seeds.json           test scores of every seed ("mix_test": on the test images of what was mixed in), and the curve
+                         of its validation scores; as "earlier" those of other seeds that the file had, which an
+                         earlier version trained
 
 Runs that are complete in --runs already are not trained again.
 """
@@ -48,24 +50,30 @@ def scored(folder: RunFolder, images: int) -> dict[str, Any]:
     if kept.is_file():
         return folder.read_json(kept)
     config = folder.read_config()
-    split = open_source(config).splits["test"][: images or None]
-    scores = evaluate(SlotVAE.from_run(folder.path, "last"), split).scores()
+    model, sets = SlotVAE.from_run(folder.path, "last"), {"test": config}
+    if config.mix:
+        sets["mix_test"] = replace(config, data=config.mix, mix="")
+    tests = {name: _test_scores(model, of, images) for name, of in sets.items()}
     curve = [{key: round(line[key], 4) for key in ("step", "j_ari", "jis")} for line in read_metrics(folder.metrics)[1]]
-    test = {key: round(scores[key], 4) if isinstance(scores[key], float) else scores[key] for key in KEPT}
-    write_json(kept, {"seed": config.seed, "steps": config.steps, "test": test, "validation": curve})
+    write_json(kept, {"seed": config.seed, "steps": config.steps, **tests, "validation": curve})
     return folder.read_json(kept)
 
 
-def main(preset: str, seeds: list[int], runs: Path, out: Path, data: str = "", images: int = 0, **fields: Any) -> Path:
-    """Train, score, write; returns the folder of the model that ships."""
-    given = {"data": data, **fields} if data else fields
+def _test_scores(model: SlotVAE, config: TrainConfig, images: int) -> dict[str, Any]:
+    scores = evaluate(model, open_source(config).splits["test"][: images or None]).scores()
+    return {key: round(scores[key], 4) if isinstance(scores[key], float) else scores[key] for key in KEPT}
+
+
+def main(preset: str, seeds: list[int], runs: Path, out: Path, images: int = 0, **given: Any) -> Path:
+    """Train with the fields ``given`` beside the preset's, score, write; returns the folder of the model that ships."""
     folders = []
     for seed in seeds:
         config = TrainConfig.preset(preset, preset_name=preset, seed=seed, threads=1, **given)
         folders.append(trained(config, runs / f"{preset}-seed-{seed}"))
     scores = [scored(folder, images) for folder in folders]
-    data = folders[0].read_config().data
-    kept = replace(folders[0].read_config(), data=data if data in BUILTIN else "", threads=0, init_from="")
+    config = folders[0].read_config()
+    data, mix = (value if value in BUILTIN else "" for value in (config.data, config.mix))
+    kept = replace(config, data=data or mix, mix=mix if data else "", threads=0, init_from="")
     made = RunFolder(out / preset)
     write_atomic(made.last_weights, SlotVAE.from_run(folders[0].path, "last").weights_bytes(scores[0]))
     write_atomic(made.config, f"{kept.to_json()}\n".encode())
@@ -81,13 +89,14 @@ if __name__ == "__main__":
     parser.add_argument("preset")
     parser.add_argument("--seeds", default="0,1,2", help="the first one's weights ship (default 0,1,2)")
     parser.add_argument("--data", default="", help="for presets of data that are not built in")
+    parser.add_argument("--mix", default="", help="as of `fastslots train`")
     parser.add_argument("--steps", type=int, help="default: the preset's")
     parser.add_argument("--images", type=int, default=0, help="test images that are scored (default 0: all)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept (default runs/)")
     parser.add_argument("--out", type=Path, default=SHIPPED, help="default: the package's own folder")
     args = parser.parse_args()
     args.out.joinpath(args.preset).mkdir(parents=True, exist_ok=True)
-    fields = {"steps": args.steps} if args.steps else {}
+    fields = {name: getattr(args, name) for name in ("steps", "data", "mix") if getattr(args, name)}
     seeds = [int(seed) for seed in args.seeds.split(",")]
-    made = main(args.preset, seeds, args.runs, args.out, args.data, args.images, **fields)
+    made = main(args.preset, seeds, args.runs, args.out, args.images, **fields)
     print(f"{made}: {sum(path.stat().st_size for path in made.iterdir()):,} bytes")

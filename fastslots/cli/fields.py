@@ -28,10 +28,13 @@ COMMON = {
 }
 """By the heading of the help: fields that `--help` describes, in this order."""
 RARE = {
-    "data": ("objects", "augment", "augment_crop", "augment_colour", "holdout", "on_bad_record", "ignore_label"),
+    "data": (
+        "mix", "mix_share", "objects", "augment", "augment_crop", "augment_colour", "holdout", "on_bad_record",
+        "ignore_label",
+    ),
     "loss": ("sigma", "jacobian_weight", "jacobian_pixels"),
     "evaluation and records": ("eval_images", "eval_batch", "keep_checkpoints", "log_every", "tensorboard"),
-}
+}  # fmt: skip
 """Others that have a heading of their own; the rest stand under "model" or "training", whichever they are fields of."""
 SHOWN = 24  # characters of a value in the help
 WIDEST, HELP_AT = 100, 26  # columns of the help; where the text of a flag begins

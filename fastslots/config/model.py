@@ -49,7 +49,8 @@ class SlotVAEConfig:
     encoder_heads: int = option("heads of the encoder's attentions", 4)
     queries: str = option(
         "the encoder's first queries: 'learned' (as published), 'seeded' (also of places that differ from the image's "
-        "ground and from one another) or 'sampled' (from a learned Gaussian)",
+        "ground and from one another), 'seeded-surface' (the same with a ground whose colours vary smoothly) or "
+        "'sampled' (from a learned Gaussian)",
         "learned",
     )
     token_hidden: int = option("hidden width of the token MLP; 0: the encoder's width", 0)
@@ -133,7 +134,7 @@ class SlotVAEConfig:
         self._choice("encoder", ("transformer", "slot-attention"))
         self._choice("decoder", ("transformer", "broadcast"))
         self._choice("cnn_stride", (1, 2, 4, 8, 16))
-        self._choice("queries", ("learned", "seeded", "sampled"))
+        self._choice("queries", ("learned", "seeded", "seeded-surface", "sampled"))
         zero_allowed = ("encoder_width", "token_hidden", "slot_attention_hidden")
         positive = (
             "resolution", "channels", "num_slots", "slot_dim", "cnn_channels", "cnn_kernel", "encoder_layers",
@@ -152,7 +153,7 @@ class SlotVAEConfig:
             raise UserError(f"resolution {self.resolution} must be a multiple of cnn_stride {self.cnn_stride}")
         if self.cnn_kernel % 2 == 0:
             raise UserError(f"cnn_kernel must be odd, got {self.cnn_kernel}")
-        if self.queries == "seeded":
+        if self.queries.startswith("seeded"):
             self._check_seeds()
         if self.encoder == "transformer":
             self._divides("encoder_heads", "token_width")
@@ -169,10 +170,11 @@ class SlotVAEConfig:
 
     def _check_seeds(self) -> None:
         if self.input != "pixels":
-            raise UserError("queries 'seeded' looks at an image's colours, and features have none: choose learned")
+            looks = f"queries {self.queries!r} looks at an image's colours"
+            raise UserError(f"{looks}, and features have none: choose learned")
         if self.num_slots > self.patch_side**2:
             raise UserError(
-                f"queries 'seeded' needs a patch for each of num_slots {self.num_slots}, and resolution "
+                f"queries {self.queries!r} needs a patch for each of num_slots {self.num_slots}, and resolution "
                 f"{self.resolution} with cnn_stride {self.cnn_stride} has {self.patch_side**2}: ask for fewer slots"
             )
 

@@ -46,6 +46,8 @@ class TrainConfig(SlotVAEConfig):
     preset_name: str = option("the preset that the run started from (a label)", "")
     model: str = option("a model of your own: package.module:build, where build(config) gives a SlotVAE", "")
     data: str = option(f"built-in data ({', '.join(BUILTIN)}), or the path of a data set", "sprites")
+    mix: str = option("further data, built-in or a path, that are mixed into training alone; empty: none", "")
+    mix_share: float = option("their share of the training images", 0.67)
     max_objects: int = option("drop scenes with more objects than this; 0 keeps all", 0)
     objects: str = option(
         "objects of a built-in scene, A-B such as 2-3; empty: 2 to one fewer than num_slots, at most 4 (scenes: 3-6)",
@@ -117,6 +119,10 @@ class TrainConfig(SlotVAEConfig):
                 raise UserError(f"log_to must name {', '.join(TRACKERS)}, got {name!r}")
         self.builtin_objects()
         self._check_augmentations()
+        if not 0 < self.mix_share < 1:
+            raise UserError(f"mix_share must be above 0 and below 1, got {self.mix_share}")
+        if self.mix and self.input != "pixels":
+            raise UserError("mix adds pictures, and this model reads features: leave it out")
         if self.threads > MOST_THREADS:
             raise UserError(f"threads must be at most {MOST_THREADS}, got {self.threads}: 0 is one a core")
         self._at_least(1, "steps", "batch_size", "accumulate", "eval_batch", "keep_checkpoints", "log_every")
@@ -182,10 +188,9 @@ class TrainConfig(SlotVAEConfig):
 
     def resolved(self) -> TrainConfig:
         """The same with local paths that hold in every working directory, and the precision that this device takes."""
-        named = self.data in ("", *BUILTIN) or "://" in self.data or self.data.startswith(GIVEN)
-        data = self.data if named else str(Path(self.data).absolute())
+        places = {name: _absolute(getattr(self, name)) for name in ("data", "mix")}
         init_from = str(Path(self.init_from).absolute()) if self.init_from else ""
-        return dataclasses.replace(self, data=data, init_from=init_from, precision=self._precision())
+        return dataclasses.replace(self, **places, init_from=init_from, precision=self._precision())
 
     def _precision(self) -> str:
         if self.precision != "auto":
@@ -215,6 +220,12 @@ class TrainConfig(SlotVAEConfig):
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
+
+
+def _absolute(data: str) -> str:
+    """A data set's local path from the root; what is no such path as it is."""
+    named = data in ("", *BUILTIN) or "://" in data or data.startswith(GIVEN)
+    return data if named else str(Path(data).absolute())
 
 
 def optimizer_class(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastslots.data.packed.dataset import DatasetInfo
+from fastslots.errors import UserError
 
 
 @runtime_checkable
@@ -74,6 +76,67 @@ class Split:
             return self.rows.start + self.rows.step * places
         numbers: np.ndarray = self.rows[places]
         return numbers
+
+
+class MixedScenes:
+    """Scenes of two splits, the second's by ``share`` of all: a ``SceneDataset`` to draw training images from.
+
+    Every scene of both is there, those of one of them several times; drawn without an end, the two come as the share
+    says. There are no factors, for the two may tell different ones.
+
+    Raises UserError where images of the two differ in shape or type.
+    """
+
+    def __init__(self, first: Split, second: Split, share: float):
+        self._first, self._second = first, second
+        size = math.ceil(max(len(second) / share, len(first) / (1 - share)))
+        self._cut = round((1 - share) * size)  # before it is the first's
+        self._size = size
+        own, other = ((image.shape[1:], image.dtype) for image, _ in (part[:1].read() for part in (first, second)))
+        if own != other:
+            raise UserError(
+                f"mix: its images are {list(other[0])} of {other[1]}, those of data {list(own[0])} of {own[1]}: "
+                f"name sets of one kind"
+            )
+
+    @property
+    def info(self) -> DatasetInfo | None:
+        return self._first.dataset.info if self._second.dataset.info else None
+
+    @property
+    def by_range(self) -> bool:
+        return self._first.dataset.by_range or self._second.dataset.by_range
+
+    @property
+    def ignore_label(self) -> int | None:
+        return self._first.ignore_label
+
+    def __len__(self) -> int:
+        return self._size
+
+    def batch(self, indices: np.ndarray, masks: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
+        """As ``SceneDataset.batch``; no masks where one of the two has none."""
+        indices = np.asarray(indices)
+        firsts = indices < self._cut
+        parts = [(self._first, firsts, 0), (self._second, ~firsts, self._cut)]
+        read = [(rows, *of.read((indices[rows] - start) % len(of), masks)) for of, rows, start in parts if rows.any()]
+        images, labels = (_put_together(len(indices), [(part[0], part[i]) for part in read]) for i in (1, 2))
+        assert images is not None
+        return images, labels
+
+    def factors_of(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        return {}
+
+
+def _put_together(count: int, parts: list[tuple[np.ndarray, Tensor | None]]) -> np.ndarray | None:
+    """One array of parts, each with its rows (bool [count]); None where one has nothing."""
+    arrays = [part.numpy() for _, part in parts if part is not None]
+    if len(arrays) < len(parts):
+        return None
+    whole = np.empty((count, *arrays[0].shape[1:]), np.result_type(*arrays))
+    for (rows, _), array in zip(parts, arrays, strict=True):
+        whole[rows] = array
+    return whole
 
 
 def read_rows(

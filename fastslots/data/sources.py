@@ -15,7 +15,7 @@ from fastslots.config.run import TrainConfig
 from fastslots.data import SpritesDataset, split_indices, to_float
 from fastslots.data.builtin import BUILTIN, TexturedSpritesDataset, generate
 from fastslots.data.builtin.sprites import FACTORS
-from fastslots.data.dataset import SceneDataset, Split
+from fastslots.data.dataset import MixedScenes, SceneDataset, Split
 from fastslots.data.factors import factor_format, numbered_objects
 from fastslots.data.holdout import Holdout
 from fastslots.data.map_style import MapStyleDataset, as_scenes, check_map_style, look_at
@@ -58,6 +58,22 @@ def open_source(config: TrainConfig, dataset: Any = None, few: bool = False) -> 
         return source
     splits = {name: replace(split, unscored=config.ignore_label) for name, split in source.splits.items()}
     return replace(source, splits=splits)
+
+
+def training_source(config: TrainConfig, dataset: Any = None) -> Source:
+    """As ``open_source``, looked at (``looked_at``), and with the images of ``config.mix`` among those that train.
+
+    Validation and test images are those of ``config.data`` alone.
+    """
+    source = looked_at(open_source(config, dataset), config)
+    if config.mix in ("", config.data):
+        return source
+    other = open_source(replace(config, data=config.mix, mix=""))
+    mixed = MixedScenes(source.splits["train"], other.splits["train"], config.mix_share)
+    train = Split(mixed, range(len(mixed)))
+    description = f"{source.description}\nmixed     {config.mix_share:.0%} of the training images: {other.description}"
+    warnings = [*source.warnings, *other.warnings]
+    return replace(source, description=description, warnings=warnings, splits=source.splits | {"train": train})
 
 
 def _opened(config: TrainConfig, dataset: Any, few: bool) -> Source:

@@ -14,6 +14,11 @@ from torch import Tensor
 from fastslots.config.model import SlotVAEConfig
 from fastslots.models.layers import grid
 
+SURFACE_SIDE, SURFACE_ITERATIONS, SURFACE_SCALE = 16, 10, 0.06
+"""Of the fit of a smooth ground: most patches along a side, steps, and the distance in colour at which a patch counts
+half."""
+SEED_LEVEL, BRIGHTNESS, PLACE = 0.3, 0.2, 0.5
+"""Of seeds that differ from such a ground: how far from it counts half, and the weights of brightness and place."""
 TIE = 1e-6
 """Added to a patch's distance from the ground, so that seeds left over (an image of one colour has K of them) spread
 over the picture, where a product that is 0 everywhere would give every one of them the first patch."""
@@ -104,7 +109,7 @@ class SeededQueries(nn.Module):
 
     def forward(self, learned: Tensor, images: Tensor, tokens: Tensor, noise: Tensor | None) -> Tensor:
         """As ``LearnedQueries.forward``."""
-        seeds, seen = self._look(images.to(learned.dtype))
+        seeds, seen = self.look(images.to(learned.dtype))
         # The token is picked by a product: seeds share tokens, and the gradient of an index adds those with atomics
         # on GPUs, in any order.
         under = self.token_of[seeds][..., None] == torch.arange(tokens.shape[1], device=tokens.device)
@@ -116,22 +121,58 @@ class SeededQueries(nn.Module):
         self, learned: Tensor, images: Tensor, noise: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """As ``LearnedQueries.before_tokens``."""
-        seeds, seen = self._look(images.to(learned.dtype))
+        picks, seen = self.tokens_and_looks(images.to(learned.dtype))
         of_token, of_patch = self.projection.weight.split([learned.shape[2], seen.shape[2]], 1)
         # No matrix product: that of the weight's gradient is cut by the number of threads, and so are its roundings.
-        return learned + (seen[:, :, None] * of_patch).sum(-1), self.token_of[seeds], of_token
+        return learned + (seen[:, :, None] * of_patch).sum(-1), picks, of_token
 
-    def _look(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def tokens_and_looks(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The token under each seed, int64 [B, K], and what ``look`` sees there."""
+        seeds, seen = self.look(images)
+        return self.token_of[seeds], seen
+
+    def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Seeds [B, K] int64, and what is seen at each: colour, place and distance, [B, K, C + 3]."""
         patches = patch_features(images, self.places)  # [B, C + 2, P²]
-        seeds, distances = farthest_patches(patches.detach(), self.slots)
+        seeds, distances = self.seeds(patches.detach())
         seen = patches.gather(2, seeds[:, None].expand(-1, patches.shape[1], -1)).transpose(1, 2)
         return seeds, torch.cat([seen, distances[..., None]], -1)
+
+    def seeds(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """patches [B, C + 2, P²] -> seeds, int64 [B, K], and the distance of each from those before it, [B, K]."""
+        return farthest_patches(patches, self.slots)
+
+
+class SurfaceSeededQueries(SeededQueries):
+    """As ``SeededQueries``, with seeds that differ from a smooth surface of colours, as a lit floor has, rather than
+    from one colour, and that take shades of one colour for the same object (``farthest_from_surface``)."""
+
+    basis: Tensor
+    fine_basis: Tensor
+
+    def __init__(self, config: SlotVAEConfig):
+        super().__init__(config)
+        coarse = self.side
+        while coarse > SURFACE_SIDE and coarse % 2 == 0:
+            coarse //= 2
+        self.ratio = self.side // coarse
+        basis, R = torch.linalg.qr(polynomials(grid(coarse).double()))
+        fine = torch.linalg.solve_triangular(R, polynomials(grid(self.side).double()), upper=True, left=False)
+        self.register_buffer("basis", basis.float(), persistent=False)
+        self.register_buffer("fine_basis", fine.float(), persistent=False)
+
+    def seeds(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``SeededQueries.seeds``."""
+        colours = patches[:, :-2]
+        coarse = F.avg_pool2d(colours.unflatten(2, (self.side, self.side)), self.ratio).flatten(2)
+        surface = smooth_surface(coarse, self.basis.to(coarse.dtype)) @ self.fine_basis.to(coarse.dtype).T
+        return farthest_from_surface(patches, surface, self.slots)
 
 
 KINDS: dict[str, type[LearnedQueries] | type[SeededQueries] | type[SampledQueries]] = {
     "learned": LearnedQueries,
     "seeded": SeededQueries,
+    "seeded-surface": SurfaceSeededQueries,
     "sampled": SampledQueries,
 }
 
@@ -164,6 +205,63 @@ def farthest_patches(patches: Tensor, count: int) -> tuple[Tensor, Tensor]:
         seeds.append(seed)
         distances.append(nearest.gather(1, seed))
         apart = _length(patches - patches.gather(2, seed[:, None].expand(-1, patches.shape[1], -1)))
+        nearest = apart if k == 0 else torch.minimum(nearest, apart)
+    return torch.cat(seeds, 1), torch.cat(distances, 1)
+
+
+def polynomials(yx: Tensor) -> Tensor:
+    """Places in [0, 1], [n, 2] -> 1, y, x, y², yx, x² of each, shifted to [-1, 1]: [n, 6]."""
+    y, x = (2 * yx - 1).unbind(1)
+    return torch.stack([torch.ones_like(y), y, x, y * y, y * x, x * x], 1)
+
+
+def smooth_surface(colours: Tensor, basis: Tensor) -> Tensor:
+    """Coefficients [B, C, n] of the surface in ``basis`` [N, n], of orthonormal columns, that most colours [B, C, N]
+    are near to.
+
+    A robust fit by fixed point iteration from the median colour m: with f the surface's colours and r = c − f,
+
+        f ← projection of f + r / (1 + |r|² / 0.06²) onto the basis
+
+    which is iteratively reweighted least squares of the Cauchy loss, its weights in the residuals rather than in the
+    norm (Huber and Dutter, 1974), so that no linear system is solved and nothing waits for a device.
+    """
+    # A sort gives the median of each channel: torch.median of rows is not deterministic on GPUs.
+    surface = colours.sort(2).values[..., (colours.shape[2] - 1) // 2, None].expand_as(colours)
+    for _ in range(SURFACE_ITERATIONS):
+        apart = colours - surface
+        size = apart.square().sum(1, keepdim=True)
+        coefficients = (surface + apart / (1 + size / SURFACE_SCALE**2)) @ basis
+        surface = coefficients @ basis.T
+    return coefficients
+
+
+def farthest_from_surface(patches: Tensor, surface: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Seeds by farthest-first traversal, weighted by the distance from a ground whose colours vary.
+
+    With r_p = |c_p − surface_p| the next seed is
+
+        argmax_p r_p / (r_p + 0.3) · min_s |(c', ½y, ½x)_p − (c', ½y, ½x)_s|        c' = c − 0.8 · mean of c's channels
+
+    over the seeds s before it; for the first the second factor is 1. Brightness counts less than colour in c', since an
+    object has a bright and a dark side, and the first factor levels off, so that pale objects count nearly as much as
+    vivid ones.
+
+    patches: [B, C + 2, P²] as ``patch_features`` gives. surface: [B, C, P²]. Returns the seeds, int64 [B, count], and
+    the second factor of each, [B, count]. Nothing waits for the device.
+    """
+    colours = patches[:, :-2]
+    apart = (colours - surface).square().sum(1).sqrt()
+    weight = apart / (apart + SEED_LEVEL) + TIE  # [B, P²]
+    shades = colours - (1 - BRIGHTNESS) * colours.mean(1, keepdim=True)
+    features = torch.cat([shades, PLACE * patches[:, -2:]], 1)
+    nearest, seeds, distances = torch.ones_like(weight), [], []
+    for k in range(count):
+        seed = (weight * nearest).argmax(1, keepdim=True)  # [B, 1]
+        seeds.append(seed)
+        distances.append(nearest.gather(1, seed))
+        of_seed = features.gather(2, seed[:, None].expand(-1, features.shape[1], -1))
+        apart = (features - of_seed).square().sum(1).sqrt()
         nearest = apart if k == 0 else torch.minimum(nearest, apart)
     return torch.cat(seeds, 1), torch.cat(distances, 1)
 

@@ -158,9 +158,16 @@ class EncoderBackend(Backend, Protocol):
 class StepFunction(Protocol):
     """Loss and gradients of a model in one call."""
 
-    def run(self, images: Tensor, draws: StepDraws, weights: tuple[float, float, float]) -> tuple[float, float, float]:
+    def run(
+        self,
+        images: Tensor,
+        draws: StepDraws,
+        weights: tuple[float, float, float],
+        seeds: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[float, float, float]:
         """images [B, C, R, R] -> recon, kl and interaction, unweighted; the gradients of ``weights`` times those are
-        written."""  # fmt: skip
+        written. seeds: of a model with seeds, the token under each, int64 [B, K], and what is seen there,
+        [B, K, C + 3]; None: the kernel chooses them as ``models.queries.farthest_patches`` does."""  # fmt: skip
 
 
 class UpdateFunction(Protocol):

@@ -101,6 +101,7 @@ def held_out_images(folder: RunFolder, config: TrainConfig) -> Split:
 
 def other_data(folder: RunFolder, source: Source) -> str:
     """Why ``source`` is not what the run was trained on: then its data came from Python, or have changed since."""
-    if not same_images(folder.described_data() or source.description, source.description):
+    described = folder.described_data().split("\n")[0]  # the next line says what training mixed in
+    if not same_images(described or source.description, source.description):
         return "its images are not those of config.data (a data set given in Python, or files that have changed since)"
     return ""

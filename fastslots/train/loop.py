@@ -19,7 +19,7 @@ from fastslots.config.model import SlotVAEConfig
 from fastslots.config.run import TrainConfig
 from fastslots.data import Batch, Loader, to_float
 from fastslots.data.augment import Augmentation
-from fastslots.data.sources import looked_at, open_source
+from fastslots.data.sources import training_source
 from fastslots.distributed import Group, StoppedError, StopSignals
 from fastslots.errors import UserError
 from fastslots.evaluation.evaluate import Scoring, evaluate
@@ -81,7 +81,7 @@ class Trainer:
             torch.set_num_threads(config.threads)
         elif torch.get_num_threads() > usable_processors():
             torch.set_num_threads(usable_processors())  # torch knows nothing of a container's quota
-        self.source = looked_at(open_source(config, dataset), config)
+        self.source = training_source(config, dataset)
         self.precision = Precision(config.precision, self.device)
         self._augment = Augmentation.of(config)
         torch.manual_seed(config.seed)

@@ -223,6 +223,8 @@ struct TrainStepArgs {
   int64_t patch_side;         // seeded queries: patches along a side (P² in all); 0: query k is learned query k
   const T* places;            // [P², 2]
   const int64_t* token_of;    // [P²] the token over each patch
+  const int64_t* picks;       // [B, K] the token under each seed, and
+  const T* seen;              // [B, K, C + 3] what is seen there; null: both by the kernel's own choice
   const T* noise;             // [B, K, Z], where variational; null: drawn with noise_key
   const int64_t* pixels;      // [B, P] the pixels of each image; null: drawn with pixel_key
   const T* pixel_weight;      // [B, P], of given pixels, or null

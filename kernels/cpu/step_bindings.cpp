@@ -40,9 +40,11 @@ class Step {
   }
 
   // images [B, C, R, R]; noise [B, K, Z], pixels [B, P] int64 and pixel_weight [B, P], each None where it is drawn with
-  // the keys, `count` pixels an image -> recon, kl, interaction, unweighted; gradients are written.
+  // the keys, `count` pixels an image; picks [B, K] int64 and seen [B, K, C + 3], of seeds, None where the kernel chooses
+  // them -> recon, kl, interaction, unweighted; gradients are written.
   std::tuple<double, double, double> run(nb::handle images, nb::handle noise, nb::handle pixels,
-                                         nb::handle pixel_weight, std::tuple<uint64_t, uint64_t> keys,
+                                         nb::handle pixel_weight, nb::handle picks, nb::handle seen,
+                                         std::tuple<uint64_t, uint64_t> keys,
                                          int64_t first_image, int64_t count, double recon_weight, double kl_weight,
                                          double interaction_weight, const std::string& isa, int threads) {
     const Kernels<T>& kernels = kernels_for<T>(isa);
@@ -56,6 +58,13 @@ class Step {
     if (P < 1 || first_image < 0) throw nb::value_error("no pixels, or a place below 0");
     if (!pixels.is_none()) args.pixels = arrays.indices(pixels, "pixels", {B, P}, e.side * e.side);
     if (!pixel_weight.is_none()) args.pixel_weight = arrays.input(pixel_weight, "pixel_weight", {B, P});
+    if (picks.is_none() != seen.is_none() || (!picks.is_none() && !args.patch_side)) {
+      throw nb::value_error("picks and seen: both, of a model that is seeded, or neither");
+    }
+    if (!picks.is_none()) {
+      args.picks = arrays.indices(picks, "picks", {B, e.slots}, tokens_);
+      args.seen = arrays.input(seen, "seen", {B, e.slots, e.channels + 3});
+    }
     args.noise_key = std::get<0>(keys), args.pixel_key = std::get<1>(keys), args.first_image = first_image;
     args.decoder.recon_weight = recon_weight, args.decoder.interaction_weight = interaction_weight;
     args.kl_weight = kl_weight;
@@ -78,6 +87,7 @@ class Step {
   std::vector<SlotFoldArrays<const T*>> folds_;
   std::vector<SlotFoldArrays<T*>> fold_grads_;
   TrainStepArgs<T> args_ = {};
+  int64_t tokens_ = 0;
 
   void take_encoder(const nb::dict& from, const std::vector<int64_t>& strides, int64_t heads, int64_t slots,
                     int64_t patch_side) {
@@ -102,7 +112,7 @@ class Step {
     int64_t tokens = e.side;
     for (int64_t stride : strides) tokens = (tokens + stride - 1) / stride;
     args_.places = arrays_.input(member(from, "places"), "places", {patch_side * patch_side, 2});
-    args_.token_of = arrays_.indices(member(from, "token_of"), "token_of", {patch_side * patch_side}, tokens * tokens);
+    args_.token_of = arrays_.indices(member(from, "token_of"), "token_of", {patch_side * patch_side}, tokens_ = tokens * tokens);
   }
 
   void take_decoder(const nb::dict& from, const nb::dict& grads, int64_t heads, int64_t slots) {
@@ -236,7 +246,7 @@ void bind(nb::module_& m, const std::string& suffix) {
            nb::kw_only(), "encoder"_a, "decoder"_a, "grads"_a, "strides"_a, "encoder_heads"_a, "heads"_a, "slots"_a,
            "scale"_a, "eps"_a, "variational"_a, "patch_side"_a, "favours"_a, "quantiles"_a, "winograd"_a)
       .def("run", &Step<T>::run, nb::kw_only(), "images"_a, "noise"_a.none(), "pixels"_a.none(),
-           "pixel_weight"_a.none(), "keys"_a, "first_image"_a, "count"_a, "recon_weight"_a, "kl_weight"_a,
+           "pixel_weight"_a.none(), "picks"_a.none(), "seen"_a.none(), "keys"_a, "first_image"_a, "count"_a, "recon_weight"_a, "kl_weight"_a,
            "interaction_weight"_a, "isa"_a, "threads"_a);
   nb::class_<StepUpdate<T>>(m, ("StepUpdate_" + suffix).c_str())
       .def(nb::init<const std::vector<nb::object>&, const std::vector<nb::object>&>(), nb::kw_only(), "matrices"_a,

@@ -142,7 +142,7 @@ class TrainStep {
   void image(int64_t b, Memory& m, T* sums, double* losses) const {
     const T* const planes = a.encoder.images + b * a.encoder.channels * a.encoder.side * a.encoder.side;
     const int64_t* const picks = a.patch_side ? m.picks : nullptr;
-    if (a.patch_side) seeds().choose(planes, m.draws, m.picks, m.seen), first_queries(m);
+    if (a.patch_side) choose_seeds(b, planes, m), first_queries(m);
     encoder_.forward_image(planes, a.patch_side ? m.queries : a.encoder.queries, picks, m.state, m.scratch, m.out);
     losses[2] += sample(b, m);
     fold_.forward(m.fold);
@@ -152,6 +152,13 @@ class TrainStep {
     sample_backward(m);
     encoder_.backward_image(m.out_grad, picks, m.state, m.scratch, sums);
     queries_backward(m, sums);
+  }
+
+  void choose_seeds(int64_t b, const T* planes, Memory& m) const {
+    if (!a.picks) return seeds().choose(planes, m.draws, m.picks, m.seen);
+    const int64_t numbers = K * seeds().seen_width();
+    std::memcpy(m.picks, a.picks + b * K, size_t(K) * sizeof(int64_t));
+    std::memcpy(m.seen, a.seen + b * numbers, size_t(numbers) * sizeof(T));
   }
 
   // queries[k] = learned + W · seen[k], W the columns of the seed weight past those for the token.

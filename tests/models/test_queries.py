@@ -9,11 +9,21 @@ from tiny import MODEL_16
 
 from fastslots.cli import main
 from fastslots.data import SpritesDataset, to_float
+from fastslots.data.builtin import ScenesDataset
 from fastslots.errors import UserError
 from fastslots.interop import to_official
 from fastslots.models import SlotVAE, SlotVAEConfig
 from fastslots.models.layers import grid
-from fastslots.models.queries import farthest_patches, patch_features
+from fastslots.models.queries import (
+    BRIGHTNESS,
+    PLACE,
+    SEED_LEVEL,
+    farthest_from_surface,
+    farthest_patches,
+    patch_features,
+    polynomials,
+    smooth_surface,
+)
 from fastslots.train import TrainConfig, fit
 from fastslots.train.draws import draw
 
@@ -78,6 +88,57 @@ def test_an_image_of_one_colour_has_its_seeds_spread_out():
     assert all(torch.isfinite(part).all() for part in model(queries="seeded")(torch.full((2, 3, 16, 16), 0.3)))
 
 
+def test_a_smooth_surface_is_found_behind_objects():
+    """A lit floor, an eighth of it behind a red object: its colours, which least squares misses by far more."""
+    code = polynomials(grid(16))
+    basis, _ = torch.linalg.qr(code)
+    truth = torch.tensor([[0.5, 0.1, -0.05, -0.1, 0.02, -0.15]]).repeat(3, 1) @ code.T  # [3, 256]
+    covered = torch.zeros(16, 16, dtype=torch.bool)
+    covered[5:10, 4:10] = True
+    colours = torch.where(covered.flatten(), torch.tensor([[0.9], [0.1], [0.2]]), truth)
+    found = (smooth_surface(colours[None], basis) @ basis.T)[0]
+    missed = ((colours @ basis) @ basis.T - truth).abs()
+    assert (found - truth).abs().max() < 0.05 < 0.15 < missed.max()
+    assert (found - truth).abs().mean() < missed.mean() / 8
+
+
+def test_the_traversal_from_a_surface_is_its_definition():
+    images, _ = scenes(10, 32)
+    patches, surface = patch_features(images, grid(16)), 0.1 * torch.rand(10, 3, 256)
+    seeds, distances = farthest_from_surface(patches, surface, 4)
+    for b in range(10):
+        colours, places = (part.double().numpy().T for part in (patches[b, :3], patches[b, 3:]))
+        apart = np.linalg.norm(colours - surface[b].double().numpy().T, axis=1)
+        weight = apart / (apart + SEED_LEVEL)
+        points = np.concatenate([colours - (1 - BRIGHTNESS) * colours.mean(1, keepdims=True), PLACE * places], 1)
+        chosen: list[int] = []
+        for k in range(4):
+            nearest = np.array([min([np.linalg.norm(p - points[s]) for s in chosen], default=1) for p in points])
+            assert weight[seeds[b, k]] * nearest[seeds[b, k]] == pytest.approx((weight * nearest).max(), rel=1e-4)
+            assert distances[b, k].item() == pytest.approx(nearest[seeds[b, k]], rel=1e-4)
+            chosen.append(int(seeds[b, k]))
+
+
+def test_seeds_from_a_surface_lie_on_more_objects_of_a_lit_scene():
+    images, masks, _ = ScenesDataset(0, 64).scenes(range(60))
+    pictures = to_float(torch.from_numpy(images))
+    covered = {}
+    for queries in ("seeded", "seeded-surface"):
+        first = SlotVAE(SlotVAEConfig.preset("clevr6-mini", queries=queries)).encoder.first_queries
+        seeds, _ = first.look(pictures)
+        y, x = 2 * (seeds // 32), 2 * (seeds % 32)
+        found = [set(mask[row, column].tolist()) - {0} for mask, row, column in zip(masks, y, x, strict=True)]
+        covered[queries] = sum(map(len, found)) / sum(len(set(mask.flat) - {0}) for mask in masks)
+    assert covered["seeded-surface"] > 0.93 and covered["seeded-surface"] > covered["seeded"] + 0.02
+
+
+def test_seeds_from_a_surface_spread_out_where_there_is_one_colour():
+    first = model(queries="seeded-surface").encoder.first_queries
+    for level in (0.0, 0.3, 1.0):
+        seeds, distances = first.look(torch.full((2, 3, 16, 16), level))
+        assert all(len(set(row)) == 3 for row in seeds.tolist()) and (distances[:, 1:, -1] > 0.2).all()
+
+
 def test_seeded_queries_are_their_formula():
     net = model(queries="seeded")
     encoder, (images, _) = net.encoder, scenes(4)
@@ -106,7 +167,7 @@ def test_gradients_reach_the_token_under_a_seed_and_no_choice():
 
 
 @pytest.mark.parametrize("encoder", ["transformer", "slot-attention"])
-@pytest.mark.parametrize("queries", ["learned", "seeded", "sampled"])
+@pytest.mark.parametrize("queries", ["learned", "seeded", "seeded-surface", "sampled"])
 def test_an_image_has_the_same_slots_in_any_batch(queries, encoder):
     net, (images, _) = model(queries=queries, encoder=encoder), scenes(5)
     zeros = torch.zeros(5, 3, 4)
@@ -141,7 +202,7 @@ def test_sampled_queries_follow_from_seed_step_and_place():
     assert draw(TrainConfig.preset("sprites-mini", **MODEL_16, queries="learned"), 3, images).query_noise is None
 
 
-@pytest.mark.parametrize("queries", ["seeded", "sampled"])
+@pytest.mark.parametrize("queries", ["seeded", "seeded-surface", "sampled"])
 def test_runs_resume_bit_for_bit_and_are_scored(queries, tmp_path, capsys):
     few = dict(
         MODEL_16, batch_size=4, steps=4, threads=1, eval_every=2, eval_images=4, checkpoint_every=2, queries=queries
@@ -169,9 +230,11 @@ def test_published_queries_keep_their_weights_and_names():
 def test_what_cannot_be_seeded_is_named():
     with pytest.raises(UserError, match="features have none: choose learned"):
         SlotVAEConfig.preset("clevrtex", queries="seeded")
+    with pytest.raises(UserError, match="queries 'seeded-surface' looks at"):
+        SlotVAEConfig.preset("clevrtex", queries="seeded-surface")
     with pytest.raises(UserError, match="num_slots 5, and resolution 2 with cnn_stride 1 has 4: ask for fewer slots"):
         SlotVAEConfig(resolution=2, num_slots=5, queries="seeded")
-    with pytest.raises(UserError, match="queries must be one of learned, seeded, sampled, got 'random'"):
+    with pytest.raises(UserError, match="must be one of learned, seeded, seeded-surface, sampled, got 'random'"):
         SlotVAEConfig(queries="random")
     with pytest.raises(UserError, match="cnn_kernel must be odd, got 4"):
         SlotVAEConfig(cnn_kernel=4)
@@ -187,7 +250,7 @@ def test_pictures_of_one_colour_train_and_are_scored(tmp_path):
         {"image": np.full((16, 16, 3), 7 * i, np.uint8), "mask": np.zeros((16, 16), np.uint8)} for i in range(24)
     ]
     few = dict(MODEL_16, pixels_per_step=32, batch_size=4, steps=5, eval_images=1, data="sprites")
-    for queries in ("seeded", "sampled", "learned"):
+    for queries in ("seeded", "seeded-surface", "sampled", "learned"):
         run = TrainConfig.preset("sprites-mini", **few, queries=queries)
         result = fit(run, out=tmp_path / queries, dataset=pictures)
         assert all(torch.isfinite(value).all() for value in result.model.state_dict().values())

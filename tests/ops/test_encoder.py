@@ -32,6 +32,7 @@ CASES = {
     "kernels of 3": ("sprites-mini", {**ODD, "cnn_kernel": 3, "cnn_stride": 4}),
     "features": ("clevrtex", dict(resolution=4, channels=20, encoder_layers=1)),
     "seeded": ("sprites-mini", dict(queries="seeded", encoder_layers=1, cnn_stride=4)),
+    "seeded by a surface": ("sprites-mini", dict(queries="seeded-surface", encoder_layers=1, cnn_stride=4)),
     "sampled": ("sprites-mini", dict(queries="sampled", encoder_layers=1)),
 }
 

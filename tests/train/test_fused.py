@@ -31,6 +31,7 @@ pytestmark = needs_cpu
 CASES = {
     "first command": {},
     "learned queries, foreground": dict(queries="learned", pixel_sampling="foreground", cnn_kernel=5, cnn_stride=4),
+    "seeds of a surface": dict(queries="seeded-surface", cnn_stride=4),
     "uniform pixels": dict(pixel_sampling="uniform"),
     "autoencoder": dict(beta=0.0),
     "torch's generator": dict(generator="torch"),
@@ -118,6 +119,28 @@ def test_noise_and_pixels_are_the_very_ones_of_the_plain_path(monkeypatch):
     assert all(torch.equal(a, p.grad) for a, p in zip(grads, given.model.parameters(), strict=True))
     noise = normal(torch.tensor(step_keys(config, 3)[0]), 5, 0, config.num_slots, config.slot_dim)
     assert torch.equal(noise, drawn.noise)
+
+
+def test_seeds_that_are_handed_in_are_those_that_the_kernel_would_choose():
+    config = config_of()
+    images, weights = images_of(config), (1.0, 0.1, 2.0)
+    from fastslots.train.draws import step_draws
+
+    draws, run = step_draws(config, 2, images, 0), Run(config)
+    step, seeds = fused_loss(run.model, config)._step, run.model.encoder.first_queries.tokens_and_looks(images)
+    chosen = step.run(images, draws, weights)
+    grads = {name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None}
+    assert step.run(images, draws, weights, seeds) == chosen
+    assert all(torch.equal(grads[name], p.grad) for name, p in run.model.named_parameters() if p.grad is not None)
+    picks, seen = seeds
+    assert step.run(images, draws, weights, (picks.flip(1), seen.flip(1))) != chosen
+    with pytest.raises(ValueError, match=r"picks must lie in 0\.\.255"):
+        step.run(images, draws, weights, (picks + 256, seen))
+    with pytest.raises(ValueError, match="seen"):
+        step.run(images, draws, weights, (picks, seen[:, :, 1:]))
+    learned = replace(config, queries="learned")
+    with pytest.raises(ValueError, match="picks and seen: both, of a model that is seeded, or neither"):
+        fused_loss(Run(learned).model, learned)._step.run(images, draws, weights, seeds)
 
 
 def test_a_share_of_the_batch_draws_its_own_numbers(monkeypatch):

@@ -19,7 +19,7 @@ from fastslots.models import SlotVAE
 from fastslots.models.decoder import Decoder
 from fastslots.models.encoder import Encoder, EncoderLayer, operator_weights, strides, unlike_the_operator
 from fastslots.models.layers import DecoderLayer, is_hooked
-from fastslots.models.queries import LearnedQueries, SeededQueries
+from fastslots.models.queries import LearnedQueries, SeededQueries, SurfaceSeededQueries
 from fastslots.ops import backends
 from fastslots.records import StepDraws, StepModel, describe
 from fastslots.train.draws import quantiles
@@ -57,7 +57,7 @@ def why_plain_model(model: SlotVAE) -> str:
         return f"the model is a {type(model).__name__} with a {type(model.decoder).__name__}"
     if changed := unlike_the_operator(cast(Encoder, model.encoder)):
         return f"of the encoder, {changed}"
-    if type(model.encoder.first_queries) not in (LearnedQueries, SeededQueries):
+    if type(model.encoder.first_queries) not in (LearnedQueries, SeededQueries, SurfaceSeededQueries):
         return "first queries are neither learned nor seeded"
     parameters = list(model.parameters())
     if any(map(is_hooked, model.modules())) or any(p._backward_hooks or not p.requires_grad for p in parameters):
@@ -95,6 +95,8 @@ class FusedLoss:
         self._tree = [(m, list(m._modules.values()), _identities(m)) for m in model.modules() if m is not model]
         backend = cast(backends.StepBackend, backends.load("cpu"))
         arrays = _step_model(model, dict(zip(self._parameters, self._grads, strict=True)), self._sampling)
+        queries = cast(Encoder, model.encoder).first_queries
+        self._look = queries.tokens_and_looks if type(queries) is SurfaceSeededQueries else None
         self._step = backend.train_step(arrays, model.config.channels, model.config.resolution)
 
     def _addresses(self) -> list[int]:
@@ -112,7 +114,7 @@ class FusedLoss:
 
     def run(self, images: Tensor, draws: StepDraws, weights: tuple[float, float, float]) -> tuple[float, float, float]:
         """-> recon, kl and interaction, as ``StepFunction.run``; every parameter has its gradient."""
-        terms = self._step.run(images, draws, weights)
+        terms = self._step.run(images, draws, weights, self._look(images) if self._look else None)
         for p, grad in zip(self._parameters, self._grads, strict=True):
             p.grad = grad
         return terms
@@ -125,7 +127,7 @@ def _identities(module: nn.Module) -> list[int]:
 def _step_model(model: SlotVAE, grads: Mapping[Tensor, Tensor], sampling: str) -> StepModel:
     """A model's arrays by the names that the kernel knows."""
     encoder, decoder = cast(Encoder, model.encoder), cast(Decoder, model.decoder)
-    seeded = encoder.first_queries if type(encoder.first_queries) is SeededQueries else None
+    seeded = encoder.first_queries if isinstance(encoder.first_queries, SeededQueries) else None
     weights = operator_weights(encoder, seeded.projection.weight if seeded else None)
     named = dict(_decoder_arrays(decoder))
     arrays: dict[str, Any] = {
