@@ -41,9 +41,10 @@ def measure(
     if options.memory and name != "loader" and not lost:
         for row in rows:
             if row.status == "ok":
-                row.peak_bytes, why = memory.measure(name, row.provider, options)
-                row.reason = row.reason or why
-                say(f"  {name} {row.provider}: peak {(row.peak_bytes or 0) / 1e6:,.0f} MB {why}")
+                found = memory.measure(name, row.provider, options)
+                row.peak_bytes, row.result_bytes = found.peak, found.results
+                row.reason = row.reason or found.reason
+                say(f"  {name} {row.provider}: peak {(found.peak or 0) / 1e6:,.0f} MB {found.reason}")
     return rows
 
 
@@ -202,7 +203,7 @@ def memory_rows(options: Options, resolutions: tuple[int, ...], say: Say = lambd
         del case
         for provider in filter(options.wants, providers):
             row = Row("memory", provider, options.preset, axes, options.precision, run=run)
-            row.peak_bytes, row.reason = memory.measure(name, provider, at)
+            row.peak_bytes, row.result_bytes, row.reason = memory.measure(name, provider, at)
             row.status = "cannot" if row.peak_bytes is None else "ok"
             row.reason = row.reason or (f"of case {name}" if name != "layer" else "")
             rows.append(row)
@@ -211,7 +212,7 @@ def memory_rows(options: Options, resolutions: tuple[int, ...], say: Say = lambd
 
 
 def measure_memory(spec: str) -> None:
-    """In a process of its own, which ``memory.measure`` starts: prints the bytes that one call adds at its peak."""
+    """In a process of its own, which ``memory.measure`` starts: prints what ``memory.of_call`` says of one call."""
     wanted = json.loads(spec)
     options = Options(**wanted["options"])
     torch.set_num_threads(options.threads)
@@ -224,7 +225,7 @@ def measure_memory(spec: str) -> None:
         run = CASES[wanted["case"]](options).providers[wanted["provider"]].built(options)
         if warm is options:
             run()
-        print(memory.peak(run, options.device))
+        print(*memory.of_call(run, options.device))
 
 
 MEMORY_PROVIDERS = (

@@ -9,9 +9,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from fastslots.ops import checks, fold_projections, folded_cross_attention, slot_attention
+from fastslots.ops import backends, checks, fold_projections, folded_cross_attention, slot_attention
+from fastslots.ops.autograd_slots import FoldedSlotAttention
 from fastslots.ops.backends import check_name
-from fastslots.records import FoldedProjections
+from fastslots.ops.reference import real_slots
+from fastslots.records import FoldedProjections, describe
 
 __all__ = ["InteractionCrossAttention", "SlotAttention"]
 
@@ -111,6 +113,52 @@ class InteractionCrossAttention(nn.Module):
         return folded_cross_attention(queries, folded, self.backend, slot_mask=slot_mask)
 
 
+class FoldedTokens:
+    """The tokens of slot attention as its iterations meet them: no key and no value of a token is ever made.
+
+    Where a kernel serves, the tokens are also normed inside it, and their gradient is one array that every iteration
+    adds to; else they are normed once, here.
+
+    Args:
+        tokens: [B, L, S]. slots: [B, K, any width], as many as will meet them. norm: of the tokens.
+        backend: see ``fastslots.ops.cross_attention``.
+        normed: whether the tokens come normed, so that only the affine part of ``norm`` is left.
+    """
+
+    def __init__(self, tokens: Tensor, slots: Tensor, norm: nn.LayerNorm, backend: str = "auto", normed: bool = False):
+        call = describe("folded_slot_attention", (slots, tokens))
+        self.norm, self.backend, self.norm_eps = norm, backend, None if normed else norm.eps
+        self.fused = backend in ("auto", "cpu") and not backends.is_traced() and bool(tokens.shape[1])
+        self.fused = self.fused and backends.why_not("cpu", call) is None
+        if self.fused:
+            self.tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+        else:
+            self.tokens = tokens * norm.weight + norm.bias if normed else norm(tokens)
+
+    def gather(
+        self, rows: Tensor, scale: float, eps: float, slot_mask: Tensor | None = None, return_map: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """rows [B, K, S]: the slots' queries, through the keys' projection -> each slot's mean of the tokens it won
+        [B, K, S], still without the values' projection, and the map [B, L, K] (or [0])."""
+        (rows,) = real_slots(slot_mask, 1, rows)
+        rows = rows.to(self.tokens.dtype)
+        if not self.fused:
+            n = self.tokens[:, None]
+            gathered = slot_attention(
+                rows[:, None], n, n, scale, eps, self.backend, slot_mask=slot_mask, return_map=return_map
+            )
+            means, slot_map = gathered if isinstance(gathered, tuple) else (gathered, n.new_zeros(0))
+            return means[:, 0], slot_map
+        weight, bias = (t.to(rows.dtype) for t in (self.norm.weight, self.norm.bias))
+        rows = rows * scale
+        means, slot_map, tokens = FoldedSlotAttention.apply(  # type: ignore[no-untyped-call]  # torch's
+            rows * weight, rows @ bias, self.tokens, eps, self.norm_eps, slot_mask, return_map, "cpu"
+        )
+        if tokens is not None and tokens.requires_grad:  # not where gradients are off for this iteration alone
+            self.tokens = tokens
+        return real_slots(slot_mask, 1, means * weight + bias)[0], slot_map
+
+
 class SlotAttention(nn.Module):
     """Slot Attention (Locatello et al. 2020, arXiv 2006.15055): slots compete for tokens, iteration by iteration.
 
@@ -169,25 +217,21 @@ class SlotAttention(nn.Module):
         checks.rows(self.widths[1], tokens=tokens)
         if len(slots) != len(tokens):
             raise ValueError(f"slots are of {len(slots)} images, tokens of {len(tokens)}: expected as many")
-        tokens = self.norm_tokens(tokens)
+        met = FoldedTokens(tokens, slots, self.norm_tokens, self.backend)
         slot_map = tokens.new_zeros(0)
         for i in range(self.iterations):
             last = i == self.iterations - 1
             slots = slots.detach() if last and self.implicit else slots
             with torch.set_grad_enabled(torch.is_grad_enabled() and (last or not self.implicit)):
-                slots, slot_map = self._refine(slots, tokens, slot_mask, return_map and last)
+                slots, slot_map = self._refine(slots, met, slot_mask, return_map and last)
         return (slots, slot_map) if return_map else slots
 
     def _refine(
-        self, slots: Tensor, tokens: Tensor, slot_mask: Tensor | None, return_map: bool
+        self, slots: Tensor, tokens: FoldedTokens, slot_mask: Tensor | None, return_map: bool
     ) -> tuple[Tensor, Tensor]:
-        rows = (self.to_q(self.norm_slots(slots)) @ self.to_k.weight)[:, None].to(tokens.dtype)
-        n = tokens[:, None]
-        gathered = slot_attention(
-            rows, n, n, self.scale, self.eps, self.backend, slot_mask=slot_mask, return_map=return_map
-        )
-        updates, slot_map = gathered if isinstance(gathered, tuple) else (gathered, tokens.new_zeros(0))
-        updates = self.to_v(updates[:, 0])
+        rows = self.to_q(self.norm_slots(slots)) @ self.to_k.weight
+        means, slot_map = tokens.gather(rows, self.scale, self.eps, slot_mask, return_map)
+        updates = self.to_v(means.to(self.to_v.weight.dtype))
         slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
         return slots + self.mlp(slots), slot_map
 

@@ -258,7 +258,7 @@ class Statistics(NamedTuple):
     lse: Tensor  # [B, H, L]
 
 
-ONE_HEAD_AT_A_TIME = ("cross_attention", "attention_statistics", "slot_attention")
+ONE_HEAD_AT_A_TIME = ("cross_attention", "attention_statistics", "slot_attention", "folded_slot_attention")
 
 
 class Call(NamedTuple):
@@ -291,6 +291,8 @@ def describe(op: str, tensors: Sequence[Tensor], chain: int = 1) -> Call:
     heads, slots = 1, 1
     if op == "slot_attention":  # q [B,H,K,d]
         heads, slots = x.shape[1:3] if x.ndim == 4 else (1, 1)
+    elif op == "folded_slot_attention":  # rows [B,K,S]
+        slots = x.shape[1] if x.ndim == 3 else 1
     elif op not in ("token_attention", "encoder") and len(tensors) > 1 and tensors[1].ndim == 4:
         _, first, second, last = tensors[1].shape
         heads, slots = (first, second) if op in ONE_HEAD_AT_A_TIME else (second, last)  # k [B,H,K,d], G [B,D,H,K]

@@ -87,3 +87,50 @@ def slot_attention_bwd(
         slot_map_grad=None if dslot_map is None else plain(dslot_map, dtype), q_grad=dq, k_grad=dk, v_grad=dv,
     )  # fmt: skip
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def folded_slot_attention_fwd(
+    rows: Tensor,
+    offsets: Tensor,
+    tokens: Tensor,
+    eps: float,
+    norm_eps: float | None,
+    slot_mask: Tensor | None,
+    return_map: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """rows [B,K,S], offsets [B,K], tokens [B,L,S] -> gathered [B,K,S], totals [B,K], map [B,L,K] (or [0])."""
+    dtype = tokens.dtype
+    B, K, _ = rows.shape
+    gathered, totals = rows.new_empty(rows.shape, dtype=dtype), rows.new_empty(B, K, dtype=dtype)
+    slot_map = rows.new_empty((B, tokens.shape[1], K) if return_map else (0,), dtype=dtype)
+    kernel("folded_slot_attention_fwd", dtype)(
+        rows=plain(rows, dtype), offsets=plain(offsets, dtype), tokens=plain(tokens, dtype), slot_mask=mask(slot_mask),
+        eps=eps, norm_eps=norm_eps, gathered=gathered, totals=totals, slot_map=slot_map if return_map else None,
+    )  # fmt: skip
+    return gathered, totals, slot_map
+
+
+def folded_slot_attention_bwd(
+    grads: tuple[Tensor, Tensor | None],
+    inputs: tuple[Tensor, Tensor, Tensor],
+    saved: tuple[Tensor, Tensor],
+    dtokens: Tensor | None,
+    add: bool,
+    eps: float,
+    norm_eps: float | None,
+    slot_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """grads: of gathered and the map; inputs: rows, offsets, tokens; saved: gathered and totals -> drows, doffsets.
+
+    dtokens, unless None, is written, or with ``add`` added to.
+    """
+    (dgathered, dslot_map), (rows, offsets, tokens), (gathered, totals) = grads, inputs, saved
+    dtype = tokens.dtype
+    drows, doffsets = rows.new_empty(rows.shape, dtype=dtype), rows.new_empty(offsets.shape, dtype=dtype)
+    kernel("folded_slot_attention_bwd", dtype)(
+        rows=plain(rows, dtype), offsets=plain(offsets, dtype), tokens=plain(tokens, dtype), slot_mask=mask(slot_mask),
+        eps=eps, norm_eps=norm_eps, gathered=plain(gathered, dtype), totals=plain(totals, dtype),
+        gathered_grad=plain(dgathered, dtype), slot_map_grad=None if dslot_map is None else plain(dslot_map, dtype),
+        rows_grad=drows, offsets_grad=doffsets, tokens_grad=dtokens, add=add,
+    )  # fmt: skip
+    return drows, doffsets

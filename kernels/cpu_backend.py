@@ -34,6 +34,8 @@ from fastslots.records import (
 from .cpu_attention import (
     attention_statistics_bwd,
     attention_statistics_fwd,
+    folded_slot_attention_bwd,
+    folded_slot_attention_fwd,
     slot_attention_bwd,
     slot_attention_fwd,
 )
@@ -61,6 +63,8 @@ __all__ = [
     "encoder_saved_size",
     "folded_cross_attention_bwd",
     "folded_cross_attention_fwd",
+    "folded_slot_attention_bwd",
+    "folded_slot_attention_fwd",
     "isa",
     "muon",
     "norm",

@@ -71,11 +71,15 @@ def runs(rows: Iterable[Row]) -> dict[Key, Run]:
     result = {}
     for key in sorted(found, key=lambda key: (order.index(str(key[0])), str(key[3]), str(key))):
         in_order = [found[key][when] for when in sorted(found[key])]
-        peaks = {row.provider: row.peak_bytes for rows in in_order for row in rows if row.peak_bytes is not None}
-        last = [dataclasses.replace(row, peak_bytes=peaks.get(row.provider)) for row in in_order[-1]]
+        peaks = {row.provider: row for rows in in_order for row in rows if row.peak_bytes is not None}
+        last = [_with_memory(row, peaks.get(row.provider, row)) for row in in_order[-1]]
         before = [rows for rows in in_order[:-1] if rows[0].run["device"] == last[0].run["device"]]
         result[key] = Run(last, before[-1] if before else [])
     return result
+
+
+def _with_memory(row: Row, measured: Row) -> Row:
+    return dataclasses.replace(row, peak_bytes=measured.peak_bytes, result_bytes=measured.result_bytes)
 
 
 def write(rows: list[Row], into: Path) -> list[Path]:

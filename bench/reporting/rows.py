@@ -58,6 +58,7 @@ class Row:
     bytes: float | None = None  # the least that must move
     gbytes_per_s: float | None = None
     peak_bytes: int | None = None  # added by one run, in a process of its own
+    result_bytes: int | None = None  # of what that run hands back: outputs and gradients, which the peak holds
     energy_j: float | None = None  # a run, whole board (NVML)
     clock_mhz: int | None = None
     error: float | None = None  # largest RMS error of a value or gradient, relative to the RMS of the float64 one

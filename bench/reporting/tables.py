@@ -28,11 +28,17 @@ def times(value: float) -> str:
     return f"{_digits(value)}x"
 
 
+def memory(row: Row) -> str:
+    """What a call adds at its peak, and how much of that are its results."""
+    if row.peak_bytes is None:
+        return ""
+    return megabytes(row.peak_bytes) + (f", results {megabytes(row.result_bytes)}" if row.result_bytes else "")
+
+
 def cells(row: Row) -> list[str]:
     """provider, time, 20–80 %, over ours, GFLOP/s (share of sgemm) or GB/s or images/s, peak memory, error, note"""
     if row.time is None:
-        memory = megabytes(row.peak_bytes) if row.peak_bytes is not None else ""
-        return [row.provider, "", "", "", "", memory, "", f"{row.status}: {row.reason}" if row.reason else ""]
+        return [row.provider, "", "", "", "", memory(row), "", f"{row.status}: {row.reason}" if row.reason else ""]
     assert row.time_q20 is not None and row.time_q80 is not None
     rate = ""
     if row.gflops_per_s is not None:
@@ -49,7 +55,7 @@ def cells(row: Row) -> list[str]:
         f"{seconds(row.time_q20)} – {seconds(row.time_q80)}",
         "" if row.ratio is None else times(row.ratio),
         rate,
-        "" if row.peak_bytes is None else megabytes(row.peak_bytes),
+        memory(row),
         "" if row.error is None else f"{row.error:.0e}",
         note,
     ]

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastslots.config.model import SlotVAEConfig
 from fastslots.models.encoder import TokenEncoder, posterior_layer
 from fastslots.models.queries import KINDS
-from fastslots.ops import slot_attention
+from fastslots.nn import FoldedTokens
 
 EPSILON = 1e-8
 
@@ -45,19 +45,18 @@ class SlotAttentionEncoder(TokenEncoder):
     def forward(self, images: Tensor, query_noise: Tensor | None = None) -> Tensor:
         tokens = self.tokens(images)
         slots = self.first_queries(self.queries, images, tokens, query_noise)
-        # The tokens come normalised: only the affine part of their norm is left.
-        tokens = tokens * self.norm_tokens.weight + self.norm_tokens.bias
+        met = FoldedTokens(tokens, slots, self.norm_tokens, normed=True)
         for _ in range(self.iterations):
-            slots = self.refine(slots, tokens)
+            slots = self.refine(slots, met)
         out: Tensor = self.output(self.norm(slots))
         return out
 
-    def refine(self, slots: Tensor, tokens: Tensor) -> Tensor:
-        """One iteration: slots [B, K, S], tokens [B, T, S] -> slots."""
+    def refine(self, slots: Tensor, tokens: FoldedTokens) -> Tensor:
+        """One iteration: slots [B, K, S] -> slots."""
         # Keys and values have no bias, so both projections move to the slots' side: K rows in place of T.
-        rows = self.to_q(self.norm_slots(slots)) @ self.to_k.weight * slots.shape[-1] ** -0.5
-        n = tokens[:, None]
-        updates = self.to_v(slot_attention(rows.to(tokens.dtype)[:, None], n, n, scale=1.0, eps=EPSILON)[:, 0])
+        rows = self.to_q(self.norm_slots(slots)) @ self.to_k.weight
+        means, _ = tokens.gather(rows, slots.shape[-1] ** -0.5, EPSILON)
+        updates = self.to_v(means)
         slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
         change: Tensor = self.mlp(slots)
         return slots + change

@@ -23,20 +23,25 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 """What each operator of ours runs, by its name: for a model that follows a call down to its launches."""
 
 
-def operator(function: Function) -> Function:
-    """Register ``function`` as an operator of its name -> what calls it.
+def operator(function: Function, writes: tuple[str, ...] = ()) -> Function:
+    """Register ``function`` as an operator of its name -> what calls it. writes: the parameters that it writes into.
 
     ``torch.library.custom_op`` does the same and imports Dynamo at the first call, which takes seconds. A
     backward refuses to be differentiated: left alone, torch would only warn, and drop its gradient.
     """
     name = f"fastslots::{function.__name__}"
-    schema = torch.library.infer_schema(function, mutates_args=())
+    schema = torch.library.infer_schema(function, mutates_args=writes)
     torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(name, "default", function)
     IMPLEMENTATIONS[function.__name__] = function
-    if name.endswith("_backward"):
+    if name.endswith("_backward") and not writes:
         torch.library.register_autograd(name, _refuse)
     return cast(Function, getattr(torch.ops.fastslots, function.__name__).default)
+
+
+def operator_that_writes(*names: str) -> Callable[[Function], Function]:
+    """The same of a function that writes into these parameters."""
+    return lambda function: operator(function, names)
 
 
 def shapes_of(function: Callable[..., Any]) -> Callable[[Function], Function]:

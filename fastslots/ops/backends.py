@@ -38,7 +38,8 @@ from fastslots.records import (
 NAMES = ("reference", "cpu", "triton")
 OPS = (
     "cross_attention", "attention_statistics", "folded_cross_attention", "decoder_layer", "decoder_loss",
-    "token_attention", "slot_attention", "encoder", "slot_jacobian", "muon", "train_step", "step_update",
+    "token_attention", "slot_attention", "folded_slot_attention", "encoder", "slot_jacobian", "muon", "train_step",
+    "step_update",
 )  # fmt: skip
 
 

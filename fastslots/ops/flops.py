@@ -50,6 +50,11 @@ def _layer_backward(
     return _folded(x, folded, BACKWARD + 1) + _feed_forward(x, folded, ff, BACKWARD)
 
 
+def _folded_slots_backward(dgathered: Shape, dmap: Shape | None, rows: Shape, *others: Any, **__: Any) -> int:
+    _, tokens, _, _, dtokens, *_ = others
+    return _attention(rows, tokens, BACKWARD - 2 if dtokens is None else BACKWARD)
+
+
 FORMULAS: dict[str, Callable[..., int]] = {
     "cross_attention": lambda q, k, *_, **__: _attention(q, k, FORWARD),
     "cross_attention_backward": lambda dout, dmap, q, k, *_, **__: _attention(q, k, BACKWARD),
@@ -57,6 +62,8 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "attention_statistics_backward": lambda grads, q, k, *_, **__: _attention(q, k, BACKWARD),
     "slot_attention": lambda q, k, *_, **__: _attention(q, k, FORWARD),
     "slot_attention_backward": lambda dout, dmap, q, k, *_, **__: _attention(q, k, BACKWARD),
+    "folded_slot_attention": lambda rows, offsets, tokens, *_, **__: _attention(rows, tokens, FORWARD),
+    "folded_slot_attention_backward": _folded_slots_backward,
     "token_attention": lambda rows, tokens, *_, **__: _attention(rows, tokens, FORWARD),
     "token_attention_backward": lambda dgathered, rows, tokens, *_, **__: _attention(rows, tokens, BACKWARD),
     "folded_cross_attention": lambda x, folded, *_, **__: _folded(x, folded, FORWARD),

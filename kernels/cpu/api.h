@@ -171,6 +171,28 @@ struct SlotAttentionArgs {
   int threads;
 };
 
+// The same of tokens without projections, normed first where norm_eps >= 0: n = norm(token_rows), A = softmax over the
+// slots of n·slot_rows + offsets, gathered [B,K,S] = Σ_l (A+ε) n_l / Σ_l (A+ε). One head.
+template <typename T>
+struct FoldedSlotAttentionArgs {
+  int64_t batch, slots, tokens, width;
+  const T* slot_rows;         // [B, K, S]
+  const T* offsets;           // [B, K]
+  const T* token_rows;        // [B, L, S]
+  double eps, norm_eps;
+  const uint8_t* slot_mask;   // [B, K], 0 = no such slot; or null
+  T* gathered;                // results of the forward
+  T* totals;                  // [B, K] Σ_l (A+ε)
+  T* map;                     // [B, L, K] or null
+  const T* gathered_grad;     // null: forward
+  const T* map_grad;          // or null
+  const T *saved_gathered, *saved_totals;  // what the forward gave
+  T *rows_grad, *offsets_grad;
+  T* tokens_grad;             // [B, L, S] or null
+  bool add;                   // whether tokens_grad holds a gradient already, which this one is added to
+  int threads;
+};
+
 // Images to what the posterior needs of each slot: CNN (or features as they are), tokens, Transformer, output layer.
 // With `picks`, the first query k is queries[k] + W·token[pick], W the seed weight [S, S].
 // The order of `weights` is that of `encoder_tensors` in fastslots/ops/encoder.py.
@@ -282,6 +304,7 @@ struct Kernels {
   void (*cross_attention)(const CrossAttentionArgs<T>&);
   void (*token_attention)(const TokenAttentionArgs<T>&);
   void (*slot_attention)(const SlotAttentionArgs<T>&);
+  void (*folded_slot_attention)(const FoldedSlotAttentionArgs<T>&);
   void (*encoder)(const EncoderArgs<T>&);
   int64_t (*encoder_saved_size)(const EncoderArgs<T>&);
   void (*train_step)(TrainStepArgs<T>&);

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <tuple>
 
-#include "step_bindings.h"
+#include "other_bindings.h"
 
 using namespace fastslots;
 
@@ -209,61 +209,6 @@ void cross_attention_bwd(nb::handle q, nb::handle k, nb::handle v, nb::handle sl
   kernels.cross_attention(args);
 }
 
-// What both directions of slot_attention take.
-template <typename T>
-SlotAttentionArgs<T> slot_attention_args(Arrays<T>& arrays, nb::handle q, nb::handle k, nb::handle v,
-                                         nb::handle slot_mask, double scale, double eps, int threads) {
-  SlotAttentionArgs<T> args = {};
-  args.q = arrays.strided(q, "q", Shape(4, kAny), args.q_stride);
-  const Shape slots = arrays.last_shape();
-  args.k = arrays.strided(k, "k", {slots[0], slots[1], kAny, slots[3]}, args.k_stride);
-  const Shape tokens = arrays.last_shape();
-  args.v = arrays.strided(v, "v", tokens, args.v_stride);
-  args.batch = slots[0], args.heads = slots[1], args.slots = slots[2], args.head_width = slots[3];
-  args.tokens = tokens[2];
-  args.slot_mask = arrays.mask(slot_mask, {args.batch, args.slots});
-  args.scale = scale, args.eps = eps, args.threads = threads;
-  return args;
-}
-
-// slot_map may be None.
-template <typename T>
-void slot_attention_fwd(nb::handle q, nb::handle k, nb::handle v, nb::handle slot_mask, double scale, double eps,
-                        nb::handle updates, nb::handle totals, nb::handle slot_map, const std::string& isa,
-                        int threads) {
-  const Kernels<T>& kernels = kernels_for<T>(isa);
-  Arrays<T> arrays;
-  SlotAttentionArgs<T> args = slot_attention_args<T>(arrays, q, k, v, slot_mask, scale, eps, threads);
-  args.updates = arrays.output(updates, "updates", {args.batch, args.heads, args.slots, args.head_width});
-  args.totals = arrays.output(totals, "totals", {args.batch, args.heads, args.slots});
-  const Shape map = {args.batch, args.tokens, args.slots};
-  if (!slot_map.is_none()) args.map = arrays.output(slot_map, "slot_map", map);
-  nb::gil_scoped_release release;
-  kernels.slot_attention(args);
-}
-
-// slot_map_grad may be None.
-template <typename T>
-void slot_attention_bwd(nb::handle q, nb::handle k, nb::handle v, nb::handle slot_mask, double scale, double eps,
-                        nb::handle updates, nb::handle totals, nb::handle updates_grad, nb::handle slot_map_grad,
-                        nb::handle q_grad, nb::handle k_grad, nb::handle v_grad, const std::string& isa, int threads) {
-  const Kernels<T>& kernels = kernels_for<T>(isa);
-  Arrays<T> arrays;
-  SlotAttentionArgs<T> args = slot_attention_args<T>(arrays, q, k, v, slot_mask, scale, eps, threads);
-  const Shape slots = {args.batch, args.heads, args.slots, args.head_width};
-  const Shape tokens = {args.batch, args.heads, args.tokens, args.head_width};
-  const Shape map = {args.batch, args.tokens, args.slots};
-  args.saved_updates = arrays.input(updates, "updates", slots);
-  args.saved_totals = arrays.input(totals, "totals", {args.batch, args.heads, args.slots});
-  args.updates_grad = arrays.input(updates_grad, "updates_grad", slots);
-  if (!slot_map_grad.is_none()) args.map_grad = arrays.input(slot_map_grad, "slot_map_grad", map);
-  args.q_grad = arrays.output(q_grad, "q_grad", slots);
-  args.k_grad = arrays.output(k_grad, "k_grad", tokens);
-  args.v_grad = arrays.output(v_grad, "v_grad", tokens);
-  nb::gil_scoped_release release;
-  kernels.slot_attention(args);
-}
-
 // What both directions of token_attention take.
 template <typename T>
 TokenAttentionArgs<T> token_attention_args(Arrays<T>& arrays, nb::handle rows, nb::handle tokens, int threads) {
@@ -440,11 +385,6 @@ void bind(nb::module_& m, const std::string& suffix) {
         "gathered"_a, "lse"_a, "isa"_a, "threads"_a);
   m.def(name("token_attention_bwd").c_str(), &token_attention_bwd<T>, nb::kw_only(), "rows"_a, "tokens"_a,
         "gathered"_a, "lse"_a, "gathered_grad"_a, "rows_grad"_a.none(), "tokens_grad"_a.none(), "isa"_a, "threads"_a);
-  m.def(name("slot_attention_fwd").c_str(), &slot_attention_fwd<T>, nb::kw_only(), "q"_a, "k"_a, "v"_a,
-        "slot_mask"_a.none(), "scale"_a, "eps"_a, "updates"_a, "totals"_a, "slot_map"_a.none(), "isa"_a, "threads"_a);
-  m.def(name("slot_attention_bwd").c_str(), &slot_attention_bwd<T>, nb::kw_only(), "q"_a, "k"_a, "v"_a,
-        "slot_mask"_a.none(), "scale"_a, "eps"_a, "updates"_a, "totals"_a, "updates_grad"_a, "slot_map_grad"_a.none(),
-        "q_grad"_a, "k_grad"_a, "v_grad"_a, "isa"_a, "threads"_a);
   m.def(name("encoder_fwd").c_str(), &encoder_fwd<T>, nb::kw_only(), "images"_a, "queries"_a, "grid"_a.none(),
         "picks"_a.none(), "weights"_a, "strides"_a, "heads"_a, "eps"_a, "winograd"_a, "saved"_a.none(), "out"_a,
         "isa"_a, "threads"_a);
@@ -466,5 +406,6 @@ NB_MODULE(_cpu, m) {
   m.def("instruction_sets", &instruction_sets, "Those that this processor serves, the best first.");
   bind<float>(m, "float32");
   bind<double>(m, "float64");
+  bind_slot_attention(m);
   bind_steps(m);
 }

@@ -6,9 +6,9 @@
 
 namespace fastslots::FASTSLOTS_ISA {
 
-// normed = (x − mean)·rstd over the D features of each pixel; rstd [panels][W].
+// normed = (x − mean)·rstd over the D features of each pixel, x itself perhaps; rstd [panels][W], and `means` unless null.
 template <typename T>
-void normalise(const T* x, int64_t D, int64_t panels, T eps, T* normed, T* rstd) {
+void normalise(const T* x, int64_t D, int64_t panels, T eps, T* normed, T* rstd, T* means = nullptr) {
   constexpr int W = kPanel<T>, V = kLanes<T>;
   const T per_feature = T(1) / T(D);
   for (int64_t p = 0; p < panels; ++p, x += D * W, normed += D * W, rstd += W) {
@@ -18,6 +18,7 @@ void normalise(const T* x, int64_t D, int64_t panels, T eps, T* normed, T* rstd)
       for (; j + 1 < D; j += 2) even += load<T>(x + j * W + h), odd += load<T>(x + (j + 1) * W + h);
       if (j < D) even += load<T>(x + j * W + h);
       const Vec<T> mean = (even + odd) * per_feature;
+      if (means) store<T>(means + p * W + h, mean);
       even = odd = Vec<T>{};
       for (j = 0; j + 1 < D; j += 2) {
         const Vec<T> a = load<T>(x + j * W + h) - mean, b = load<T>(x + (j + 1) * W + h) - mean;

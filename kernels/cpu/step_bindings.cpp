@@ -1,5 +1,5 @@
 // A training step's bindings: classes that take their arrays once and are called with a batch at a time.
-#include "step_bindings.h"
+#include "other_bindings.h"
 
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>

@@ -186,11 +186,11 @@ def test_quantiles():
 def test_memory_of_a_process_of_its_own():
     """More pixels, more memory: the published step keeps 12 heads' weights and two 516-wide tensors a layer."""
     options = Options(rounds=1, batch=2, overrides={"resolution": 32})
-    few, why = memory.measure("layer", "published", options)
-    many, _ = memory.measure("layer", "published", dataclasses.replace(options, overrides={"resolution": 64}))
+    few, _, why = memory.measure("layer", "published", options)
+    many, _, _ = memory.measure("layer", "published", dataclasses.replace(options, overrides={"resolution": 64}))
     assert why == "" and few > 2 * 32 * 32 * 4 * 2 * 516
     assert 2.5 < many / few < 5
-    assert memory.measure("layer", "nobody", options)[1].endswith("KeyError: 'nobody'")
+    assert memory.measure("layer", "nobody", options).reason.endswith("KeyError: 'nobody'")
 
 
 def made_up(

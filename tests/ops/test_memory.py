@@ -5,14 +5,9 @@ the process is measured, which sees what its allocator gives; for Triton every t
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from typing import Any
-
 import pytest
 import torch
+from peaks import PRELUDE, measured, needs_peak
 
 from fastslots.kernels.gpu import decoder_loss, launch
 from fastslots.kernels.gpu.cross_attention import cross_attention_bwd, cross_attention_fwd
@@ -21,31 +16,6 @@ from fastslots.kernels.gpu.folded_cross_attention import folded_cross_attention_
 from fastslots.ops import reference
 from fastslots.records import FeedForward, FoldedDecoder, FoldedLayer, FoldedProjections, LossInputs, OutputHead
 from fastslots.testing import LargestTensor
-
-PRELUDE = """
-import json, sys, torch
-from fastslots import ops
-from fastslots.records import FeedForward, FoldedDecoder, FoldedLayer, FoldedProjections, LossInputs, OutputHead
-
-torch.set_num_threads(1)
-
-
-def status(field):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
-
-
-def added(call):
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak starts again from what is resident
-    before = status("VmRSS:")
-    call()
-    return status("VmHWM:") - before
-
-
-def leaf(*size):
-    return torch.randn(*size, requires_grad=True)
-"""
 
 PROGRAM = (
     PRELUDE
@@ -106,18 +76,6 @@ few, many = decoder_loss(4), decoder_loss(16)
 print(json.dumps([added(few), added(many), 4 * 2 * 2 * D * H * K]))
 """
 )
-
-
-def measured(*program: str) -> Any:
-    """What the program prints. Blocks that it frees go back to the system, so that the peak is of what was alive."""
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
-    command = [sys.executable, "-P", "-c", *program]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
-
-
-needs_peak = pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no peak of memory to read")
 
 
 def test_triton_ops_make_none():
