@@ -2,7 +2,7 @@
 # Everything that a GPU is needed for, in parts, the most telling first; rows are written as they come, to bench/results.
 #
 #   bench/gpu.sh                 all parts, within about 10 minutes: from 8 on no further part is begun
-#   bench/gpu.sh PART ...        these alone: check step decoder op kernels memory rest sanitize compiled
+#   bench/gpu.sh PART ...        these alone: check step decoder op maps kernels memory rest sanitize compiled
 #   bench/gpu.sh --check         in under a minute: what it needs, and whether that is here (the part check)
 #   bench/gpu.sh --dry [PART...] every path on the CPU at tiny sizes: shows that the script works, its rows are no figures
 #
@@ -14,7 +14,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(command -v python || command -v python3)
-parts=(check step decoder op kernels memory rest sanitize compiled)
+parts=(check step decoder op maps kernels memory rest sanitize compiled)
 usage() { echo "usage: bench/gpu.sh [--check | --dry] [PART ...], of: ${parts[*]}" >&2; exit 2; }
 
 dry=""
@@ -88,6 +88,11 @@ part_decoder() { # its training step, with profiles
 }
 part_op() { # attention and penalty against SDPA, padded SDPA, xformers
   bench 100 op --no-memory --skip "$compilers" --precision bf16
+}
+part_maps() { # attention to 77 tokens with its map, beside SDPA without; slot attention
+  bench 60 map --no-memory --skip "$compilers" --precision bf16
+  bench 60 map --no-memory --skip "$compilers" --precision fp32
+  bench 60 slots --no-memory --skip "$compilers" --precision fp32
 }
 part_kernels() { # one decoder layer, in 16 and 32 bits: each kernel against float64
   bench 100 block --no-memory --skip "$compilers" --precision bf16

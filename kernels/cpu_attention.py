@@ -65,7 +65,7 @@ def slot_attention_fwd(
         q=unit_rows(q, dtype), k=unit_rows(k, dtype), v=unit_rows(v, dtype), slot_mask=mask(slot_mask), scale=scale,
         eps=eps, updates=updates, totals=totals, slot_map=slot_map if return_map else None,
     )  # fmt: skip
-    return updates.to(q.dtype), totals, slot_map
+    return updates, totals, slot_map
 
 
 def slot_attention_bwd(

@@ -11,7 +11,7 @@ from fastslots import ops
 from fastslots.bench import peers, published
 from fastslots.bench.case import Case, Options, Provider, Run, Tensors, model_axes
 from fastslots.bench.cases.common import compiled, named_gradients, need
-from fastslots.kernels.tools.cost import eager_cost, eager_ops
+from fastslots.kernels.tools.eager import eager_cost, eager_ops
 from fastslots.models import SlotVAEConfig
 from fastslots.models.layers import DecoderLayer
 from fastslots.ops import reference

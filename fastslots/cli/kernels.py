@@ -21,7 +21,9 @@ def add_parser(commands: Subparsers) -> None:
     compile_ = actions.add_parser("compile", help="compile every shipped launch, without a GPU")
     compile_.add_argument("--target", choices=TARGETS, required=True, help="architecture to compile for")
     compile_.add_argument("--out", type=Path, required=True, help="machine code, PTX and JSON go to OUT/TARGET")
-    compile_.add_argument("--all", action="store_true", help="every preset and fp16 too, not clevr6 alone")
+    compile_.add_argument(
+        "--all", action="store_true", help="every preset, shapes of other models and fp16 too, not clevr6 alone"
+    )
     compile_.set_defaults(run=_compile)
 
     report = actions.add_parser(
@@ -52,7 +54,7 @@ def _compile(args: argparse.Namespace) -> int:
 
     if _tiles.INTERPRETED.value:
         raise UserError("TRITON_INTERPRET is set, so there is nothing to compile: unset it")
-    presets = shipped.PRESETS.values() if args.all else [shipped.PRESETS["clevr6"]]
+    presets = shipped.SHAPES.values() if args.all else [shipped.PRESETS["clevr6"]]
     precisions = list(shipped.PRECISIONS) if args.all else ["bf16", "tf32", "fp32"]
     if args.target == "gfx942":  # CDNA3 has no TF32 products that Triton would emit
         precisions.remove("tf32")
@@ -135,10 +137,10 @@ def _tune(args: argparse.Namespace) -> int:
     from fastslots.kernels.gpu import launch
     from fastslots.kernels.tools import shipped, tune
 
-    presets = args.preset or list(shipped.PRESETS)
-    unknown = [name for name in presets if name not in shipped.PRESETS]
+    presets = args.preset or list(shipped.SHAPES)
+    unknown = [name for name in presets if name not in shipped.SHAPES]
     if unknown:
-        raise UserError(f"--preset {unknown[0]}: there is {', '.join(shipped.PRESETS)}")
+        raise UserError(f"--preset {unknown[0]}: there is {', '.join(shipped.SHAPES)}")
     precisions = args.precision or ["bf16", "tf32", "fp32"]
 
     def say(line: str) -> None:

@@ -255,6 +255,7 @@ def slot_attention(
     else:
         q, k, v = _under_autocast(q, k, v)
         updates, _, slot_map = autograd_slots.slot_attention(q, k, v, scale, eps, slot_mask, return_map, name)
+        updates = updates.to(q.dtype)
     return (updates, slot_map) if return_map else updates
 
 

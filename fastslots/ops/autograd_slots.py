@@ -38,7 +38,11 @@ def slot_attention(
     return_map: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> updates, each slot's sum of weights (which the backward needs), and the map (empty where it is not wanted)."""
+    """-> updates in fp32 or wider, each slot's sum of weights, and the map (empty where it is not wanted).
+
+    The backward needs the first two. From updates of 16 bits it would take each slot's mean off its gradient with an
+    error that the tokens' mean blows up, the same for all of them.
+    """
     return _kernels(backend).slot_attention_fwd(q, k, v, scale, eps, slot_mask, return_map)
 
 
@@ -48,7 +52,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, H, K = q.shape[:3]
     wide = torch.promote_types(q.dtype, torch.float32)
-    updates = contiguous_like(q)
+    updates = contiguous_like(q).to(wide)
     slot_map = map_like(q, B, k.shape[2], K) if return_map else q.new_empty(0, dtype=wide)
     return updates, q.new_empty(B, H, K, dtype=wide), slot_map
 

@@ -8,6 +8,7 @@ Everything here is O(D · columns) an image at most, thousands of times below th
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -50,6 +51,25 @@ def round_up(n: int, block: int) -> int:
 def pitch(D: int) -> int:
     """Columns of a row of D elements in a tensor that only kernels and cuBLAS see: whole 16 bytes, the rest zeros."""
     return round_up(D, 8)
+
+
+MAX_TILE_ROWS = 1024
+"""Above every BLOCK_L of the launch table."""
+
+
+def unit_rows(t: Tensor) -> Tensor:
+    """The tensor itself where rows are contiguous and a tile's offsets fit 32 bits, whatever the other strides; else a
+    copy."""
+    return t if t.stride(-1) == 1 and t.stride(-2) < 2**31 // MAX_TILE_ROWS else t.contiguous()
+
+
+def stride_unit(*tensors: Tensor) -> int:
+    """The most elements, a power of two of at most 16 bytes, of which all strides but the last are multiples.
+
+    Kernels take strides in this unit, a constant of theirs: so the compiler sees how far rows are aligned. It looks at
+    an argument for multiples of 16 alone, and a head of 40 would be loaded one element at a time.
+    """
+    return math.gcd(16 // tensors[0].element_size(), *(stride for t in tensors for stride in t.stride()[:-1]))
 
 
 def pad_rows(t: Tensor, rows: int, width: int, dtype: torch.dtype) -> Tensor:

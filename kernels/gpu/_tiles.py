@@ -25,6 +25,15 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def dot_rows(rows, others, PRECISION: tl.constexpr, ROWS: tl.constexpr, OTHERS: tl.constexpr):
+    """rows · othersᵀ, [ROWS, OTHERS] in fp32, of two tuples of chunks."""
+    acc = tl.zeros([ROWS, OTHERS], tl.float32)
+    for c in tl.static_range(len(rows)):
+        acc = dot(rows[c], tl.trans(others[c]), acc, PRECISION)
+    return acc
+
+
+@triton.jit
 def load_rows(ptr, stride, mask_l, D: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows ``ptr + l·stride`` as a tuple of chunks [BLOCK_L, BLOCK_D]; zeros in masked rows and past column D."""
     rows = ()

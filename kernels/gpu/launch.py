@@ -30,6 +30,8 @@ Table = dict[str, dict[str, dict[str, dict[str, int]]]]
 """Architecture, kernel, dtype and width class -> fields of a ``LaunchConfig``."""
 WIDTH_CLASSES = (64, 192, 384)
 """Largest row width of each class of the table: a tile holds whole rows, so the width sets its register use."""
+MANY_SLOTS = 64
+"""Above so many slots of a head the table has entries of their own."""
 
 
 @dataclass(frozen=True)
@@ -143,12 +145,13 @@ def arch_of(tensor: Tensor) -> str:
     return device_arch(tensor.device.index or 0) if tensor.is_cuda else "interpreter"
 
 
-def table_key(dtype: torch.dtype, width: int) -> str:
-    """``bf16/192``: kind of product (fp16, bf16, tf32, fp32) and width class."""
+def table_key(dtype: torch.dtype, width: int, slots: int = 1) -> str:
+    """``bf16/192``: kind of product (fp16, bf16, tf32, fp32) and width class; ``bf16/192 many slots``."""
     fits = [limit for limit in WIDTH_CLASSES if width <= limit]
     if not fits:
         raise ValueError(f"width {width} is above {WIDTH_CLASSES[-1]}, the widest row a tile holds")
-    return f"{'tf32' if precision(dtype) == 'tf32' else DTYPES[dtype]}/{fits[0]}"
+    many = " many slots" if slots > MANY_SLOTS else ""
+    return f"{'tf32' if precision(dtype) == 'tf32' else DTYPES[dtype]}/{fits[0]}{many}"
 
 
 def table_arch(arch: str) -> str:
@@ -165,20 +168,21 @@ def table_arch(arch: str) -> str:
     return f"sm_{max([value for value in known if value <= number], default=known[0])}"
 
 
-def has_entries(like: Tensor, width: int, kernels: tuple[str, ...]) -> bool:
+def has_entries(like: Tensor, width: int, kernels: tuple[str, ...], slots: int = 1) -> bool:
     """Whether the table has block sizes for all kernels whose names start so; a tile that fits no memory has none."""
-    key = table_key(like.dtype, width)
+    key = table_key(like.dtype, width, slots)
     entries = _table()[table_arch(arch_of(like))]
     return all(key in found for name, found in entries.items() if name.startswith(kernels))
 
 
-def select(kernel: Any, like: Tensor, width: int) -> LaunchConfig:
-    """Block sizes for ``kernel`` on rows of ``width`` elements of the dtype and device of ``like``."""
+def select(kernel: Any, like: Tensor, width: int, slots: int = 1) -> LaunchConfig:
+    """Block sizes for ``kernel`` on rows of ``width`` elements of the dtype and device of ``like``, and so many slots a
+    head where a tile holds them all."""
     forced = _override.get()
     if forced is not None:
         return forced
     entries = _table()[table_arch(arch_of(like))]
-    return LaunchConfig(**entries[kernel_name(kernel)][table_key(like.dtype, width)])
+    return LaunchConfig(**entries[kernel_name(kernel)][table_key(like.dtype, width, slots)])
 
 
 def allows_tf32() -> bool:

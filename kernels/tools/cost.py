@@ -53,11 +53,17 @@ class Cost:
 def launch_cost(launch: Launch) -> Cost:
     """The model of one recorded launch, from its arguments, constexprs and grid alone."""
     requested, flops, issued = _MODELS[launch.name](_Terms(launch))
-    tensors = {id(t): t for name, t in launch.args.items() if isinstance(t, Tensor) and name != "residual_ptr"}
-    residual = launch.args.get("residual_ptr")
-    if residual is not None and launch.constexprs["NORM"]:
-        tensors[id(residual)] = residual
+    untouched = {name for flag, names in _OF_FLAGS.items() if not launch.constexprs.get(flag, True) for name in names}
+    tensors = {id(t): t for name, t in launch.args.items() if isinstance(t, Tensor) and name not in untouched}
     return Cost(sum(t.numel() * t.element_size() for t in tensors.values()), requested, flops, issued)
+
+
+_OF_FLAGS = {
+    "NORM": ("residual_ptr",), "MASKED": ("mask_ptr",), "MAP": ("map_ptr", "dmap_ptr"), "WEIGHTED": ("weights_ptr",),
+    "ROWS": ("entropy_ptr", "lse_ptr", "dentropy_ptr", "dlse_ptr"), "DWEIGHTS": ("dweights_ptr",),
+    "KEYS": ("dmap_ptr", "v_ptr", "dentropy_ptr", "dlse_ptr", "dq_ptr", "dk_ptr"), "VALUES": ("dv_ptr",),
+}  # fmt: skip
+"""Arguments that a kernel leaves alone where a flag of its is false."""
 
 
 class _Terms:
@@ -88,16 +94,24 @@ def _cross_attention_fwd(t: _Terms) -> tuple[int, int, int]:
     B, H, L, d = t.of("q_ptr").shape
     K, KP, tiles = t.consts["K"], t.consts["KP"], t.grid[0]
     requested = t.size("q_ptr", "out_ptr", "map_ptr") + tiles * (t.size("k_ptr", "v_ptr") + H * t.size("bias_ptr"))
+    requested += t.size("entropy_ptr", "lse_ptr") + (4 * t.programs * H if t.consts["WEIGHTED"] else 0)
     return requested, 4 * B * H * L * K * d, 4 * t.programs * H * t.BL * KP * t.W
 
 
 def _cross_attention_bwd(t: _Terms) -> tuple[int, int, int]:
     B, H, L, d = t.of("q_ptr").shape
     K, KP, visits = t.consts["K"], t.consts["KP"], t.grid[0] * t.number("blocks")
-    # k is loaded for the scores and again for dq.
-    loads = t.size("q_ptr", "dout_ptr") + H * t.size("dmap_ptr")
-    loads += visits * (2 * t.size("k_ptr") + t.size("v_ptr") + H * t.size("bias_ptr"))
-    return loads + t.size("dq_ptr", "dk_ptr", "dv_ptr"), 10 * B * H * L * K * d, 10 * visits * B * H * t.BL * KP * t.W
+    requested = t.size("q_ptr", "dout_ptr") + visits * (t.size("k_ptr") + H * t.size("bias_ptr"))
+    requested += 4 * t.programs if t.consts["WEIGHTED"] else 0
+    products = 1  # scores
+    if t.consts["VALUES"]:
+        requested, products = requested + t.size("dv_ptr"), products + 1
+    if t.consts["KEYS"]:  # k is loaded for the scores and again for dq
+        requested += H * t.size("dmap_ptr") + visits * t.size("k_ptr", "v_ptr") + t.size("dq_ptr", "dk_ptr")
+        requested += t.size("dentropy_ptr", "dlse_ptr") if t.consts["ROWS"] else 0
+        requested += t.size("dweights_ptr") if t.consts["DWEIGHTS"] else 0
+        products += 3
+    return requested, 2 * products * B * H * L * K * d, 2 * products * visits * B * H * t.BL * KP * t.W
 
 
 def _attention_columns(t: _Terms) -> tuple[int, int, int, int, int]:
@@ -202,6 +216,42 @@ def _token_attention_bwd(t: _Terms) -> tuple[int, int, int]:
     return requested, 10 * B * M * T * S, issued
 
 
+def _slot_attention_fwd(t: _Terms) -> tuple[int, int, int]:
+    B, H, L, d = t.of("k_ptr").shape
+    visits = t.programs * t.number("heads") * t.number("blocks")  # tiles of a head
+    requested = _keys_and_values(t) + t.size("part_sum_ptr", "part_total_ptr") + visits * _slots(t, "q_ptr")
+    requested += t.size("map_ptr") if t.consts["MAP"] else 0
+    requested += t.programs * t.consts["K"] if t.consts["MASKED"] else 0
+    return requested, 4 * B * H * L * t.consts["K"] * d, 4 * visits * t.BL * t.consts["KP"] * t.W
+
+
+def _slots(t: _Terms, name: str) -> int:
+    """Bytes of all slots of one head."""
+    return t.consts["K"] * t.D * t.element(name)
+
+
+def _keys_and_values(t: _Terms) -> int:
+    """Bytes as they are loaded: expanded over heads they are fewer, and one tensor of both is loaded once."""
+    k = t.of("k_ptr")
+    return k.numel() * k.element_size() * (1 if t.consts["SAME"] else 2)
+
+
+def _slot_attention_combine(t: _Terms) -> tuple[int, int, int]:
+    others = t.grid[0] * t.size("part_total_ptr") + t.size("totals_ptr")
+    return t.size("part_sum_ptr", "updates_ptr") + others, 0, 0
+
+
+def _slot_attention_bwd(t: _Terms) -> tuple[int, int, int]:
+    B, H, L, d = t.of("k_ptr").shape
+    K, visits = t.consts["K"], t.programs * t.number("blocks")
+    requested = _keys_and_values(t) + t.size("dk_ptr", "dv_ptr", "dq_ptr")
+    requested += visits * (_slots(t, "q_ptr") + _slots(t, "du_ptr"))
+    requested += t.programs * (_slots(t, "du_ptr") + _slots(t, "updates_ptr") + 4 * K)
+    requested += H * t.size("dmap_ptr") if t.consts["MAP"] else 0
+    requested += t.programs * K if t.consts["MASKED"] else 0
+    return requested, 10 * B * H * L * K * d, 10 * visits * t.BL * t.consts["KP"] * t.W
+
+
 _MODELS: dict[str, Callable[[_Terms], tuple[int, int, int]]] = {
     "cross_attention_fwd": _cross_attention_fwd,
     "cross_attention_bwd": _cross_attention_bwd,
@@ -221,65 +271,7 @@ _MODELS: dict[str, Callable[[_Terms], tuple[int, int, int]]] = {
     "token_attention_fwd": _token_attention_fwd,
     "token_attention_combine": _token_attention_combine,
     "token_attention_bwd": _token_attention_bwd,
+    "slot_attention_fwd": _slot_attention_fwd,
+    "slot_attention_combine": _slot_attention_combine,
+    "slot_attention_bwd": _slot_attention_bwd,
 }
-
-
-# ---- layers in plain PyTorch, operation by operation -----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class EagerOp:
-    """Per pixel or token: values read and written by the forward, and the multiply-adds of a product."""
-
-    reads: int
-    writes: int
-    product: int = 0
-
-
-def eager_ops(method: str, D: int, F: int, H: int, d: int, K: int) -> list[EagerOp]:
-    """The operations of one layer as eager PyTorch runs them: "published" or "folded"."""
-    HK, Hd = H * K, H * d
-    published = [
-        EagerOp(D, D),  # norm
-        EagerOp(D, Hd, D * Hd),  # query projection
-        EagerOp(Hd, Hd),  # scale
-        EagerOp(Hd, HK, Hd * K),  # scores
-        EagerOp(HK, HK),  # softmax
-        EagerOp(HK, K),  # slot map
-        EagerOp(HK, Hd, Hd * K),  # A v
-        EagerOp(Hd, D, D * Hd),  # output projection
-    ]
-    folded = [
-        EagerOp(D, D),  # norm
-        EagerOp(D, HK, D * HK),  # x G
-        EagerOp(HK, HK),  # + g
-        EagerOp(HK, HK),  # softmax
-        EagerOp(HK, K),  # slot map
-        EagerOp(HK, D, D * HK),  # A U
-        EagerOp(D, D),  # + b
-    ]
-    feed_forward = [
-        EagerOp(2 * D, D),  # residual
-        EagerOp(D, D),  # norm
-        EagerOp(D, F, D * F),
-        EagerOp(F, F),  # gelu
-        EagerOp(F, D, F * D),
-        EagerOp(2 * D, D),  # residual
-    ]
-    return {"published": published, "folded": folded}[method] + feed_forward
-
-
-def eager_cost(ops: list[EagerOp], rows: int, element: int, backward: bool = True) -> tuple[int, int]:
-    """Bytes and FLOPs of operations on so many rows of elements of so many bytes, forward or forward and backward.
-
-    The backward of an operation reads the gradient and what the forward read, and writes a gradient of that; a product
-    reads the gradient once more (two products) and does twice the operations.
-    """
-    values = macs = 0
-    for op in ops:
-        values += op.reads + op.writes
-        macs += op.product
-        if backward:
-            values += op.writes * (2 if op.product else 1) + 2 * op.reads
-            macs += 2 * op.product
-    return values * rows * element, 2 * macs * rows

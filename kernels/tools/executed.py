@@ -77,6 +77,8 @@ def source_loops(launch: Launch) -> tuple[Loop, ...]:
     if name == "folded_attention_dx":
         assert groups is not None
         loops: tuple[Loop, ...] = (Loop(args["images"], _several(groups)),) if args["images"] > 1 else (groups,)
+    elif args.get("heads", 1) > 1:  # of one tile
+        loops = (Loop(args["heads"]),)
     elif "blocks" in args:
         loops = (Loop(args["blocks"]),)
     elif "parts" in args:

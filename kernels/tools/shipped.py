@@ -9,13 +9,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastslots.records import FeedForward, FoldedProjections
+from fastslots.records import FeedForward, FoldedProjections, Statistics, StatisticsInputs
 
 from ..gpu._pack import LayerPacks
-from ..gpu.cross_attention import cross_attention_bwd, cross_attention_fwd
+from ..gpu.cross_attention import (
+    attention_statistics_bwd,
+    attention_statistics_fwd,
+    cross_attention_bwd,
+    cross_attention_fwd,
+)
 from ..gpu.decoder_layer import decoder_layer_bwd, decoder_layer_fwd, layer_backward, layer_forward
 from ..gpu.folded_cross_attention import folded_cross_attention_bwd, folded_cross_attention_fwd
 from ..gpu.launch import Launch, allows_tf32, has_entries, record
+from ..gpu.slot_attention import slot_attention_bwd, slot_attention_fwd
 from ..gpu.token_attention import table_width, token_attention_bwd, token_attention_fwd
 from ..gpu_backend import KERNELS
 
@@ -23,7 +29,7 @@ from ..gpu_backend import KERNELS
 @dataclass(frozen=True)
 class Shape:
     """One decoder layer: B images of L pixels, K slots, H heads of d, query width D, feed-forward width F; and one
-    encoder layer: M rows (heads x queries) against T tokens of width S."""
+    encoder layer: M rows (heads x queries) against T tokens of width S, or K slots that compete for these."""
 
     name: str
     B: int
@@ -36,14 +42,23 @@ class Shape:
     M: int
     T: int
     S: int
+    ops: tuple[str, ...] = ()  # of others' models: those that are called at this shape alone; () is all of them
 
     def row_width(self, kernel: str) -> int:
         """Width of the rows that a kernel takes: what its block sizes are chosen by."""
         if kernel.startswith("token_"):
             return table_width(self.M, self.S)
+        if kernel.startswith("slot_"):
+            return self.S
         return self.d if kernel.startswith("cross_") else self.D
 
+    def slots_of_table(self, kernel: str) -> int:
+        """Slots of a head, where block sizes are chosen by them too."""
+        return self.K if kernel.startswith("cross_") else 1
 
+
+TEXT = ((40, 64 * 64), (64, 96 * 96), (80, 32 * 32), (160, 16 * 16))
+"""Width of a head, and pixels."""
 # As fastslots.config.presets has them: kernels import no models, a test compares.
 PRESETS = {
     shape.name: shape
@@ -55,6 +70,16 @@ PRESETS = {
         Shape("clevr6-mini", 32, 64 * 64, 7, 4, 24, 96, 192, 28, 16 * 16, 64),
     )
 }
+_MAP = ("cross_attention", "attention_statistics")
+OTHERS = {
+    shape.name: shape
+    for shape in (
+        *(Shape(f"text-{d}", 2, L, 77, 8, d, 8 * d, 8, 16, 16, 16, _MAP) for d, L in TEXT),
+        *(Shape(f"slots-{K}", 32, 16, K, 1, 16, 16, 8, K, 128 * 128, 64, ("slot_attention",)) for K in (7, 11)),
+    )
+}
+"""Attention to the 77 tokens of a text in diffusion models, and slot attention over the pixels of an image."""
+SHAPES = PRESETS | OTHERS
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 """Name in tables -> element type; fp32 products are TF32 or IEEE (``launch.precision``)."""
 
@@ -79,13 +104,15 @@ def inputs(shape: Shape, dtype: torch.dtype, device: str = "meta", shared: bool 
 
     return {
         "q": make(B, H, L, d, dtype=dtype), "k": make(B, H, K, d, dtype=dtype), "v": make(B, H, K, d, dtype=dtype),
-        "dout": make(B, H, L, d, dtype=dtype), "dmap": make(B, L, K),
+        "dout": make(B, H, L, d, dtype=dtype), "dmap": make(B, L, K), "head_weights": make(H),
         "x": make(1 if shared else B, L, D, dtype=dtype), "dy": make(B, L, D, dtype=dtype),
         "G": make(B, D, H, K, scale=2 * D**-0.5), "g": make(B, H, K), "U": make(B, H, K, D), "b": make(D),
         "norm_weight": make(D), "norm_bias": make(D), "w1": make(F, D, scale=D**-0.5), "b1": make(F),
         "w2": make(D, F, scale=F**-0.5), "b2": make(D),
         "rows": make(B, shape.M, shape.S, scale=2 * shape.S**-0.5), "tokens": make(B, shape.T, shape.S, dtype=dtype),
         "dgathered": make(B, shape.M, shape.S),
+        "slots": make(B, 1, K, shape.S, dtype=dtype), "values": make(B, shape.T, shape.S, dtype=dtype),
+        "dupdates": make(B, 1, K, shape.S), "dtoken_map": make(B, shape.T, K),
     }  # fmt: skip
 
 
@@ -94,6 +121,16 @@ def run_op(op: str, t: dict[str, Tensor]) -> None:
     if op == "token_attention":
         gathered, lse = token_attention_fwd(t["rows"], t["tokens"])
         token_attention_bwd(t["dgathered"], t["rows"], t["tokens"], gathered, lse)
+        return
+    if op == "slot_attention":
+        of_tokens, values = t["tokens"][:, None], t["values"][:, None]
+        _iteration(t, of_tokens, values, t["dtoken_map"])
+        _iteration(t, of_tokens, of_tokens, None)  # folded
+        return
+    if op == "attention_statistics":
+        inputs = StatisticsInputs(t["q"], t["k"], t["v"], None, t["head_weights"], 1.0, rows=True)
+        rows = attention_statistics_fwd(inputs)
+        attention_statistics_bwd(Statistics(t["dout"], t["dmap"], rows.entropy, rows.lse), inputs, True)
         return
     if op == "cross_attention":
         scale = t["x"].shape[2] ** -0.5
@@ -115,13 +152,28 @@ def run_op(op: str, t: dict[str, Tensor]) -> None:
     decoder_layer_bwd(t["dy"], t["dmap"], t["x"], folded, ff)
 
 
-OPS = ("cross_attention", "folded_cross_attention", "decoder_layer", "decoder_loss", "token_attention")
+def _iteration(t: dict[str, Tensor], k: Tensor, v: Tensor, dmap: Tensor | None) -> None:
+    """Of slot attention, both ways, with the map where it has a gradient."""
+    inputs, eps = (t["slots"], k, v), 1e-8
+    *saved, _ = slot_attention_fwd(*inputs, 1.0, eps, None, dmap is not None)
+    slot_attention_bwd(t["dupdates"], dmap, inputs, (saved[0], saved[1]), 1.0, eps, None)
+
+
+OPS = (
+    "cross_attention",
+    "folded_cross_attention",
+    "decoder_layer",
+    "decoder_loss",
+    "token_attention",
+    "slot_attention",
+)
 """Of the decoder's loss one layer of one tile."""
 
 
 def serves(op: str, shape: Shape, t: dict[str, Tensor]) -> bool:
     """Whether the launch table has block sizes for all kernels of ``op`` (on the architecture of ``record``)."""
-    return has_entries(t["q"], shape.row_width(KERNELS[op][0]), KERNELS[op])
+    kernels = KERNELS[op]
+    return has_entries(t["q"], shape.row_width(kernels[0]), kernels, shape.slots_of_table(kernels[0]))
 
 
 def record_shipped(arch: str, shape: Shape, precision: str) -> list[tuple[str, Launch]]:
@@ -130,7 +182,7 @@ def record_shipped(arch: str, shape: Shape, precision: str) -> list[tuple[str, L
     The first layer of a decoder has the same queries for every image: ``shared`` launches.
     """
     distinct: dict[Hashable, tuple[str, Launch]] = {}
-    for op in OPS:
+    for op in shape.ops or OPS:
         for shared in (False, True) if op.startswith("decoder_") else (False,):
             tensors = inputs(shape, PRECISIONS[precision], shared=shared)
             with matmul_precision(precision), record(arch) as launches:
@@ -140,6 +192,11 @@ def record_shipped(arch: str, shape: Shape, precision: str) -> list[tuple[str, L
                 norm = launch.constexprs.get("NORM", True)
                 kept = op == "decoder_loss" and launch.constexprs["KEEP"]
                 variant = ("" if norm else "_plain") + ("_kept" if kept else "") + ("_shared" if shared else "")
+                variant += "_folded" if launch.constexprs.get("SAME") else ""
+                variant += "_statistics" if launch.constexprs.get("ROWS") else ""
+                variant += {(True, False): "_keys", (False, True): "_values"}.get(
+                    (launch.constexprs.get("KEYS", True), launch.constexprs.get("VALUES", True)), ""
+                )
                 scalars = tuple(v == 1 for v in launch.args.values() if not isinstance(v, Tensor))
                 types = tuple(v.dtype for v in launch.args.values() if isinstance(v, Tensor))
                 key = (launch.name, tuple(launch.constexprs.items()), launch.config, scalars, types)

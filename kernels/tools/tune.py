@@ -20,7 +20,7 @@ from triton.errors import TritonError
 
 from ..gpu import launch
 from ..gpu.launch import Launch, LaunchConfig
-from .shipped import OPS, PRECISIONS, PRESETS, Shape, inputs, matmul_precision, run_op, serves
+from .shipped import OPS, PRECISIONS, SHAPES, Shape, inputs, matmul_precision, run_op, serves
 
 FIELDS: dict[str, tuple[int, ...]] = {
     "block_l": (16, 32, 64, 128),
@@ -97,9 +97,9 @@ class Entry:
 def entries(arch: str, presets: Sequence[str], precisions: Sequence[str], device: str) -> Iterator[Entry]:
     """Every entry once, by the first preset and op that reads it: in the loss before in a layer alone."""
     done: set[tuple[str, str]] = set()
-    for shape, precision in product((PRESETS[name] for name in presets), precisions):
+    for shape, precision in product((SHAPES[name] for name in presets), precisions):
         tensors = inputs(shape, PRECISIONS[precision], device)
-        for op in sorted(OPS, key=lambda op: (op != "decoder_loss", op != "decoder_layer")):
+        for op in sorted(shape.ops or OPS, key=lambda op: (op != "decoder_loss", op != "decoder_layer")):
             with matmul_precision(precision), launch.record(arch):
                 if not serves(op, shape, tensors):
                     continue
@@ -107,7 +107,8 @@ def entries(arch: str, presets: Sequence[str], precisions: Sequence[str], device
             launches = partial(_recorded, arch, op, precision, tensors)
             for name, start in launches(None).items():
                 with matmul_precision(precision):
-                    key = launch.table_key(PRECISIONS[precision], shape.row_width(name))
+                    slots = shape.slots_of_table(name)
+                    key = launch.table_key(PRECISIONS[precision], shape.row_width(name), slots)
                 if (name, key) not in done:
                     done.add((name, key))
                     yield Entry(shape, precision, key, start, launches)
@@ -131,7 +132,7 @@ def _search(entry: Entry, measure: Measure) -> tuple[LaunchConfig, float | None]
 
 def tune(
     say: Callable[[str], None] = print,
-    presets: Sequence[str] = tuple(PRESETS),
+    presets: Sequence[str] = tuple(SHAPES),
     precisions: Sequence[str] = ("bf16", "tf32", "fp32"),
     *,
     arch: str | None = None,

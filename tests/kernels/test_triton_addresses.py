@@ -18,6 +18,7 @@ from fastslots.kernels.gpu import launch
 from fastslots.kernels.gpu.passes.bias_gelu import bias_gelu_bwd, bias_gelu_fwd
 from fastslots.kernels.gpu.passes.joint_norm import BLOCK, joint_norm_bwd, joint_norm_fwd
 from fastslots.kernels.gpu.passes.row_norm import row_norm_bwd, row_norm_fwd
+from fastslots.kernels.gpu.slot_attention import slot_attention_bwd, slot_attention_fwd
 from fastslots.kernels.tools import shipped
 
 
@@ -74,17 +75,27 @@ def clashes(seen) -> list[str]:
 
 
 def every_launch(dtype, shared):
-    """Of all ops, a layer of the decoder's loss, the joint norm, the passes over rows; sizes fill no tile."""
+    """Of all ops, a layer of the decoder's loss, slot attention of several heads, the joint norm, the passes over rows;
+    sizes fill no tile."""
     shape = shipped.Shape("tail", 2, 70, 5, 3, 12, 37, 50, 20, 150, 45)
     t = shipped.inputs(shape, dtype, "cpu", shared)
     with launch.record("interpreter") as launches:
         for op in shipped.OPS:
             shipped.run_op(op, t)
+        heads_that_compete(dtype)
         x = torch.randn(2, 70, BLOCK // 64, dtype=torch.float32).to(dtype)
         y, rstd = joint_norm_fwd(x, 1e-5)
         joint_norm_bwd(y, y, rstd)
         row_passes(dtype)
     return launches
+
+
+def heads_that_compete(dtype):
+    """A program takes all heads of a tile, for their map; some slots are masked out."""
+    q, k, dmap = torch.randn(2, 3, 5, 20).to(dtype), torch.randn(2, 3, 150, 20).to(dtype), torch.randn(2, 150, 5)
+    mask = torch.tensor([[True, False, True, True, True], [False] * 5])
+    *saved, _ = slot_attention_fwd(q, k, k, 0.2, 1e-3, mask, True)
+    slot_attention_bwd(q, dmap, (q, k, k), tuple(saved), 0.2, 1e-3, mask)
 
 
 def row_passes(dtype):
@@ -100,7 +111,7 @@ def row_passes(dtype):
 )
 def test_no_two_programs_write_one_address_and_none_reads_what_another_writes(dtype, shared, monkeypatch):
     launches = every_launch(dtype, shared)
-    assert len({item.name for item in launches}) >= 18
+    assert len({item.name for item in launches}) >= 21
     for item in launches:
         for value in item.args.values():  # what a recorded launch has left unwritten
             if isinstance(value, torch.Tensor) and value.is_floating_point():

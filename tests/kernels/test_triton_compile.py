@@ -27,12 +27,13 @@ if importlib.util.find_spec("triton") is None:
 MAX_SPILLS = 64
 """Instructions on local memory outside loops: a few words that a program writes and reads once."""
 TARGETS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+OTHERS = [*(f"text-{d}" for d in (40, 64, 80, 160)), "slots-7", "slots-11"]
 PRECISIONS = ("bf16", "fp16", "tf32", "fp32")
 SCRIPT = """
 import json, sys
 from fastslots.kernels.tools import tables as report, shipped
 arch, preset, precision, wanted = sys.argv[1:]
-shape = shipped.PRESETS[preset]
+shape = shipped.SHAPES[preset]
 for name, launch in shipped.record_shipped(arch, shape, precision):
     if wanted in ("all", name):
         print(json.dumps(report.compile_row(name, launch, arch, shape, precision)[0]))
@@ -61,7 +62,7 @@ def check(row: dict) -> None:
     if row["precision"] != "fp32" and row["model"]["flops"]:  # the combining kernel has no product
         assert row["tensor_cores"], f"{name} has products but no tensor-core instruction"
     wide = "16 B" if row["precision"] in ("fp32", "tf32") else "8 B"  # rows of 180 bf16 are aligned to 8 bytes
-    if row["kernel"] == "token_attention_combine":
+    if row["kernel"].endswith("_combine"):
         wide = "8 B"  # a row of 64 partial sums is 8 bytes a lane of one warp
     assert row["tma_loads"] or any(row["global_loads"].get(w) for w in (wide, "16 B")), f"{name} has no wide load"
 
@@ -77,6 +78,25 @@ def test_token_attention_compiles_clean():
     (row,) = compiled("sm_90", "clevr6", "bf16", "token_attention_bwd")
     check(row)
     assert any(op.startswith("HGMMA") for op in row["tensor_cores"]) and row["global_loads"].get("16 B")
+
+
+@pytest.mark.parametrize(
+    "preset, kernel", [("text-64", "cross_attention_bwd_statistics"), ("slots-7", "slot_attention_bwd_folded")]
+)
+def test_ops_of_others_models_compile_clean(preset, kernel):
+    (row,) = compiled("sm_90", preset, "bf16", kernel)
+    check(row)
+    assert any(op.startswith("HGMMA") for op in row["tensor_cores"]) and row["global_loads"].get("16 B")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1600)
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("preset", OTHERS)
+def test_every_launch_at_shapes_of_others_models_compiles_clean(arch, preset, precision):
+    for row in compiled(arch, preset, precision, "all"):
+        check(row)
 
 
 @pytest.mark.long
@@ -172,7 +192,7 @@ def test_tune_says_what_it_would_time(capsys):
     args = cli("kernels", "tune", "--dry", "--preset", "clevr6", "--precision", "bf16", "--target", "sm_80")
     assert args.run(args) == 0
     out = capsys.readouterr().out
-    assert "sm_80 clevr6 bf16 feed_forward_dx (bf16/192): from {" in out and out.endswith("9 entries\n")
+    assert "sm_80 clevr6 bf16 feed_forward_dx (bf16/192): from {" in out and out.endswith("11 entries\n")
     args = cli("kernels", "tune", "--dry", "--preset", "clevr7")
     with pytest.raises(UserError, match="clevr7"):
         args.run(args)

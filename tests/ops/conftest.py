@@ -32,7 +32,7 @@ def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
 
 @pytest.fixture(params=[name for name in BACKENDS if name != "triton"])
 def host_backend(request: pytest.FixtureRequest) -> str:
-    """The same for ops that have no Triton kernel: the reference and C++."""
+    """The same for ops whose Triton kernels have a file of their own: the reference and C++."""
     return _use(request.param, torch.device("cpu"))
 
 

@@ -71,12 +71,6 @@ def slot_axes(op: Op) -> dict[str, int]:
     return {"q": 2} if op is iteration else {name: SLOTS[name] for name in inputs(op) if name in SLOTS}
 
 
-def served(op: Op, backend: str) -> str:
-    if backend == "triton" and op in (statistics, iteration):
-        pytest.skip("no Triton kernel of this op")
-    return backend
-
-
 def run(op: Op, backend: str, values: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return values_and_gradients(lambda *t: op(backend, list(t)), cast(list(values.values()), dtype))
 
@@ -88,7 +82,7 @@ CASES = [pytest.param(op, name, id=f"{op.__name__}-{name}") for op in OPS for na
 @pytest.mark.parametrize("op, name", CASES)
 def test_what_a_masked_slot_holds_reaches_nothing(op, name, backend, device):
     """Neither values nor gradients, to the last bit."""
-    backend, values, axis = served(op, backend), on(device, inputs(op)), slot_axes(op)[name]
+    values, axis = on(device, inputs(op)), slot_axes(op)[name]
     clean = run(op, backend, values)
     for garbage in GARBAGE:
         padded = values[name].clone()
@@ -104,7 +98,7 @@ PLACES = [pytest.param(op, name, id=f"{op.__name__}-{name}") for op in OPS for n
 @pytest.mark.parametrize("op, name", PLACES)
 def test_nan_comes_through_where_it_does_in_the_reference(op, name, image, backend, device):
     """None is hidden, and none spreads: from a row, a token or a real slot."""
-    backend, values = served(op, backend), on(device, inputs(op))
+    values = on(device, inputs(op))
     poisoned = values[name].clone()
     of_image = poisoned[image] if poisoned.ndim > 1 else poisoned
     element = {"G": (0, 0, 2), "g": (0, 2), "x": (2, 0), "b": (0,)}.get(name, (0, 2, 0))
