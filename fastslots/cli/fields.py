@@ -106,8 +106,8 @@ class Help(argparse.Action):
 def help_text(parser: argparse.ArgumentParser, preset: str, everything: bool) -> str:
     """A line a flag, rare fields by name; or all of what is known of each."""
     width = min(shutil.get_terminal_size().columns, WIDEST) - 1
-    values = f"An explicit flag beats the preset and --config. In brackets: the values of preset {preset}"
-    more = "." if everything else "; --help-all describes all fields."
+    values = f"A flag beats the preset and --config. In brackets: values of preset {preset}"
+    more = "." if everything else "; --help-all has more."
     lines = [f"usage: {parser.usage}", "", *textwrap.wrap(f"{parser.description} {values}{more}", width), ""]
     for group in parser._action_groups:
         if group.title in COMMON:
