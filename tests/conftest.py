@@ -40,6 +40,7 @@ os.environ["PYTHONSAFEPATH"] = "1"
 
 _COMMANDS = """
 import json, os, signal, sys, time
+import scipy.optimize, torch._dynamo, PIL.PngImagePlugin  # which a run imports when it needs them: 2 s of each fork
 import fastslots.train, fastslots.data.check
 from fastslots.cli import main
 for line in sys.stdin:

@@ -95,7 +95,7 @@ class Help(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: object) -> NoReturn:
         named = getattr(namespace, "preset", None)
         preset = named if named in preset_names() else DEFAULT_PRESET
-        values = TrainConfig.preset(preset, preset_name=preset)
+        values = TrainConfig.preset(preset)
         for action in parser._actions:
             if action.dest.startswith("field_"):
                 vars(action)["shown"] = _shown(getattr(values, action.dest.removeprefix("field_")))

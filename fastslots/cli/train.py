@@ -57,7 +57,7 @@ def config_of(args: argparse.Namespace) -> TrainConfig:
                 f"{resumed.parent} was not started from preset {args.preset!r}: leave the preset out to resume it"
             )
         return allowed(config, resumed, args)
-    return TrainConfig.preset(preset, preset_name=preset, **explicit)
+    return TrainConfig.preset(preset, **explicit)
 
 
 def allowed(config: TrainConfig, path: Path, args: argparse.Namespace) -> TrainConfig:

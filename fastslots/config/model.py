@@ -78,14 +78,17 @@ class SlotVAEConfig:
 
     @classmethod
     def preset(cls: type[Config], name: str, **overrides: Any) -> Config:
-        """The preset ``name``, with any field overridden: ``SlotVAEConfig.preset("clevr6", num_slots=5)``."""
+        """The preset ``name``, with any field overridden: ``SlotVAEConfig.preset("clevr6", num_slots=5)``.
+
+        A ``TrainConfig`` has the name as its ``preset_name``.
+        """
         if name not in PRESETS:
             raise UserError(f"unknown preset {name!r}: choose one of {', '.join(preset_names())}")
         known = {f.name for f in fields(cls)}
         if unknown := sorted(overrides.keys() - known):
             more = ": fields of training are those of fastslots.train.TrainConfig" if cls is SlotVAEConfig else ""
             raise UserError(f"{cls.__name__} has no field {', '.join(unknown)}{more}")
-        values = {key: value for key, value in PRESETS[name].items() if key in known}
+        values = {key: value for key, value in {"preset_name": name, **PRESETS[name]}.items() if key in known}
         return cls(**{**values, **overrides})
 
     @property

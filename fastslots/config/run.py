@@ -271,4 +271,4 @@ def read_config(
         return cls(**given)
     if (of := values.get("preset_name") or preset) != preset:
         raise UserError(f"{path} is of preset {of!r}, not {preset!r}: leave the preset out")
-    return cls.preset(preset, **given, **({"preset_name": preset} if "preset_name" in known - given.keys() else {}))
+    return cls.preset(preset, **given)

@@ -44,9 +44,13 @@ class OwnCode:
             raise UserError(f"{path} cannot be read ({error}): remove it, and name the model with --model") from None
 
     def write(self, folder: RunFolder) -> None:
-        """Into a run's folder; no file where all code is ours."""
+        """Into a run's folder; no file where all code is ours. UserError where it cannot be written or removed."""
         if self == OwnCode():
-            (folder.code).unlink(missing_ok=True)
+            try:
+                folder.code.unlink(missing_ok=True)
+            except OSError as error:
+                reason = f"{folder.code}, of code that this run no longer has, cannot be removed ({error.strerror})"
+                raise UserError(f"{reason}: remove it") from None
         else:
             write_atomic(folder.code, json.dumps(asdict(self), indent=1).encode() + b"\n")
 

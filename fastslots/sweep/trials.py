@@ -89,7 +89,7 @@ def make_trials(
     trials = []
     for given in (*grid, *also):
         for seed in seeds:
-            config = TrainConfig.preset(preset, preset_name=preset, **{**fixed, **given, "seed": seed})
+            config = TrainConfig.preset(preset, **{**fixed, **given, "seed": seed})
             cell = {name: getattr(config, name) for name in columns}
             parts = [f"{field}_{_slug(value)}" for field, value in (cell | {"seed": seed}).items()]
             trials.append(Trial(cell, config, there.get(_identity(config), out / "-".join(parts))))
@@ -139,7 +139,7 @@ def finished(trial: Trial) -> bool:
 def command(trial: Trial) -> list[str]:
     """What trains a trial, in any working directory: only fields that differ from the preset are named."""
     config = trial.config.resolved()
-    plain = TrainConfig.preset(config.preset_name, preset_name=config.preset_name)
+    plain = TrainConfig.preset(config.preset_name)
     flags = []
     for field in fields(config):
         value = getattr(config, field.name)

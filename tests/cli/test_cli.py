@@ -29,7 +29,7 @@ def config(*argv: str) -> TrainConfig:
 
 
 def test_an_explicit_flag_beats_the_preset_in_both_spellings():
-    assert config().preset_name == "sprites-mini"
+    assert config().preset_name == "sprites-mini" and TrainConfig.preset("clevr6").preset_name == "clevr6"
     for flag in ("--batch_size", "--batch-size"):
         assert config("clevr6", flag, "4").batch_size == 4
     assert config("clevr6", "--alpha", "0").alpha == 0

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny import MODEL_8
+from tiny import MODEL_8, flags
 
 from fastslots.cli import main
 from fastslots.errors import UserError
@@ -121,6 +121,21 @@ def test_a_pipe_in_a_run_is_refused(run, capsys, name):
     assert main(["train", "--out", str(run), "--resume", "--steps", "8"]) == 2
     assert f"{run / name} is no regular file: remove it" in one_line(capsys)
     assert contents(run) == before
+
+
+@pytest.mark.parametrize("name", [*FILES, "code.json"])
+def test_a_folder_in_the_place_of_a_file_is_no_traceback(run, capsys, name):
+    """A line says so, whether or not the run can do without the file."""
+    (run / name).unlink(missing_ok=True)
+    (run / name).mkdir()
+    code = main(["train", "sprites-mini", *flags(TINY), "--out", str(run), "--resume", "--steps", "8"])
+    said = capsys.readouterr().err
+    assert (
+        code in (0, 2)
+        and "Traceback" not in said
+        and (code == 0 or said.splitlines()[-1].startswith("fastslots: error: "))
+    )
+    assert (run / name).name in said or name in ("nan_batch.safetensors", "checkpoints/best.safetensors")  # not needed
 
 
 # ---- disks that do not give back what they took ----------------------------------------------------------------------

@@ -116,7 +116,7 @@ def _as_preset(args: argparse.Namespace) -> None:
 
     given = {"max_objects": args.max_objects, "resolution": args.size or None}
     given = {name: value for name, value in given.items() if value is not None}
-    config = TrainConfig.preset(args.preset, preset_name=args.preset, data=args.path, **given)
+    config = TrainConfig.preset(args.preset, data=args.path, **given)
     if config.input == "features" or is_features(args.path):  # at what size they are is no choice
         train = open_source(config).splits["train"]
         check_shape(to_float(train[:1].read()[0]), config.channels, config.resolution)
