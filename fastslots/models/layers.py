@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -50,10 +52,15 @@ class DecoderLayer(nn.Module):
         return fold_norm(folded, self.norm_q.weight, self.norm_q.bias)
 
 
+def hooks_of(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
+    """What waits for this module's forward or backward, and is called then."""
+    m = module
+    return m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether somebody waits for this module's forward or backward, which a fused kernel would pass by."""
-    m = module
-    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+    return any(hooks_of(module))
 
 
 def mlp(*widths: int) -> nn.Sequential:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, cast
 
@@ -25,6 +26,8 @@ from fastslots.train.schedule import alpha_at, beta_at, jacobian_weight_at, lr_a
 LEAST_SCALE = 2.0**-20
 """Of the fp16 loss scaler, which starts at 2^16 and halves where gradients overflow: below, they do so for another
 reason, and the run would go on without learning."""
+
+ALONE = Group()
 
 
 class NonFiniteLossError(RuntimeError):
@@ -77,7 +80,7 @@ def training_step(
     leaves the weights as they were; the caller sees it in ``loss`` or ``grad_norm``. With a loss scaler also
     ``loss_scale``, this step's; a step that it left out has a ``grad_norm`` that is not finite.
     """
-    group = group or Group()
+    group = group or ALONE
     parts = (model, optimizers, precision, config, step, images, group)
     if losses:
         return _step(*parts, losses)
@@ -113,21 +116,25 @@ def _fused(
     images: Tensor,
     group: Group,
 ) -> dict[str, float]:
-    """``_step`` with the loss and all gradients out of one call of a kernel."""
+    """``_step`` with the loss and all gradients out of one call of a kernel. What can be done before that call is: it
+    sweeps the caches, and Python behind it is slow."""
     alpha, beta = alpha_at(config, step), beta_at(config, step)
     ours = group.share(config.batch_size)
     share, expansion = len(images) / config.batch_size, config.resolution**2 / config.pixels_per_step
     draws = step_draws(config, step, images, ours.start)
     weights = (config.sigma * expansion * share, beta * share, alpha * share)
+    optimizers.set_lr(lr_at(config, step))
+    update = fused_update(optimizers)
     recon, kl, interaction = fused.run(images, draws, weights)
     recon *= expansion
     total = config.sigma * recon + beta * kl + alpha * interaction
-    sums = torch.tensor([share * value for value in (total, recon, kl, interaction)])
-    group.sum_step(model.parameters(), sums)
-    numbers = sums.tolist()
-    optimizers.set_lr(lr_at(config, step))
+    numbers = array("f", [share * value for value in (total, recon, kl, interaction)]).tolist()
+    if group.size > 1:
+        sums = torch.tensor(numbers)
+        group.sum_step(model.parameters(), sums)
+        numbers = sums.tolist()
     finite = math.isfinite(numbers[0])
-    if (update := fused_update(optimizers)) is not None:
+    if update is not None:
         grad_norm = update.run(config.grad_clip, finite)
     else:
         grad_norm = clip(model.parameters(), config.grad_clip).item()

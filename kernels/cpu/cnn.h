@@ -72,7 +72,7 @@ class Cnn {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t in = whole_lanes<T>(convs_[i].in), out = whole_lanes<T>(convs_[i].out), most = in > out ? in : out;
       if (forms_[i].winograd && most > channels) channels = most;
-      w.gradients[i] = c.take(backward && forms_[i].gradient ? kProducts * in * out : 0);
+      w.gradients[i] = c.take(backward && forms_[i].gradient ? kProducts * winograd_point(in * out) : 0);
     }
     w.tiles = c.take(channels ? kProducts * winograd_stride(channels) : 0);
     w.products = c.take(channels ? kProducts * winograd_stride(channels) : 0);
@@ -122,7 +122,7 @@ class Cnn {
   // What a group has summed up for 64 products: cleared at its begin, and transformed into the arena at its end.
   void begin_group(Workspace& w) const {
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t size = kProducts * whole_lanes<T>(convs_[i].in) * whole_lanes<T>(convs_[i].out);
+      const int64_t size = kProducts * winograd_point(whole_lanes<T>(convs_[i].in) * whole_lanes<T>(convs_[i].out));
       if (forms_[i].gradient) std::memset(w.gradients[i], 0, size_t(size) * sizeof(T));
     }
   }
@@ -140,6 +140,7 @@ class Cnn {
     const Convolution<T>& c = convs_[i];
     const T* const from = sums + c.weight_sum;
     const int64_t channels = whole_lanes<T>(c.out), area = c.kernel * c.kernel;
+    fetch(from, c.kernel * c.depth() * channels);
     for (int64_t o = 0; weight && o < c.out; ++o) {
       for (int64_t k = 0; k < c.in; ++k) {
         T* const to = weight + (o * c.in + k) * area;

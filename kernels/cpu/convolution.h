@@ -63,9 +63,11 @@ Convolution<T> pack_convolution(const T* weight, const T* bias, int64_t in, int6
   c.in = in, c.out = out, c.kernel = kernel, c.stride = stride;
   c.in_stride = first ? in : whole_lanes<T>(in);
   const int64_t area = kernel * kernel, out_l = whole_lanes<T>(out);
+  const Piece<T> piece(carver, (pack.forward + pack.backward) * in * out * area);
+  if (piece.fills() && (pack.forward || pack.backward)) fetch(weight, in * out * area);
   T* to = pack.forward ? carver.take(kernel * c.depth() * whole_panels<T>(out)) : nullptr;
   c.forward = to;
-  for (int64_t panel = 0; to && panel < out; panel += W) {
+  for (int64_t panel = 0; to && piece.fills() && panel < out; panel += W) {
     for (int64_t tap = 0; tap < area; ++tap) {
       for (int64_t i = 0; i < c.in_stride; ++i) {
         for (int64_t o = panel; o < panel + W; ++o) *to++ = i < in && o < out ? weight[(o * in + i) * area + tap] : T(0);
@@ -77,7 +79,7 @@ Convolution<T> pack_convolution(const T* weight, const T* bias, int64_t in, int6
     const Phase y = phase_of(phase / stride, kernel, stride), x = phase_of(phase % stride, kernel, stride);
     to = carver.take(y.count * x.count * out_l * whole_panels<T>(in));
     c.backward[phase] = to;
-    for (int64_t panel = 0; to && panel < in; panel += W) {
+    for (int64_t panel = 0; piece.fills() && panel < in; panel += W) {
       for (int64_t ty = 0; ty < y.count; ++ty) {
         for (int64_t tx = 0; tx < x.count; ++tx) {
           const int64_t tap = (y.tap - ty * y.step) * kernel + x.tap - tx * x.step;

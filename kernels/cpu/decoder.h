@@ -12,14 +12,18 @@ class PackedDecoder {
   const DecoderArgs<T>& a;
   const int64_t D, HK;
 
-  explicit PackedDecoder(const DecoderArgs<T>& args)
-      : a(args), D(args.width), HK(args.heads * args.slots), packed_(pack(nullptr)), projection_size_(args.layers[0].G ? project(0, nullptr) : 0),
-        projections_(args.batch * projection_size_) {
-    pack(packed_.get());
+  // filled: what all images share is packed at once, or by `fill`.
+  explicit PackedDecoder(const DecoderArgs<T>& args, bool filled = true)
+      : a(args), D(args.width), HK(args.heads * args.slots), packed_(pack({nullptr})),
+        projection_size_(args.layers[0].G ? project(0, nullptr) : 0), projections_(args.batch * projection_size_) {
+    pack({packed_.get(), 0, filled});
     if (!a.layers[0].G) return;  // the caller projects the slots of an image itself (pack_image)
     auto body = [&](int64_t b, int) { project(b, projections_.get() + b * projection_size_); };
     parallel_for(a.batch, a.threads, body);
   }
+
+  // A share of the packing, all of which must be done before anything else is called.
+  void fill(PackShare& share) const { PackedDecoder(a, nullptr).pack({packed_.get(), 0, true, &share}); }
 
   const Mlp<T>& head() const { return head_; }
   const Mlp<T>& query_mlp() const { return query_mlp_; }
@@ -120,14 +124,22 @@ class PackedDecoder {
   int64_t projection_size_;
   Block<T> projections_;  // of each image
 
+  // One without memory of its own, to be packed.
+  PackedDecoder(const DecoderArgs<T>& args, std::nullptr_t)
+      : a(args), D(args.width), HK(args.heads * args.slots), packed_(0), projection_size_(0), projections_(0) {}
+
   // -> elements used; with a null base only these.
-  int64_t pack(T* base) {
-    Carver<T> carver{base};
+  int64_t pack(Carver<T> carver) {
+    const auto linear = [&](const T* weight, int64_t rows, int64_t columns, const T* bias) {
+      const Piece<T> piece(carver, 2 * rows * columns);
+      if (piece.fills()) fetch(weight, rows * columns);
+      return pack_linear<T>(weight, rows, columns, columns, 1, bias, carver);
+    };
     for (int64_t i = 0; i < a.layer_count; ++i) {
       const auto& w = a.layers[i];
       const int64_t F = a.ff_widths[i];
       layers_[i].widen = pack_normed<T>(w.w1, F, D, w.norm_weight, w.norm_bias, w.b1, carver);
-      layers_[i].narrow = pack_linear<T>(w.w2, D, F, F, 1, w.b2, carver);
+      layers_[i].narrow = linear(w.w2, D, F, w.b2);
     }
     head_.count = a.head_count;
     int64_t columns = D;
@@ -135,13 +147,13 @@ class PackedDecoder {
       const auto& w = a.head[i];
       head_.maps[i] = i == 0 ? pack_normed<T>(w.weight, a.head_rows[i], columns, a.head_norm_weight, a.head_norm_bias,
                                               w.bias, carver)
-                             : pack_linear<T>(w.weight, a.head_rows[i], columns, columns, 1, w.bias, carver);
+                             : linear(w.weight, a.head_rows[i], columns, w.bias);
     }
     query_mlp_.count = a.query_map_count;
     columns = a.code_width;
     for (int64_t i = 0; i < a.query_map_count; columns = a.query_map_rows[i], ++i) {
       const auto& w = a.query_maps[i];
-      query_mlp_.maps[i] = pack_linear<T>(w.weight, a.query_map_rows[i], columns, columns, 1, w.bias, carver);
+      query_mlp_.maps[i] = linear(w.weight, a.query_map_rows[i], columns, w.bias);
     }
     return carver.used;
   }

@@ -16,9 +16,9 @@ class DecoderLoss {
         plan(args.batch, args.pixels, args.layer_count * 2 * D * HK, args.query_batch == 1 ? D : 0, args.threads),
         query_grad(plan, backward ? args.queries_grad : nullptr, args.query_batch == 1, D) {}
 
-  // For a caller that walks image by image itself, and uses what is public below.
+  // For a caller that walks image by image itself, fills the decoder, and uses what is public below.
   DecoderLoss(DecoderLossArgs<T>& args, const Plan<T>& own)
-      : a(args), decoder(args), D(args.width), HK(args.heads * args.slots), backward(true), plan(own),
+      : a(args), decoder(args, false), D(args.width), HK(args.heads * args.slots), backward(true), plan(own),
         query_grad(plan, nullptr, false, D) {}
 
   void run() {

@@ -20,15 +20,22 @@ class Encoder {
   const EncoderArgs<T>& a;
   const int64_t K, S, L;
 
-  // Offsets of sums come behind those that `sums_before` elements take.
-  Encoder(const EncoderArgs<T>& args, bool forward, bool backward, int64_t sums_before = 0)
-      : a(args), K(args.slots), S(args.width), L(whole_lanes<T>(args.width)),
-        packed_(pack(nullptr, forward, backward, sums_before)) {
-    pack(packed_.get(), forward, backward, sums_before);
+  // Weights are packed for the directions that a call needs; `filled`: at once, or by `fill`.
+  Encoder(const EncoderArgs<T>& args, bool forward, bool backward, bool filled = true)
+      : a(args), K(args.slots), S(args.width), L(whole_lanes<T>(args.width)), forward_(forward), backward_(backward),
+        packed_(pack({nullptr})) {
+    pack({packed_.get(), 0, filled});
   }
 
+  // A share of the packing, all of which must be done before anything else is called.
+  void fill(PackShare& share) const { Encoder(a, forward_, backward_, nullptr).pack({packed_.get(), 0, true, &share}); }
+
   // Elements that the forward of an image leaves for its backward.
-  static int64_t saved_size(const EncoderArgs<T>& args) { return Encoder(args, nullptr).measure_state(); }
+  static int64_t saved_size(const EncoderArgs<T>& args) {
+    Encoder encoder(args, false, false, nullptr);
+    encoder.pack({nullptr});
+    return encoder.measure_state();
+  }
 
   int64_t results() const { return a.outputs ? a.outputs : S; }
   int64_t sums_end() const { return sums_end_; }  // offset behind the last of the gradients' sums
@@ -166,12 +173,13 @@ class Encoder {
   RowNorm<T> norm_;
   QueryTransformer<T> transformer_;
   const T* positions_ = nullptr;  // [tokens][L], the same for all images
+  const bool forward_, backward_;
   Block<T> packed_;
 
-  Encoder(const EncoderArgs<T>& args, std::nullptr_t)
-      : a(args), K(args.slots), S(args.width), L(whole_lanes<T>(args.width)), packed_(0) {
-    pack(nullptr, false, false, 0);
-  }
+  // One without memory of its own, to be packed.
+  Encoder(const EncoderArgs<T>& args, bool forward, bool backward, std::nullptr_t)
+      : a(args), K(args.slots), S(args.width), L(whole_lanes<T>(args.width)), forward_(forward), backward_(backward),
+        packed_(0) {}
 
   int64_t hidden_lanes() const { return whole_lanes<T>(a.token_hidden); }
 
@@ -195,8 +203,8 @@ class Encoder {
   int64_t seed_stride() const { return a.seed_stride ? a.seed_stride : S; }
 
   // -> elements used; with a null base only these.
-  int64_t pack(T* base, bool forward, bool backward, int64_t sums_before) {
-    Packer<T> pack{{base}, {nullptr, sums_before}, forward, backward};
+  int64_t pack(const Carver<T>& to) {
+    Packer<T> pack{to, {nullptr}, forward_, backward_};
     const T* const* from = a.weights;
     const auto next = [&] { return *from++; };
     const auto map = [&](int64_t in, int64_t out) {
@@ -207,14 +215,15 @@ class Encoder {
     token_input_ = a.conv_count ? a.conv_rows[a.conv_count - 1] : a.channels;
     tokens_ = cnn_.sides[a.conv_count] * cnn_.sides[a.conv_count];
     if (a.conv_count) {
+      const Piece<T> piece(pack.weights, 4 * tokens_ * L);
       position_ = map(4, S);
-      T* const positions = pack.weights.take(forward ? tokens_ * L : 0);
+      T* const positions = pack.weights.take(forward_ ? tokens_ * L : 0);
       positions_ = positions;
-      if (base && forward) make_positions(positions);
+      if (piece.fills() && forward_) make_positions(positions);
     }
-    pack.forward = forward || !keeps_hidden();
+    pack.forward = forward_ || !keeps_hidden();
     token1_ = map(token_input_, a.token_hidden);
-    pack.forward = forward;
+    pack.forward = forward_;
     token2_ = map(a.token_hidden, S);
     if (a.seeded) seed_ = pack_row_map<T>(next(), nullptr, S, S, pack, seed_stride());
     transformer_.K = K, transformer_.S = S, transformer_.H = a.heads, transformer_.tokens = tokens_;

@@ -16,7 +16,9 @@ struct Heads {
   // The matrix for `widen`, [H·d][whole width]; entry (i, j) stands at from[i·row_stride + j·column_stride].
   const T* pack(const T* from, int64_t row_stride, int64_t column_stride, Carver<T>& c) const {
     T* const to = c.take(H * d * lanes());
-    for (int64_t i = 0; c.base && i < H * d; ++i) {
+    const Piece<T> piece(c, H * d * width);
+    if (piece.fills()) fetch(from, H * d * width);
+    for (int64_t i = 0; piece.fills() && i < H * d; ++i) {
       for (int64_t j = 0; j < lanes(); ++j) {
         to[i * lanes() + j] = j < width ? from[i * row_stride + j * column_stride] : T(0);
       }
@@ -27,6 +29,8 @@ struct Heads {
   // For `narrow`: of each head the panels of its block's transpose, [H][panel][whole width][W].
   const T* pack_transposed(const T* from, int64_t row_stride, int64_t column_stride, Carver<T>& c) const {
     const T* const first = c.base ? c.base + c.used : nullptr;
+    const Piece<T> piece(c, H * d * width);
+    if (piece.fills()) fetch(from, H * d * width);
     for (int64_t h = 0; h < H; ++h) {
       pack_panels<T>(from + h * d * row_stride, width, d, lanes(), column_stride, row_stride, c);
     }

@@ -24,11 +24,74 @@ namespace {
 bool forked = false;
 [[maybe_unused]] const int kRegistered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
+constexpr size_t kLine = 64;
+
+// Blocks that a thread has released and may have again: what a step takes, the next takes too, and the system would hand
+// out fresh pages, cleared and mapped one by one. Each thread that calls has its own, so that nothing is shared. Where
+// they are too many, the one that has lain longest is freed: another call left it, of other sizes.
+class Spare {
+ public:
+  ~Spare() {
+    for (const Kept& kept : blocks_) std::free(kept.memory);
+  }
+
+  void* take(size_t bytes) {
+    size_t best = blocks_.size();
+    for (size_t i = 0; i < blocks_.size(); ++i) {
+      const bool fits = blocks_[i].bytes >= bytes && blocks_[i].bytes <= 2 * bytes;
+      if (fits && (best == blocks_.size() || blocks_[i].bytes < blocks_[best].bytes)) best = i;
+    }
+    if (best == blocks_.size()) return nullptr;
+    void* const memory = blocks_[best].memory;
+    remove(best);
+    return memory;
+  }
+
+  bool keep(void* memory, size_t bytes) {
+    if (bytes < kSmallest || bytes > most_) return false;
+    while (total_ + bytes > most_) {
+      std::free(blocks_[0].memory);
+      remove(0);
+    }
+    blocks_.push_back({memory, bytes});
+    total_ += bytes;
+    return true;
+  }
+
+  // Calls take a part of their memory for each of their threads.
+  void serves(int threads) {
+    const size_t most = kMostOfThread * size_t(threads);
+    most_ = most > most_ ? most : most_;
+  }
+
+ private:
+  struct Kept {
+    void* memory;
+    size_t bytes;
+  };
+  static constexpr size_t kSmallest = size_t(1) << 16, kMostOfThread = size_t(1) << 24;  // 64 KiB, 16 MiB
+  std::vector<Kept> blocks_;  // the oldest first
+  size_t total_ = 0, most_ = kMostOfThread;
+
+  void remove(size_t place) {
+    total_ -= blocks_[place].bytes;
+    blocks_.erase(blocks_.begin() + std::ptrdiff_t(place));
+  }
+};
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr bool kReuse = false;  // every block is one of its own, so that a use past its end or its life is seen
+#else
+constexpr bool kReuse = true;
+#endif
+thread_local Spare spare;
+
 }  // namespace
 
 void run_tasks(int64_t tasks, int threads, void* context, TaskBody body) {
   if (tasks <= 0) return;
   if (threads > tasks) threads = int(tasks);
+  spare.serves(threads > 1 ? threads : 1);
   if (threads <= 1 || forked) {
     for (int64_t task = 0; task < tasks; ++task) body(context, task, 0);
     return;
@@ -70,58 +133,6 @@ void Turns::done() {
   }
   state_->changed.notify_all();
 }
-
-namespace {
-
-constexpr size_t kLine = 64;
-
-// Blocks that a thread has released and may have again: what a step takes, the next takes too, and the system would hand
-// out fresh pages, cleared and mapped one by one. Each thread that calls has its own, so that nothing is shared.
-class Spare {
- public:
-  ~Spare() {
-    for (const Kept& kept : blocks_) std::free(kept.memory);
-  }
-
-  void* take(size_t bytes) {
-    size_t best = blocks_.size();
-    for (size_t i = 0; i < blocks_.size(); ++i) {
-      const bool fits = blocks_[i].bytes >= bytes && blocks_[i].bytes <= 2 * bytes;
-      if (fits && (best == blocks_.size() || blocks_[i].bytes < blocks_[best].bytes)) best = i;
-    }
-    if (best == blocks_.size()) return nullptr;
-    void* const memory = blocks_[best].memory;
-    total_ -= blocks_[best].bytes;
-    blocks_[best] = blocks_.back();
-    blocks_.pop_back();
-    return memory;
-  }
-
-  bool keep(void* memory, size_t bytes) {
-    if (bytes < kSmallest || total_ + bytes > kMost) return false;
-    blocks_.push_back({memory, bytes});
-    total_ += bytes;
-    return true;
-  }
-
- private:
-  struct Kept {
-    void* memory;
-    size_t bytes;
-  };
-  static constexpr size_t kSmallest = size_t(1) << 16, kMost = size_t(1) << 24;  // 64 KiB, 16 MiB
-  std::vector<Kept> blocks_;
-  size_t total_ = 0;
-};
-
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr bool kReuse = false;  // every block is one of its own, so that a use past its end or its life is seen
-#else
-constexpr bool kReuse = true;
-#endif
-thread_local Spare spare;
-
-}  // namespace
 
 // A line in front of a block holds its size.
 void* allocate(size_t bytes) {

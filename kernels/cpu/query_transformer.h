@@ -72,8 +72,11 @@ class QueryTransformer {
       const T* const qkv = next();
       const T* const qkv_bias = next();
       T* const bias = pack.weights.take(3 * S);  // that of the keys cancels in the softmax: 0
-      for (int64_t j = 0; pack.weights.base && j < 3 * S; ++j) bias[j] = j < S || j >= 2 * S ? qkv_bias[j] : T(0);
-      l.qkv = pack_row_map<T>(qkv, bias, S, 3 * S, pack);
+      {
+        const Piece<T> piece(pack.weights, 6 * S * S);
+        for (int64_t j = 0; piece.fills() && j < 3 * S; ++j) bias[j] = j < S || j >= 2 * S ? qkv_bias[j] : T(0);
+        l.qkv = pack_row_map<T>(qkv, bias, S, 3 * S, pack);
+      }
       l.self_out = map(S, S);
       l.norm_ff = norm();
       l.widen = map(S, ff_widths[i]);

@@ -30,7 +30,8 @@ const T* pack_panels(const T* from, int64_t rows, int64_t columns, int64_t depth
                      int64_t column_stride, Carver<T>& carver) {
   constexpr int W = kPanel<T>;
   T* const packed = carver.take(depth * whole_panels<T>(columns));
-  if (!carver.base) return packed;
+  const Piece<T> piece(carver, rows * columns);
+  if (!piece.fills()) return packed;
   T* to = packed;
   for (int64_t first = 0; first < columns; first += W) {
     for (int64_t k = 0; k < depth; ++k) {
@@ -57,7 +58,8 @@ struct Packer {
 template <typename T>
 const T* pack_vector(const T* from, int64_t count, Carver<T>& carver) {
   T* const packed = carver.take(whole_lanes<T>(count));
-  for (int64_t i = 0; carver.base && i < whole_lanes<T>(count); ++i) packed[i] = i < count && from ? from[i] : T(0);
+  const Piece<T> piece(carver, count);
+  for (int64_t i = 0; piece.fills() && i < whole_lanes<T>(count); ++i) packed[i] = i < count && from ? from[i] : T(0);
   return packed;
 }
 
@@ -74,6 +76,8 @@ RowMap<T> pack_row_map(const T* weight, const T* bias, int64_t in, int64_t out, 
   RowMap<T> map;
   map.in = in, map.out = out;
   const int64_t in_l = whole_lanes<T>(in), out_l = whole_lanes<T>(out), rows = stride ? stride : in;
+  const Piece<T> piece(pack.weights, (pack.forward + pack.backward) * in * out);
+  if (piece.fills()) fetch(weight, out * rows);
   if (pack.forward) map.forward = pack_panels<T>(weight, in, out, in_l, 1, rows, pack.weights);
   if (pack.backward) map.backward = pack_panels<T>(weight, out, in, out_l, rows, 1, pack.weights);
   map.bias = pack_vector<T>(bias, out, pack.weights);
@@ -144,6 +148,7 @@ void write_rows(const T* from, int64_t rows, int64_t columns, int64_t stride, T*
 // to [rows][columns], its rows to_stride apart, = the transpose of from [columns][stride].
 template <typename T>
 void write_transposed(const T* from, int64_t rows, int64_t columns, int64_t stride, int64_t to_stride, T* to) {
+  if (to) fetch(from, columns * stride);
   for (int64_t i = 0; to && i < rows; ++i) {
     for (int64_t j = 0; j < columns; ++j) to[i * to_stride + j] = from[j * stride + i];
   }

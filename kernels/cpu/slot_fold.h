@@ -45,8 +45,11 @@ class SlotFold {
       l.norm_q = pack_row_norm<T>(w.norm_q_weight, w.norm_q_bias, D, pack);
       l.norm_slots = pack_row_norm<T>(w.norm_slots_weight, w.norm_slots_bias, a.slot_width, pack);
       T* const bias = pack.weights.take(2 * inner);  // that of the keys cancels in the softmax: 0
-      for (int64_t j = 0; pack.weights.base && j < 2 * inner; ++j) bias[j] = j < inner ? T(0) : w.kv_bias[j];
-      l.kv = pack_row_map<T>(w.kv_weight, bias, a.slot_width, 2 * inner, pack);
+      {
+        const Piece<T> piece(pack.weights, 4 * inner * a.slot_width);
+        for (int64_t j = 0; piece.fills() && j < 2 * inner; ++j) bias[j] = j < inner ? T(0) : w.kv_bias[j];
+        l.kv = pack_row_map<T>(w.kv_weight, bias, a.slot_width, 2 * inner, pack);
+      }
       l.query = heads_.pack(w.q_weight, D, 1, pack.weights);
       l.query_transposed = heads_.pack_transposed(w.q_weight, D, 1, pack.weights);
       l.out = heads_.pack(w.out_weight, 1, inner, pack.weights);

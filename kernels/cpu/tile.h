@@ -11,18 +11,63 @@
 
 namespace fastslots::FASTSLOTS_ISA {
 
+// A thread's share of packing a block: each thread walks over the whole of it, names all parts, and fills those that fall
+// to it, which are as much work as those of the others. All walks come to the same sharing.
+struct PackShare {
+  static constexpr int kMost = 8;  // shares of a block
+  int index = 0, count = 1;
+  int64_t work[kMost] = {};
+  bool within = false, fills = true;  // whether a piece is being packed, and by this share
+
+  void begin(int64_t amount) {
+    int least = 0;
+    for (int i = 1; i < count; ++i) least = work[i] < work[least] ? i : least;
+    work[least] += amount;
+    within = true, fills = least == index;
+  }
+};
+
 // Hands out consecutive parts of a block; with a null base it only measures.
 template <typename T>
 struct Carver {
   T* base;
   int64_t used = 0;
-  bool pack = true;  // false: the parts were packed before, and are only named again
+  bool pack = true;            // false: the parts were packed before, or will be, and are only named
+  PackShare* share = nullptr;  // null: all of it
   T* take(int64_t count) {
     T* part = base ? base + used : nullptr;
     used += (count + 15) / 16 * 16;
     return part;
   }
 };
+
+// What is packed by one thread, about `work` elements: pieces inside a piece go with it, and may read what it wrote.
+template <typename T>
+class Piece {
+ public:
+  Piece(const Carver<T>& carver, int64_t work)
+      : outer_(carver.share && !carver.share->within ? carver.share : nullptr) {
+    if (outer_) outer_->begin(work);
+    fills_ = carver.base && carver.pack && (!carver.share || carver.share->fills);
+  }
+  ~Piece() {
+    if (outer_) outer_->within = false;
+  }
+  Piece(const Piece&) = delete;
+  Piece& operator=(const Piece&) = delete;
+  bool fills() const { return fills_; }
+
+ private:
+  PackShare* outer_;
+  bool fills_;
+};
+
+// Asks for all lines of an array that a loop will stride through. Another core may have written it, and the loop would
+// wait for one line after the other.
+template <typename T>
+FASTSLOTS_INLINE void fetch(const T* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i, 0, 2);
+}
 
 // A linear map y = W·x + bias; `transposed` is null where no backward needs it.
 template <typename T>

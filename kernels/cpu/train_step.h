@@ -23,14 +23,15 @@ class TrainStep {
   explicit TrainStep(TrainStepArgs<T>& args)
       : a(args), B(args.encoder.batch), K(args.encoder.slots), P(args.decoder.pixels),
         C(args.decoder.head_rows[args.decoder.head_count - 1]), target_(B * P * C), weight_(B * P),
-        encoder_(args.encoder, true, true), decoder_(with_arrays(args.decoder), Plan<T>(B, P)), fold_size_(measure_fold()),
-        fold_memory_(fold_size_), sums_{nullptr, encoder_.sums_end()}, fold_(make_fold()) {
+        encoder_(args.encoder, true, true, false), decoder_(with_arrays(args.decoder), Plan<T>(B, P)),
+        fold_size_(measure_fold()), fold_memory_(fold_size_), sums_{nullptr, encoder_.sums_end()}, fold_(make_fold()) {
     learned_sum_ = sums_.used;
     sums_.take(K * encoder_.L);
     seen_sum_ = sums_.used;
     sums_.take(a.patch_side ? (a.encoder.channels + 3) * encoder_.L : 0);
     decoder_sum_ = sums_.used;
     sums_size_ = decoder_sum_ + decoder_.shared_sums(nullptr).used;
+    fill();
   }
 
   void run() {
@@ -80,15 +81,30 @@ class TrainStep {
 
   int64_t measure_fold() const {
     Packer<T> pack{{nullptr}, {nullptr}, true, true};
-    SlotFold<T>(a, pack);
+    const SlotFold<T> fold(a, pack);
     return pack.weights.used;
   }
 
   SlotFold<T> make_fold() {
-    Packer<T> pack{{fold_memory_.get()}, sums_, true, true};
+    Packer<T> pack{{fold_memory_.get(), 0, false}, sums_, true, true};
     SlotFold<T> fold(a, pack);
     sums_ = pack.sums;
     return fold;
+  }
+
+  // Packs the weights, a share a thread.
+  void fill() const {
+    const int threads = a.encoder.threads > 1 ? a.encoder.threads : 1;
+    const int shares = threads < PackShare::kMost ? threads : PackShare::kMost;
+    auto body = [&](int64_t index, int) {
+      PackShare share;
+      share.index = int(index), share.count = shares;
+      encoder_.fill(share);
+      decoder_.decoder.fill(share);
+      Packer<T> pack{{fold_memory_.get(), 0, true, &share}, {nullptr}, true, true};
+      const SlotFold<T> fold(a, pack);
+    };
+    parallel_for(shares, shares, body);
   }
 
   int64_t latent() const { return a.slot_dim; }

@@ -27,7 +27,8 @@ template <typename T>
 Linear<T> pack_forward(const T* weight, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride,
                        const T* bias, Carver<T>& carver) {
   T* packed = carver.take(rows * columns);
-  if (carver.base && carver.pack) pack_rows<T>(weight, rows, columns, row_stride, column_stride, packed);
+  const Piece<T> piece(carver, rows * columns);
+  if (piece.fills()) pack_rows<T>(weight, rows, columns, row_stride, column_stride, packed);
   return {rows, columns, packed, nullptr, bias};
 }
 
@@ -35,6 +36,7 @@ Linear<T> pack_forward(const T* weight, int64_t rows, int64_t columns, int64_t r
 template <typename T>
 Linear<T> pack_linear(const T* weight, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride,
                       const T* bias, Carver<T>& carver) {
+  const Piece<T> piece(carver, 2 * rows * columns);
   Linear<T> linear = pack_forward<T>(weight, rows, columns, row_stride, column_stride, bias, carver);
   linear.transposed = pack_forward<T>(weight, columns, rows, column_stride, row_stride, nullptr, carver).packed;
   return linear;
@@ -44,9 +46,11 @@ Linear<T> pack_linear(const T* weight, int64_t rows, int64_t columns, int64_t ro
 template <typename T>
 Linear<T> pack_normed(const T* weight, int64_t rows, int64_t columns, const T* gamma, const T* beta, const T* bias,
                       Carver<T>& carver) {
+  const Piece<T> piece(carver, 3 * rows * columns);
   T* folded = carver.take(rows * columns);
   T* offset = carver.take(rows);
-  if (carver.base) {
+  if (piece.fills()) {
+    fetch(weight, rows * columns);
     for (int64_t i = 0; i < rows; ++i) {
       T sum = bias[i];
       for (int64_t j = 0; j < columns; ++j) {
@@ -115,6 +119,7 @@ template <typename T>
 void reduce_products(const T* sums, Partials partials, int64_t rows, int64_t columns, int64_t row_stride,
                      int64_t column_stride, T* to) {
   constexpr int W = kPanel<T>;
+  if (partials.count == 1) fetch(sums, rows * columns);
   for (int64_t j = 0; j < columns; ++j) {
     const T* column = sums + j / W * W * rows + j % W;
     for (int64_t i = 0; i < rows; ++i) {

@@ -74,18 +74,21 @@ FASTSLOTS_INLINE void winograd_output(const Vec<T>* m, int step, Vec<T>* y, int 
   }
 }
 
-// Elements of one point's matrix in a batch; a line more than the products need, so that the points do not fall on the
-// same lines of the cache.
-constexpr int64_t winograd_stride(int64_t channels) { return kBatchTiles * channels + 16; }
+// Elements of one point's matrix: a line more than it has, so that the points do not fall on the same lines of the cache.
+constexpr int64_t winograd_point(int64_t size) { return size + 16; }
+constexpr int64_t winograd_stride(int64_t channels) { return winograd_point(kBatchTiles * channels); }
 
-// [point][panel of out][in][W] of weight [out, in, R, R], or, turned round, of its transpose for the input's gradient.
+// [point][panel of out][in][W], points winograd_point apart, of weight [out, in, R, R], or, turned round, of its transpose
+// for the input's gradient.
 template <typename T, int R>
 const T* pack_winograd(const T* weight, int64_t in, int64_t out, bool turned, Carver<T>& carver) {
   constexpr int V = kLanes<T>, W = kPanel<T>;
   const int64_t from = turned ? out : in, to = turned ? in : out;  // channels of the picture read, and of that written
-  const int64_t depth = whole_lanes<T>(from), point = depth * whole_panels<T>(to);
+  const int64_t depth = whole_lanes<T>(from), point = winograd_point(depth * whole_panels<T>(to));
   T* const packed = carver.take(kProducts * point);
-  if (!carver.base) return packed;
+  const Piece<T> piece(carver, kProducts * depth * to);
+  if (!piece.fills()) return packed;
+  fetch(weight, in * out * R * R);
   for (int64_t first = 0; first < whole_panels<T>(to); first += V) {
     for (int64_t i = 0; i < depth; ++i) {
       Vec<T> g[R * R] = {}, half[kSide * R], v[kProducts];
@@ -153,7 +156,7 @@ void winograd_convolve(const T* weights, const T* bias, int64_t in_channels, int
   constexpr int M = kSide + 1 - R, V = kLanes<T>, W = kPanel<T>;
   const int64_t depth = whole_lanes<T>(in_channels), channels = whole_lanes<T>(out_channels);
   const int64_t left = winograd_stride(depth), stride = winograd_stride(channels);
-  const int64_t point = depth * whole_panels<T>(out_channels);
+  const int64_t point = winograd_point(depth * whole_panels<T>(out_channels));
   winograd_batches<R>(out.side, [&](int64_t count, auto place) {
     winograd_tiles<T, R>(in, depth, count, place, u);
     for (int p = 0; p < kProducts; ++p) {
@@ -182,13 +185,15 @@ void winograd_convolve(const T* weights, const T* bias, int64_t in_channels, int
   });
 }
 
-// sums [point][in][out] += Σ over tiles: the weight's gradient before its transform. dout comes with any border.
+// sums [point][in][out], points winograd_point apart, += Σ over tiles: the weight's gradient before its transform. dout
+// comes with any border.
 template <typename T, int R>
 void winograd_correlate(const Picture<T>& in, const Picture<T>& dout, int64_t in_channels, int64_t out_channels, T* u,
                         T* v, T* sums) {
   constexpr int M = kSide + 1 - R, V = kLanes<T>;
   const int64_t depth = whole_lanes<T>(in_channels), channels = whole_lanes<T>(out_channels);
   const int64_t left = winograd_stride(depth), stride = winograd_stride(channels);
+  const int64_t point = winograd_point(depth * channels);
   winograd_batches<R>(dout.side, [&](int64_t count, auto place) {
     winograd_tiles<T, R>(in, depth, count, place, u);
     for (int64_t t = 0; t < count; ++t) {
@@ -211,7 +216,7 @@ void winograd_correlate(const Picture<T>& in, const Picture<T>& dout, int64_t in
     }
     for (int p = 0; p < kProducts; ++p) {
       product<T, true>({u + p * left, depth}, {v + p * stride, channels, kPanel<T>}, depth, channels, count, true,
-                       {sums + p * depth * channels, channels});
+                       {sums + p * point, channels});
     }
   });
 }
@@ -224,7 +229,7 @@ void winograd_finish(const T* sums, int64_t in_channels, int64_t out_channels, T
     Vec<T> half[R * kSide];
     for (int x = 0; x < kSide; ++x) {
       Vec<T> column[kSide];
-      for (int y = 0; y < kSide; ++y) column[y] = load<T>(sums + (y * kSide + x) * size + i);
+      for (int y = 0; y < kSide; ++y) column[y] = load<T>(sums + (y * kSide + x) * winograd_point(size) + i);
       winograd_output<T, R>(column, 1, half + x, kSide);
     }
     for (int y = 0; y < R; ++y) {

@@ -262,6 +262,15 @@ def test_weights_that_move_are_followed(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
+def test_a_part_that_is_replaced_is_followed():
+    config = config_of()
+    images, run = images_of(config), Run(config)
+    run.step(20, images)
+    run.model.encoder = copy.deepcopy(run.model.encoder)
+    run.step(21, images)
+    assert all(p.grad is not None and p.grad.any() for p in run.model.encoder.parameters())
+
+
 @pytest.mark.parametrize("change", [dict(pixels_per_step=0), dict(accumulate=5), dict(queries="sampled")])
 def test_runs_of_another_kind_take_the_plain_path(change):
     config = config_of(**change)

@@ -23,20 +23,22 @@ from fastslots.models.queries import LearnedQueries, SeededQueries, SurfaceSeede
 from fastslots.ops import backends
 from fastslots.records import StepDraws, StepModel, describe
 from fastslots.train.draws import quantiles
+from fastslots.train.fused.watch import Watch, have_gradients
 
 _built: WeakKeyDictionary[SlotVAE, FusedLoss] = WeakKeyDictionary()
 
 
 def fused_loss(model: SlotVAE, config: TrainConfig) -> FusedLoss | None:
-    """The kernel's step of a model; None where only the plain path gives what the model is."""
+    """The kernel's step of a model, its buffers the parameters' gradients; None where only the plain path gives what
+    the model is."""
     if why_plain_run(config):
         return None
     step = _built.get(model)
-    if step is not None and step.fits(config):
-        return step
-    if why_plain_model(model):
-        return None
-    step = _built[model] = FusedLoss(model, config)
+    if step is None or not step.fits(config):
+        if why_plain_model(model):
+            return None
+        step = _built[model] = FusedLoss(model, config)
+    step.give_gradients()
     return step
 
 
@@ -86,42 +88,31 @@ class FusedLoss:
     """The kernel with the arrays of one model; gradients are written to buffers that stay."""
 
     def __init__(self, model: SlotVAE, config: TrainConfig):
-        self._parameters = list(model.parameters())
-        sizes = [-(-p.numel() // 16) * 16 for p in self._parameters]  # each begins on a line of the cache
-        parts = self._parameters[0].new_zeros(sum(sizes)).split(sizes)
-        pairs = zip(self._parameters, parts, strict=True)
-        self._grads = [part[: p.numel()].view(p.shape) for p, part in pairs]
-        self._sampling, self._places = config.pixel_sampling, self._addresses()
-        self._tree = [(m, list(m._modules.values()), _identities(m)) for m in model.modules() if m is not model]
+        self._watch, self._sampling = Watch(model), config.pixel_sampling
+        parameters = self._watch.parameters
+        sizes = [-(-p.numel() // 16) * 16 for p in parameters]  # each begins on a line of the cache
+        parts = parameters[0].new_zeros(sum(sizes)).split(sizes)
+        self._grads = [part[: p.numel()].view(p.shape) for p, part in zip(parameters, parts, strict=True)]
         backend = cast(backends.StepBackend, backends.load("cpu"))
-        arrays = _step_model(model, dict(zip(self._parameters, self._grads, strict=True)), self._sampling)
+        arrays = _step_model(model, dict(zip(parameters, self._grads, strict=True)), self._sampling)
         queries = cast(Encoder, model.encoder).first_queries
         self._look = queries.tokens_and_looks if type(queries) is SurfaceSeededQueries else None
         self._step = backend.train_step(arrays, model.config.channels, model.config.resolution)
 
-    def _addresses(self) -> list[int]:
-        return [p.data_ptr() for p in self._parameters]
-
     def fits(self, config: TrainConfig) -> bool:
         """Whether nobody has changed the model since: its parts, their hooks, where its weights lie."""
-        return (
-            self._sampling == config.pixel_sampling
-            and self._places == self._addresses()
-            and all(p.requires_grad and not p._backward_hooks for p in self._parameters)
-            and not any(is_hooked(m) or list(m._modules.values()) != parts or _identities(m) != own
-                        for m, parts, own in self._tree)
-        )  # fmt: skip
+        return self._sampling == config.pixel_sampling and self._watch.unchanged()
+
+    def give_gradients(self) -> None:
+        """Make the buffers the parameters' gradients: the same tensors at every step, which ``run`` writes to."""
+        parameters = self._watch.parameters
+        if not have_gradients(parameters, self._grads):
+            for p, grad in zip(parameters, self._grads, strict=True):
+                p.grad = grad
 
     def run(self, images: Tensor, draws: StepDraws, weights: tuple[float, float, float]) -> tuple[float, float, float]:
-        """-> recon, kl and interaction, as ``StepFunction.run``; every parameter has its gradient."""
-        terms = self._step.run(images, draws, weights, self._look(images) if self._look else None)
-        for p, grad in zip(self._parameters, self._grads, strict=True):
-            p.grad = grad
-        return terms
-
-
-def _identities(module: nn.Module) -> list[int]:
-    return [id(p) for p in module._parameters.values()]
+        """-> recon, kl and interaction, as ``StepFunction.run``; the buffers hold the gradients."""
+        return self._step.run(images, draws, weights, self._look(images) if self._look else None)
 
 
 def _step_model(model: SlotVAE, grads: Mapping[Tensor, Tensor], sampling: str) -> StepModel:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastslots.ops import backends
 from fastslots.records import describe
+from fastslots.train.fused.watch import addresses, have_gradients
 from fastslots.train.muon import COEFFICIENTS, ITERATIONS, Muon
 from fastslots.train.optim import Optimizers
 
@@ -61,26 +62,22 @@ class FusedUpdate:
             state.setdefault("step", torch.zeros((), dtype=torch.float32))
             means = [state.setdefault(name, torch.zeros_like(p)) for name in ("exp_avg", "exp_avg_sq")]
             rest.append((p, p.grad, *means, state["step"]))
-        self._tensors = [*matrices, *rest]
-        self._addresses = self._read_addresses()
+        self._parameters, self._grads = ([of[place] for of in (*matrices, *rest)] for place in (0, 1))
+        self._places = addresses(self._parameters)
         self._states = self._muon.state, self._adamw.state
         self._update = cast(backends.StepBackend, backends.load("cpu")).step_update(matrices, rest)
-
-    def _read_addresses(self) -> list[int]:
-        return [p.data_ptr() for p, *_ in self._tensors]
 
     def fits(self) -> bool:
         """Whether parameters, gradients and state lie where they lay."""
         return (
             self._states[0] is self._muon.state  # loading a state makes another dictionary
             and self._states[1] is self._adamw.state
-            and all(p.grad is grad for p, grad, *_ in self._tensors)
-            and self._addresses == self._read_addresses()
+            and have_gradients(self._parameters, self._grads)
+            and addresses(self._parameters) == self._places
         )
 
     def run(self, largest_norm: float, update: bool) -> float:
         """-> the norm of the gradients, which are left as they are; the update takes place where it is finite."""
         muon: dict[str, Any] = {**self._muon.param_groups[0], "coefficients": COEFFICIENTS, "iterations": ITERATIONS}
-        norm = self._update.run(muon, self._adamw.param_groups[0], largest_norm, update)
-        torch.autograd.graph.increment_version([p for p, *_ in self._tensors])
-        return norm
+        torch.autograd.graph.increment_version(self._parameters)
+        return self._update.run(muon, self._adamw.param_groups[0], largest_norm, update)
