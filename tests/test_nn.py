@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastslots.nn import InteractionCrossAttention, SlotAttention
+from fastslots.ops import cross_attention, slot_attention
 
 CROSS = InteractionCrossAttention(query_width=16, slot_width=8, heads=4)
 SLOTS = SlotAttention(width=16, token_width=24)
@@ -42,3 +43,12 @@ def test_bad_arguments_are_named(call, words):
 def test_queries_of_one_image_serve_all():
     out, slot_map = CROSS(torch.randn(1, 9, 16), torch.randn(3, 5, 8))
     assert out.shape == (3, 9, 16) and slot_map.shape == (3, 9, 5)
+
+
+def test_default_scales_are_the_ones_that_the_docstrings_state():
+    assert InteractionCrossAttention(query_width=16, slot_width=8, heads=4).projections.scale == 16**-0.5
+    assert InteractionCrossAttention(16, 8, 4, scale=0.3).projections.scale == 0.3
+    assert SlotAttention(width=16, token_width=24).scale == 16**-0.5
+    q, k = torch.randn(1, 4, 9, 4), torch.randn(1, 4, 3, 4)  # the function knows the width of a head alone
+    assert torch.equal(cross_attention(q, k, k)[0], cross_attention(q, k, k, scale=4**-0.5)[0])
+    assert torch.equal(slot_attention(k, q, q), slot_attention(k, q, q, scale=4**-0.5))

@@ -1,6 +1,6 @@
 """Case ``map``: attention to text tokens with its map summed over heads, as diffusion models need it, and SDPA without.
 
-K is 77, with heads of width 64: the sizes of a text encoder's tokens. One image has 9,216 pixels (96 x 96).
+K is 77, with heads of width 64: the sizes of a text encoder's tokens. One image has 96 x 96 pixels, or --resolution's.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from fastslots.bench.case import Case, Options, Provider, Run, Tensors
 from fastslots.bench.cases.common import compiled, named_gradients, need
 from fastslots.ops import reference
 
-HEADS, TOKENS, WIDTH, PIXELS = 8, 77, 64, 96 * 96
+HEADS, TOKENS, WIDTH, SIDE = 8, 77, 64, 96
 
 
 def map_case(options: Options) -> Case:
     """q [B, H, L, d], k, v [B, H, K, d] -> out and slot_map [B, L, K], with gradients of both into q, k and v."""
-    B, H, K, d, L = options.batch or 2, HEADS, TOKENS, WIDTH, 256 if options.tiny else PIXELS
+    B, H, K, d = options.batch or 2, HEADS, TOKENS, WIDTH
+    L = 256 if options.tiny else options.overrides.get("resolution", SIDE) ** 2
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     generator = torch.Generator().manual_seed(0)
     q, k, v, dout = (torch.randn(B, H, n, d, generator=generator).to(options.device, dtype) for n in (L, K, K, L))

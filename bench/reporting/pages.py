@@ -51,6 +51,11 @@ GOALS = (
     Goal("jacobian", "sprites", "published", 40, 100),
     Goal("loader", "clevr6", "new iterator a step", 20, None),
     Goal("loader", "clevr6", "new iterator a step, 2 workers", 20, None),
+    Goal("map", "clevr6", "sdpa, without a map", 0.83, 1),
+    Goal("map", "clevr6", "published", 3, None, memory=True),
+    Goal("slots", "clevr6", "published", 2.5, None),
+    Goal("slots", "clevr6", "published, compiled", 2, None),
+    Goal("slots", "clevr6", "published", 4, None, memory=True),
 )
 
 
@@ -207,13 +212,13 @@ def _provenance(row: Row) -> str:
 
 
 def goals(seen: dict[Key, Run]) -> str:
-    """What was asked for, and whether the last run reached it; a goal that no run touches says so."""
+    """What was asked for, and whether the last run reached it (of several sizes: the worst one's)."""
     lines = []
     for goal in GOALS:
         images = f", {goal.images} image{'s' * (goal.images > 1)}" if goal.images else ""
         what = f"{TITLES[goal.case]}, {goal.preset}{images}" + ", memory it adds" * goal.memory
         aim = "" if goal.aim is None else times(goal.aim)
-        reached = next((r for key, run in seen.items() if (r := _reached(goal, key, run))), None)
+        reached = min((r for key, run in seen.items() if (r := _reached(goal, key, run))), default=None)
         if reached is None:
             lines.append([what, goal.against, times(goal.must), aim, "not measured", ""])
             continue

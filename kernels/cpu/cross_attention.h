@@ -25,15 +25,19 @@ class CrossAttention {
 
   void run() {
     const int64_t workspace_size = Workspace(*this, nullptr, nullptr).size;
-    Block<T> images(plan.pixel_parts * a.batch * image_size), workspaces(plan.workers * workspace_size);
+    const int64_t images_of_a_task = (a.batch + plan.image_parts - 1) / plan.image_parts;
+    Block<T> images(a.batch * image_size), workspaces(plan.workers * workspace_size);
     Block<Layer<T>> heads(plan.workers * a.heads);
-    image_base = images.get();
+    GroupSums<T> groups(images_of_a_task * image_size, plan.workers);
     auto body = [&](int64_t task, int thread) {
       Workspace workspace(*this, workspaces.get() + thread * workspace_size, heads.get() + thread * a.heads);
-      run_task(task, workspace);
+      if (!backward) return run_task(task, workspace, nullptr);
+      const int64_t first = plan.first_image(task), count = plan.last_image(task) - first;
+      const GroupTotal<T> to{images.get() + first * image_size, count * image_size, plan.pixel_part(task) == 0};
+      groups.add(task, thread, to, [&](T* sums) { run_task(task, workspace, sums); });
     };
     parallel_for(plan.tasks(), a.threads, body);
-    if (backward) reduce();
+    if (backward) reduce(images.get());
   }
 
  private:
@@ -42,7 +46,6 @@ class CrossAttention {
   const bool backward;
   const Plan<T> plan;
   const int64_t head_sums, image_size;
-  T* image_base = nullptr;
 
   struct Workspace {
     T *x, *dy, *dx, *attention, *dscores, *map, *dmap, *scores, *rows, *scratch, *keys, *packs;
@@ -79,16 +82,14 @@ class CrossAttention {
     ws.heads[h].values = pack_linear<T>(v, d, K, 1, a.v_stride[2], nullptr, carver);
   }
 
-  LayerSums<T> sums_of(int64_t part, int64_t b, int64_t h) const {
+  LayerSums<T> sums_of(T* image, int64_t h) const {
     LayerSums<T> sums = {};
-    sums.scores.weight = image_base + (part * a.batch + b) * image_size + h * head_sums;
+    sums.scores.weight = image + h * head_sums;
     sums.values = sums.scores.weight + head_sums / 2;
     return sums;
   }
 
-  T* head_weight_sums(int64_t part, int64_t b, int64_t h) const {
-    return sums_of(part, b, h).values + head_sums / 2 - kLanes<T>;
-  }
+  T* head_weight_sums(T* image, int64_t h) const { return sums_of(image, h).values + head_sums / 2 - kLanes<T>; }
 
   bool any_slot(const TileShape<T>& s) const {
     bool any = !s.keep;
@@ -159,13 +160,12 @@ class CrossAttention {
     store<T>(sums, total);
   }
 
-  void run_task(int64_t task, Workspace& ws) {
-    const int64_t part = plan.pixel_part(task);
+  // task_sums: cleared, an image after the other; null in the forward.
+  void run_task(int64_t task, Workspace& ws, T* task_sums) const {
     plan.walk(
         task,
         [&](int64_t b) {
           for (int64_t h = 0; h < a.heads; ++h) pack_head(b, h, ws);
-          std::memset(image_base + (part * a.batch + b) * image_size, 0, size_t(image_size) * sizeof(T));
         },
         [&](int64_t b, int64_t start, int64_t count) {
           TileShape<T> s{(count + kPanel<T> - 1) / kPanel<T>, d, 1, K, T(0), T(1),
@@ -191,8 +191,9 @@ class CrossAttention {
             }
             const int64_t dy = b * a.out_grad_stride[0] + h * a.out_grad_stride[1] + start * a.out_grad_stride[2];
             load_pixels<T>(a.out_grad + dy, a.out_grad_stride[2], count, d, s.panels, ws.dy);
-            const LayerSums<T> sums = sums_of(part, b, h);
-            if (a.head_weights_grad) add_head_weight(s, ws.attention, ws.dmap, head_weight_sums(part, b, h));
+            T* const image_sums = task_sums + (b - plan.first_image(task)) * image_size;
+            const LayerSums<T> sums = sums_of(image_sums, h);
+            if (a.head_weights_grad) add_head_weight(s, ws.attention, ws.dmap, head_weight_sums(image_sums, h));
             attention_backward(pack, sums, s, ws.attention, ws.dy, ws.dmap, ws.dscores, ws.scratch);
             if (a.entropy_grad) {
               load_row(a.entropy_grad + row_of_head, count, s.panels, ws.rows);
@@ -206,11 +207,11 @@ class CrossAttention {
         });
   }
 
-  void reduce() const {
-    const Partials parts{plan.pixel_parts, a.batch * image_size};
+  void reduce(T* images) const {
+    const Partials parts{1, 0};
     for (int64_t b = 0; b < a.batch; ++b) {
       for (int64_t h = 0; h < a.heads; ++h) {
-        const LayerSums<T> sums = sums_of(0, b, h);
+        const LayerSums<T> sums = sums_of(images + b * image_size, h);
         const int64_t to = (b * a.heads + h) * K * d;
         reduce_products<T>(sums.scores.weight, parts, K, d, d, 1, a.k_grad + to);
         reduce_products<T>(sums.values, parts, K, d, d, 1, a.v_grad + to);
@@ -221,7 +222,7 @@ class CrossAttention {
       a.head_weights_grad[h] = 0;
       for (int64_t b = 0; b < a.batch; ++b) {
         T of_image;
-        reduce_rows<T>(head_weight_sums(0, b, h), parts, 1, &of_image);
+        reduce_rows<T>(head_weight_sums(images + b * image_size, h), parts, 1, &of_image);
         a.head_weights_grad[h] += of_image;
       }
     }

@@ -40,8 +40,20 @@ def _ops_on_small_inputs(backend: str = "auto", device: torch.device | str = "cp
     def layer(x, *weights):
         return ops.decoder_layer(x, ops.FoldedProjections(*weights[:4]), ops.FeedForward(*weights[4:]), backend)
 
+    def statistics(q, k, v):
+        both = ("entropy", "lse")
+        out, slot_map, rows = ops.cross_attention(
+            q, k, v, backend=backend, head_weights=q.new_tensor([0.5, -2.0, 1.0]), statistics=both
+        )
+        return out, slot_map, *rows.values()
+
+    def iteration(q, k):  # the pixels as tokens
+        return ops.slot_attention(k, q, 2 * q + 1, eps=1e-2, backend=backend, return_map=True)
+
     return {
         "cross_attention": (lambda q, k, v: ops.cross_attention(q, k, v, backend=backend), (q, k, v)),
+        "attention_statistics": (statistics, (q, k, v)),
+        "slot_attention": (iteration, (q, k)),
         "folded_cross_attention": (
             lambda x, *f: ops.folded_cross_attention(x, ops.FoldedProjections(*f), backend),
             (x, *folded),
@@ -161,6 +173,10 @@ def test_tensors_without_storage(grad):
         assert x.grad.shape == x.shape
     q = torch.empty(2, 2, 9, 4, device="meta")
     assert ops.cross_attention(q, q, q)[1].shape == (2, 9, 9)
+    rows = ops.cross_attention(q, q, q, statistics=("entropy", "lse"))[2]
+    assert rows["entropy"].shape == rows["lse"].shape == (2, 2, 9) and rows["lse"].is_meta
+    updates, slot_map = ops.slot_attention(q[:, :, :3], q, q, return_map=True)
+    assert updates.shape == (2, 2, 3, 4) and slot_map.shape == (2, 9, 3) and updates.is_meta
     tokens = torch.empty(2, 5, 8, device="meta")
     assert ops.token_attention(torch.empty(2, 3, 8, device="meta"), tokens).shape == (2, 3, 8)
 
@@ -177,6 +193,40 @@ def test_fullgraph_compile_forward_and_backward(name, device):
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for a, b in zip(torch.autograd.grad(compiled(*tensors), tensors), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+class AsModule(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *tensors):
+        return self.function(*tensors)
+
+
+@CONTRACT
+def test_export_keeps_the_operator(name, device):
+    function, tensors = _ops_on_small_inputs(device=device)[name]
+    tensors = tuple(t.float() for t in tensors)
+    program = torch.export.export(AsModule(function), tensors, strict=False)
+    called = {str(node.target) for node in program.graph.nodes if "fastslots" in str(node.target)}
+    kernel = name != "interaction_penalty" and ops.explain(*tensors, op=name).backend != "reference"
+    assert called == ({f"fastslots.{name}.default"} if kernel else set())
+    for a, b in zip(as_tuple(program.module()(*tensors)), as_tuple(function(*tensors)), strict=True):
+        assert torch.equal(a, b)
+
+
+@CONTRACT
+def test_autocast_has_the_types_and_errors_of_the_reference(name, device):
+    results = {}
+    for backend in ("auto", "reference"):
+        function, tensors = _ops_on_small_inputs(backend, device)[name]
+        with torch.autocast(device.type, torch.bfloat16):
+            results[backend] = as_tuple(function(*(t.float() for t in tensors)))
+    exact = as_tuple(function(*tensors))
+    for ours, theirs, want in zip(results["auto"], results["reference"], exact, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert_close(ours, want, 0.1)
 
 
 def test_compiled_code_calls_the_kernel_that_eager_code_calls(device):

@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastslots import ops
+from fastslots.nn import FoldedTokens
 from fastslots.ops.autograd import IMPLEMENTATIONS
 from fastslots.ops.flops import FORMULAS
 from fastslots.testing import SHAPES, random_layer, random_qkv
 
 SHAPE = SHAPES["one-slot"]._replace(B=2, K=3)
+NORM = torch.nn.LayerNorm(8)
 
 
 def calls():
@@ -28,6 +30,7 @@ def calls():
         "cross_attention": (lambda b: ops.cross_attention(q, k, v, backend=b), 2.5),
         "attention_statistics": (lambda b: ops.cross_attention(q, k, v, backend=b, statistics=("lse",))[:2], 2.5),
         "slot_attention": (lambda b: (ops.slot_attention(k, q, q, backend=b),), 2.5),
+        "folded_slot_attention": (lambda b: (FoldedTokens(tokens, rows, NORM, b).gather(rows, 0.5, 1e-3)[0],), 2.5),
         "token_attention": (lambda b: (ops.token_attention(rows, tokens, b),), 2.5),
         "folded_cross_attention": (
             lambda b: ops.folded_cross_attention(leaves[0], ops.FoldedProjections(*leaves[1:5]), b),
