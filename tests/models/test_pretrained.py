@@ -126,6 +126,15 @@ def test_the_hub(run, tmp_path, monkeypatch):
     assert asked == [("someone/slots", "model.safetensors"), ("someone/nothing", "model.safetensors")]
 
 
+def test_clevr6_mini_ships_and_is_scored_by_its_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FASTSLOTS_CACHE", str(tmp_path / "cache"))
+    assert main(["eval", "clevr6-mini", "--split", "test", "--images", "10", "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["j_ari"] > 0.7 and "warning" not in said.err
+    assert SlotVAE.from_pretrained("clevr6-mini").config.num_slots == 7
+
+
 def the_script() -> ModuleType:
     path = Path(__file__).parents[2] / "scripts" / "make_shipped.py"
     spec = importlib.util.spec_from_file_location("make_shipped", path)
