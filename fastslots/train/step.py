@@ -118,12 +118,13 @@ def _fused(
 ) -> dict[str, float]:
     """``_step`` with the loss and all gradients out of one call of a kernel. What can be done before that call is: it
     sweeps the caches, and Python behind it is slow."""
-    alpha, beta = alpha_at(config, step), beta_at(config, step)
+    scheduled = scheduled_at(config, step)
+    alpha, beta = scheduled["alpha"], scheduled["beta"]
     ours = group.share(config.batch_size)
     share, expansion = len(images) / config.batch_size, config.resolution**2 / config.pixels_per_step
     draws = step_draws(config, step, images, ours.start)
     weights = (config.sigma * expansion * share, beta * share, alpha * share)
-    optimizers.set_lr(lr_at(config, step))
+    optimizers.set_lr(scheduled["lr"])
     update = fused_update(optimizers)
     recon, kl, interaction = fused.run(images, draws, weights)
     recon *= expansion
@@ -141,7 +142,7 @@ def _fused(
         if finite and math.isfinite(grad_norm):
             for optimizer, _ in optimizers.parts:
                 optimizer.step()
-    return values_of(model, config, step, [*numbers, grad_norm])
+    return _named(model, [*numbers, grad_norm], scheduled)
 
 
 class Weights(NamedTuple):
@@ -194,12 +195,22 @@ def values_of(
     model: SlotVAE, config: TrainConfig, step: int, numbers: Sequence[float], losses: Iterable[str] = ()
 ) -> dict[str, float]:
     """A step's values by name. numbers: those of ``gradients``, then the norm of the gradients."""
+    return _named(model, numbers, scheduled_at(config, step), losses)
+
+
+def scheduled_at(config: TrainConfig, step: int) -> dict[str, float]:
+    """What the schedules say of a step, by name."""
+    return {"lr": lr_at(config, step), "alpha": alpha_at(config, step), "beta": beta_at(config, step)}
+
+
+def _named(
+    model: SlotVAE, numbers: Sequence[float], scheduled: Mapping[str, float], losses: Iterable[str] = ()
+) -> dict[str, float]:
     loss, recon, kl, interaction, *of_losses, grad_norm = numbers
     normalized = interaction / model.slot_decoder.heads**2
     values = {"loss": loss, "recon": recon, "kl": kl, "interaction": interaction, "interaction_normalized": normalized}
     values |= dict(zip(losses, of_losses, strict=True))
-    scheduled = {"lr": lr_at(config, step), "alpha": alpha_at(config, step), "beta": beta_at(config, step)}
-    return values | {"grad_norm": grad_norm} | scheduled
+    return values | {"grad_norm": grad_norm, **scheduled}
 
 
 def _step(

@@ -22,13 +22,16 @@ _built: WeakKeyDictionary[Optimizers, FusedUpdate] = WeakKeyDictionary()
 
 
 def fused_update(optimizers: Optimizers) -> FusedUpdate | None:
-    """The kernel's update, once every parameter has a gradient; None where the optimisers step themselves."""
+    """The kernel's update, once every parameter has a gradient; None where the optimisers step themselves.
+
+    Autograd takes the parameters for changed from now on: its counts are raised while they are in the caches.
+    """
     update = _built.get(optimizers)
-    if update is not None and update.fits():
-        return update
-    if not _serves(optimizers):
-        return None
-    update = _built[optimizers] = FusedUpdate(optimizers)
+    if update is None or not update.fits():
+        if not _serves(optimizers):
+            return None
+        update = _built[optimizers] = FusedUpdate(optimizers)
+    torch.autograd.graph.increment_version(update.parameters)
     return update
 
 
@@ -62,8 +65,8 @@ class FusedUpdate:
             state.setdefault("step", torch.zeros((), dtype=torch.float32))
             means = [state.setdefault(name, torch.zeros_like(p)) for name in ("exp_avg", "exp_avg_sq")]
             rest.append((p, p.grad, *means, state["step"]))
-        self._parameters, self._grads = ([of[place] for of in (*matrices, *rest)] for place in (0, 1))
-        self._places = addresses(self._parameters)
+        self.parameters, self._grads = ([of[place] for of in (*matrices, *rest)] for place in (0, 1))
+        self._places = addresses(self.parameters)
         self._states = self._muon.state, self._adamw.state
         self._update = cast(backends.StepBackend, backends.load("cpu")).step_update(matrices, rest)
 
@@ -72,12 +75,11 @@ class FusedUpdate:
         return (
             self._states[0] is self._muon.state  # loading a state makes another dictionary
             and self._states[1] is self._adamw.state
-            and have_gradients(self._parameters, self._grads)
-            and addresses(self._parameters) == self._places
+            and have_gradients(self.parameters, self._grads)
+            and addresses(self.parameters) == self._places
         )
 
     def run(self, largest_norm: float, update: bool) -> float:
         """-> the norm of the gradients, which are left as they are; the update takes place where it is finite."""
         muon: dict[str, Any] = {**self._muon.param_groups[0], "coefficients": COEFFICIENTS, "iterations": ITERATIONS}
-        torch.autograd.graph.increment_version(self._parameters)
         return self._update.run(muon, self._adamw.param_groups[0], largest_norm, update)
