@@ -227,7 +227,7 @@ def _slot_attention_fwd(t: _Terms) -> tuple[int, int, int]:
 
 def _slots(t: _Terms, name: str) -> int:
     """Bytes of all slots of one head."""
-    return t.consts["K"] * t.D * t.element(name)
+    return int(t.consts["K"]) * t.D * t.element(name)
 
 
 def _keys_and_values(t: _Terms) -> int:
