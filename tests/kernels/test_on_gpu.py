@@ -11,15 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastslots.kernels.gpu.cross_attention import cross_attention_bwd, cross_attention_fwd
+from fastslots.kernels.gpu.cross_attention import (
+    attention_statistics_bwd,
+    attention_statistics_fwd,
+    cross_attention_bwd,
+    cross_attention_fwd,
+)
 from fastslots.kernels.gpu.decoder_layer import decoder_layer_bwd, decoder_layer_fwd
 from fastslots.kernels.gpu.decoder_loss import decoder_loss
 from fastslots.kernels.gpu.graphs import Graphs
 from fastslots.kernels.gpu.passes.joint_norm import joint_norm_bwd, joint_norm_fwd
+from fastslots.kernels.gpu.slot_attention import slot_attention_bwd, slot_attention_fwd
 from fastslots.kernels.gpu.token_attention import token_attention_bwd, token_attention_fwd
 from fastslots.ops import reference
 from fastslots.ops.decoder_loss import reference_decoder_loss
-from fastslots.records import FeedForward, FoldedProjections
+from fastslots.records import FeedForward, FoldedProjections, Statistics, StatisticsInputs
 from fastslots.testing import (
     LossCase,
     Poison,
@@ -86,6 +92,41 @@ def of_attention(device: torch.device, dtype: torch.dtype, B: int, L: int) -> Wo
     return Work(kernels, lambda q, k, v: reference.cross_attention(q, k, v, 0.1), inputs, 2)
 
 
+def of_text(device: torch.device, dtype: torch.dtype, B: int, L: int) -> Work:
+    """77 keys, with statistics of the rows, as diffusion models have them."""
+    H, K, d = 8 if device.type == "cuda" else 2, 77, 64
+    g = torch.Generator().manual_seed(4)
+    q, k, v, weights, dout = (
+        torch.randn(*size, generator=g).to(dtype)
+        for size in ((B, H, L, d), (B, H, K, d), (B, H, K, d), (H,), (B, H, L, d))
+    )
+    grads = [torch.randn(*size, generator=g) for size in ((B, L, K), (B, H, L), (B, H, L))]
+
+    def kernels(q, k, v, weights, *grads):
+        inputs = StatisticsInputs(q, k, v, None, weights, 0.1, rows=True)
+        return [*attention_statistics_fwd(inputs), *attention_statistics_bwd(Statistics(*grads), inputs, True)]
+
+    def formula(q, k, v, weights):
+        return reference.attention_statistics(StatisticsInputs(q, k, v, None, weights, 0.1, rows=True))
+
+    return Work(kernels, formula, on(device, [q, k, v, weights, dout, *grads]), 4)
+
+
+def of_slots(device: torch.device, dtype: torch.dtype, B: int, L: int) -> Work:
+    g = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(B, 1, n, 64, generator=g).to(dtype) for n in (7, L, L))
+    du, dmap = torch.randn(B, 1, 7, 64, generator=g).to(dtype), torch.randn(B, L, 7, generator=g)
+
+    def kernels(q, k, v, du, dmap):
+        updates, totals, slot_map = slot_attention_fwd(q, k, v, 0.2, 1e-8, None, True)
+        return [updates, slot_map, *slot_attention_bwd(du, dmap, (q, k, v), (updates, totals), 0.2, 1e-8, None)]
+
+    def formula(q, k, v):
+        return reference.slot_attention(q, k, v, 0.2, 1e-8)
+
+    return Work(kernels, formula, on(device, [q, k, v, du, dmap]), 2)
+
+
 def of_tokens(device: torch.device, dtype: torch.dtype, B: int, T: int) -> Work:
     shape = TokenShape(B, 28, T, 128)
     g = torch.Generator().manual_seed(2)
@@ -113,7 +154,10 @@ def of_norm(device: torch.device, dtype: torch.dtype, B: int, T: int) -> Work:
     return Work(kernels, lambda x: (torch.nn.functional.layer_norm(x, x.shape[1:]),), on(device, [x, dy]), 1)
 
 
-WORKS = {"layer": of_layer, "attention": of_attention, "tokens": of_tokens, "norm": of_norm}
+WORKS = {
+    "layer": of_layer, "attention": of_attention, "text": of_text, "slots": of_slots, "tokens": of_tokens,
+    "norm": of_norm,
+}  # fmt: skip
 EVERY = pytest.mark.parametrize("of", WORKS.values(), ids=WORKS)
 
 

@@ -73,6 +73,20 @@ def test_model_counts_what_the_code_moves(op, precision, shared, monkeypatch):
         assert model.bytes <= model.requested and model.flops <= model.issued, item.name
 
 
+def test_model_counts_what_two_launches_of_many_keys_move(monkeypatch):
+    """More than 64 keys: dk and dv are sums of a launch each."""
+    shape = shipped.Shape("many", 1, 40, 70, 2, 12, 24, 8, 16, 16, 16)
+    with launch.record("interpreter") as launches:
+        shipped.run_op("attention_statistics", shipped.inputs(shape, torch.float32, "cpu"))
+    assert [item.name for item in launches] == ["cross_attention_fwd"] + 2 * ["cross_attention_bwd"]
+    for item in launches:
+        with counted(monkeypatch) as seen:
+            launch.run(item.kernel, item.grid, item.args, item.constexprs, item.config)
+        model = cost.launch_cost(item)
+        assert (seen["bytes"], seen["flops"]) == (model.requested, model.issued)
+        assert model.bytes <= model.requested and model.flops <= model.issued
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_model_counts_what_passes_over_rows_move(dtype, monkeypatch):
     with launch.record("interpreter") as launches:
