@@ -35,7 +35,7 @@ from ._tiles import dot, load_map, load_rows, load_tile, store_map, store_rows, 
 MAX_SLOTS = 128
 MAX_WIDTH_OF_MANY = 192
 """Widest rows of more than ``launch.MANY_SLOTS``."""
-WIDE_SUMS = 64 * 64
+WIDE_SUMS = 64 * 128
 """Elements, slots x width, above which dk and dv are sums of two launches: together they do not fit the registers."""
 
 

@@ -74,8 +74,8 @@ def test_model_counts_what_the_code_moves(op, precision, shared, monkeypatch):
 
 
 def test_model_counts_what_two_launches_of_many_keys_move(monkeypatch):
-    """More than 64 keys: dk and dv are sums of a launch each."""
-    shape = shipped.Shape("many", 1, 40, 70, 2, 12, 24, 8, 16, 16, 16)
+    """More than 64 keys of heads wider than 64: dk and dv are sums of a launch each."""
+    shape = shipped.Shape("many", 1, 40, 70, 2, 72, 24, 8, 16, 16, 16)
     with launch.record("interpreter") as launches:
         shipped.run_op("attention_statistics", shipped.inputs(shape, torch.float32, "cpu"))
     assert [item.name for item in launches] == ["cross_attention_fwd"] + 2 * ["cross_attention_bwd"]
