@@ -160,13 +160,9 @@ def _iteration(t: dict[str, Tensor], k: Tensor, v: Tensor, dmap: Tensor | None) 
 
 
 OPS = (
-    "cross_attention",
-    "folded_cross_attention",
-    "decoder_layer",
-    "decoder_loss",
-    "token_attention",
-    "slot_attention",
-)
+    "cross_attention", "attention_statistics", "folded_cross_attention", "decoder_layer", "decoder_loss",
+    "token_attention", "slot_attention",
+)  # fmt: skip
 """Of the decoder's loss one layer of one tile."""
 
 
