@@ -1,7 +1,9 @@
 """Losses that a change of numbers must change: 20 steps of each preset, per backend and instruction set.
 
-``python tests/golden.py [PRESET ...]`` writes golden.json, of all presets or of some, on the paths that this machine
-has. A commit that changes the file says why its numbers are others.
+Each preset is there twice: two images of 16 pixels a side, and, as "PRESET whole", one image of the preset's own size
+with as many drawn pixels as it says (clevrtex, whose features are of 16 x 16 patches anyway, is there once).
+``python tests/golden.py [NAME ...]`` writes golden.json, of all or of some, on the paths that this machine has: three
+minutes. A commit that changes the file says why its numbers are others.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +31,7 @@ from fastslots.train.step import Precision, training_step
 
 STEPS = 20
 FILE = Path(__file__).with_name("golden.json")
-SMALL = dict(batch_size=2, threads=1, precision="fp32", steps=1_000, data="sprites", max_objects=0)
+SMALL: dict[str, Any] = dict(batch_size=2, threads=1, precision="fp32", steps=1_000, data="sprites", max_objects=0)
 
 
 def ways() -> list[str]:
@@ -59,12 +62,22 @@ def computed_by(way: str) -> Iterator[None]:
             cpu_backend.set_isa(None)
 
 
-def losses(preset: str, way: str) -> list[list[float]]:
-    """[loss, gradient norm] of each step: the preset's widths, two images of 16 pixels a side (its features)."""
-    features = preset == "clevrtex"
-    config = TrainConfig.preset(preset, **SMALL, **({} if features else {"resolution": 16}))
-    if config.pixels_per_step:
-        config = TrainConfig.preset(preset, **SMALL, resolution=16, pixels_per_step=64)
+WHOLE = " whole"
+
+
+def names() -> list[str]:
+    """Of the file: presets, and those of other sizes than 16 pixels a side as they are."""
+    return [*preset_names(), *(f"{preset}{WHOLE}" for preset in preset_names() if preset != "clevrtex")]
+
+
+def losses(name: str, way: str) -> list[list[float]]:
+    """[loss, gradient norm] of each step: the preset's widths, two images of 16 pixels a side (its features); or all
+    of a preset's sizes, one image."""
+    preset, features = name.removesuffix(WHOLE), name == "clevrtex"
+    sizes: dict[str, Any] = {"batch_size": 1} if name.endswith(WHOLE) else {} if features else {"resolution": 16}
+    if "resolution" in sizes and TrainConfig.preset(preset).pixels_per_step:
+        sizes["pixels_per_step"] = 64
+    config = TrainConfig.preset(preset, **SMALL | sizes)
     torch.manual_seed(0)
     model = SlotVAE(config).train()
     optimizers, precision = (
@@ -74,8 +87,9 @@ def losses(preset: str, way: str) -> list[list[float]]:
     if features:
         images = torch.rand(STEPS, 2, config.channels, 16, 16, generator=torch.Generator().manual_seed(1))
     else:
-        drawn = SpritesDataset(0, 16, (2, 3), 2 * STEPS).batch(np.arange(2 * STEPS))[0]
-        images = torch.from_numpy(drawn).permute(0, 3, 1, 2).float().div(255).unflatten(0, (STEPS, 2))
+        count = config.batch_size * STEPS
+        drawn = SpritesDataset(0, config.resolution, (2, 3), count).batch(np.arange(count))[0]
+        images = torch.from_numpy(drawn).permute(0, 3, 1, 2).float().div(255).unflatten(0, (STEPS, config.batch_size))
     values = []
     with computed_by(way):
         for step in range(STEPS):
@@ -89,12 +103,12 @@ def machine() -> str:
     return f"{name_of(torch.device('cpu')).rsplit(',', 1)[0]}, torch {torch.__version__}, {platform.machine()}"
 
 
-def main(presets: list[str]) -> None:
+def main(chosen: list[str]) -> None:
     known = json.loads(FILE.read_text()) if FILE.exists() else {}
-    for preset in presets or preset_names():
+    for name in chosen or names():
         for way in ways():
-            print(preset, way, file=sys.stderr)
-            known.setdefault(preset, {})[way] = {"machine": machine(), "losses": losses(preset, way)}
+            print(name, way, file=sys.stderr)
+            known.setdefault(name, {})[way] = {"machine": machine(), "losses": losses(name, way)}
     write(known)
 
 

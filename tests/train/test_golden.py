@@ -6,9 +6,7 @@ import json
 
 import pytest
 import torch
-from golden import FILE, STEPS, computed_by, losses, machine, ways
-
-from fastslots.config.presets import preset_names
+from golden import FILE, STEPS, WHOLE, computed_by, losses, machine, names, ways
 
 GOLDEN = json.loads(FILE.read_text())
 ROUNDING = 2e-4
@@ -21,34 +19,35 @@ def largest_difference(values: list[list[float]], golden: list[list[float]]) -> 
 
 
 def test_the_file_holds_every_preset_on_every_path():
-    assert set(GOLDEN) == set(preset_names())
+    assert set(GOLDEN) == set(names())
     for paths in GOLDEN.values():
         assert set(paths) == {"reference", "cpu avx512", "cpu avx2", "cpu portable"}
         assert all(len(one["losses"]) == STEPS for one in paths.values())
 
 
-LARGE = {"sprites", "clevr6", "clevrtex"}  # of the published widths: ten seconds each
+SLOW = {"sprites", "clevr6", "clevrtex"}  # of the published widths: ten seconds each, and minutes at their own sizes
 
 
 @pytest.mark.parametrize(
-    "preset", [pytest.param(n, marks=pytest.mark.long if n in LARGE else ()) for n in preset_names()]
+    "name",
+    [pytest.param(n, marks=pytest.mark.long if n.removesuffix(WHOLE) in SLOW else ()) for n in names()],
 )
-def test_losses_are_those_of_the_file(preset):
+def test_losses_are_those_of_the_file(name):
     """To the last bit on the machine that wrote it, within rounding on another."""
     for way in ways():
-        if way not in GOLDEN[preset]:  # of an instruction set that no machine has written
+        if way not in GOLDEN[name]:  # of an instruction set that no machine has written
             continue
-        values, golden = losses(preset, way), GOLDEN[preset][way]["losses"]
-        if GOLDEN[preset][way]["machine"] == machine():
+        values, golden = losses(name, way), GOLDEN[name][way]["losses"]
+        if GOLDEN[name][way]["machine"] == machine():
             assert values == golden, f"{way}: `python tests/golden.py` writes the file anew, if that is meant"
         assert largest_difference(values, golden) < ROUNDING, way
 
 
 def test_the_paths_agree_within_rounding():
     """The file's own values: no path has drifted from the reference."""
-    for preset, paths in GOLDEN.items():
+    for name, paths in GOLDEN.items():
         for way, one in paths.items():
-            assert largest_difference(one["losses"], paths["reference"]["losses"]) < ROUNDING, (preset, way)
+            assert largest_difference(one["losses"], paths["reference"]["losses"]) < ROUNDING, (name, way)
 
 
 def test_another_path_is_really_taken():

@@ -143,7 +143,7 @@ class Chain:
             self.seconds_to_start = time.monotonic() - began
         pause = rng.uniform(0, 1.0 if goal == evaluation else 0.02)
         if alive and way == "write" and goal != evaluation:
-            return self._wait(process, lambda: bool(self._partial() - self.torn), rng.choice((0, pause / 4)))
+            return self._wait(process, self._is_writing, rng.choice((0, pause / 4)))
         return alive and self._wait(process, lambda: self._last() >= goal, pause)
 
     def _wait(self, process: Process, true: Callable[[], bool], pause: float) -> bool:
@@ -151,6 +151,10 @@ class Chain:
             time.sleep(0.001)
         time.sleep(pause)
         return process.running()
+
+    def _is_writing(self) -> bool:
+        """A checkpoint."""
+        return any(path.name.startswith(".step") for path in self._partial() - self.torn)
 
     def _partial(self) -> frozenset[Path]:
         return frozenset(self.out.rglob(".*.partial"))
@@ -171,7 +175,7 @@ class Chain:
     def _place(self) -> str:
         """What the run was doing when it was killed."""
         new = self._partial() - self.torn
-        if any(path.name.startswith(".step") for path in new):
+        if self._is_writing():
             return "inside a checkpoint's write"
         if new:
             return "inside another file's write"
@@ -240,7 +244,7 @@ def test_kills_on_two_threads_change_nothing(commands, tmp_path):
 @pytest.mark.timeout(4 * 3600)
 @pytest.mark.parametrize("as_it_is", [True, False], ids=["as it is", "checkpoints more often"])
 def test_the_first_command_outlives_kills(commands, tmp_path, as_it_is):
-    """The first command itself, as processes of their own; and with 400 steps, a checkpoint every five and an
+    """The first command itself, as processes of their own; and with 200 steps, a checkpoint every five and an
     evaluation every 50, so that a kill costs seconds of work in place of a minute.
 
     FASTSLOTS_KILLS: of both (200), a tenth as it is. FASTSLOTS_KILLS_SEED: of the moments (0).
@@ -250,5 +254,5 @@ def test_the_first_command_outlives_kills(commands, tmp_path, as_it_is):
     if as_it_is:
         kill_until(Process, ["train"], tmp_path, max(1, kills // 10), reach=1500, seed=seed)
     else:
-        argv = ["train", "--steps=400", "--checkpoint_every=5", "--eval_every=50"]
+        argv = ["train", "--steps=200", "--checkpoint_every=5", "--eval_every=50"]
         kill_until(commands.start, argv, tmp_path, kills - max(1, kills // 10), reach=12, seed=seed)
