@@ -46,7 +46,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sprites-mini": dict(
         _MINI,
         resolution=32, cnn_stride=2, num_slots=4, octaves=6, sigma=4.0, pixels_per_step=64,
-        query_width=64, query_hidden=128, slot_width=64, steps=3_500, eval_every=1_000,
+        query_width=64, query_hidden=128, slot_width=64, alpha=16.0, steps=4_000, eval_every=1_000,
     ),
     "clevr6-mini": dict(
         _MINI,

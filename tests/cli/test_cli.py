@@ -90,7 +90,7 @@ def test_the_help_fits_two_screens_and_has_the_values_of_the_preset(monkeypatch,
     assert len(short) <= 50 and max(map(len, short + everything)) <= 100
     assert "  --batch_size INT        images a step, over all processes [32]" in short
     assert "  --steps INT             training steps [500000]" in short
-    assert "  --steps INT             training steps [3500]" in help_of(capsys, "train", "--help")
+    assert "  --steps INT             training steps [4000]" in help_of(capsys, "train", "--help")
     assert any(line.startswith("  --output_hidden TUPLE   hidden widths of") for line in everything)
     assert not any(line.startswith("  --output_hidden") and "widths" in line for line in short)
     assert len(help_of(capsys, "sweep", "--help")) <= 60
