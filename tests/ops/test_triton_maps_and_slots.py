@@ -187,6 +187,16 @@ def test_operators_keep_torchs_contract(device):
     check(torch.ops.fastslots.slot_attention, (leaves[1], leaves[0], leaves[0], 0.5, 1e-3, mask, True, "triton"))
 
 
+@pytest.mark.parametrize(("B", "L"), [(0, 5), (2, 0)], ids=["no image", "no pixel"])
+def test_empty_tensors_have_a_backward(B, L, device):
+    q, k = (torch.ones(B, 2, n, 4, device=device, requires_grad=True) for n in (L, 3))
+    out, slot_map, rows = ops.cross_attention(q, k, k, backend="triton", statistics=("lse",))
+    updates, owners = ops.slot_attention(k, q, q, backend="triton", return_map=True)
+    results = (out, slot_map, rows["lse"], updates, owners)
+    sum((t.sum() for t in results), start=torch.zeros((), device=device)).backward()
+    assert q.grad.shape == q.shape and torch.equal(k.grad, torch.zeros_like(k)) and not updates.any()
+
+
 def test_nothing_of_the_size_of_all_weights_is_made():
     """K > d: a tensor of all weights would be the largest."""
     B, H, L, K, d = 2, 4, 2**14, 24, 8
