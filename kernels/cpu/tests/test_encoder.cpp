@@ -46,7 +46,8 @@ static std::vector<double> errors(bool winograd, int64_t in, int64_t out, int64_
     for (int64_t k = 0; k < out; ++k) dout.picture.at(i / side, i % side)[k] = T(g[size_t(k * side * side + i)]);
   }
   if (winograd) {
-    std::vector<T> u(size_t(kProducts * winograd_stride(most))), m(u.size()), s(size_t(kProducts * in_l * out_l));
+    std::vector<T> u(size_t(kProducts * winograd_stride(most))), m(u.size());
+    std::vector<T> s(size_t(kProducts * winograd_point(in_l * out_l)));
     winograd_convolve<T, R>(forward, c.bias, in, out, from.picture, to.picture, u.data(), m.data());
     winograd_convolve<T, R>(backward, nullptr, out, in, dout.picture, din.picture, u.data(), m.data());
     winograd_correlate<T, R>(from.picture, dout.picture, in, out, u.data(), m.data(), s.data());
