@@ -54,7 +54,8 @@ print(json.dumps(found))
 def test_heads_split_from_a_projection_are_copied_nowhere():
     for op, (peak, results, one) in measured(LAYOUTS, "cross_attention", "statistics", "slot_attention").items():
         # A thread's workspace and sums come to some hundred KiB; a copy of one operand, of 4 MiB, would show.
-        assert results <= peak + 2**18, f"{op}: {peak} bytes, less than its results {results}: not measured"
+        # Cotangents of zeros are no memory until they are read.
+        assert peak > 0.9 * results, f"{op}: {peak} bytes, less than its results {results}: not measured"
         assert peak < results + one // 2, f"{op} adds {peak - results} bytes beside its results of {results}"
 
 
