@@ -37,7 +37,7 @@ SCRATCH_BYTES = 40960
 _LAYER = ("decoder_layer_", "folded_attention_", "feed_forward_")
 KERNELS = {
     "cross_attention": ("cross_attention_",), "attention_statistics": ("cross_attention_",),
-    "folded_cross_attention": _LAYER[1:2], "decoder_layer": _LAYER, "decoder_loss": _LAYER,
+    "folded_cross_attention": _LAYER[1:2], "decoder_layer": _LAYER, "decoder_loss": (*_LAYER, "output_head_"),
     "token_attention": ("token_attention_",), "slot_attention": ("slot_attention_",),
 }  # fmt: skip
 """What the names of an op's kernels start with, in ``launches.json`` and wherever kernels are listed. The backward of a

@@ -102,7 +102,7 @@ def _dtype(item: Launch) -> torch.dtype:
     """Of the rows that a launch works on."""
     rows: Tensor = next(
         t
-        for name in ("x_ptr", "n_ptr", "u_ptr", "tokens_ptr", "gathered_ptr", "y_ptr")
+        for name in ("x_ptr", "n_ptr", "u_ptr", "tokens_ptr", "gathered_ptr", "y_ptr", "maps_ptr", "u2_ptr")
         if (t := item.args.get(name)) is not None
     )
     return rows.dtype

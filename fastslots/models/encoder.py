@@ -17,7 +17,8 @@ from fastslots.models.queries import KINDS
 from fastslots.nn import AttentionProjections
 from fastslots.ops import backends, token_attention
 from fastslots.ops.encoder import encode
-from fastslots.ops.encoder_parts import bias_gelu, bias_norm, encode_queries, joint_norm
+from fastslots.ops.encoder_parts import bias_gelu, bias_norm, joint_norm
+from fastslots.ops.parts.query_layers import encode_queries
 from fastslots.ops.reference import feed_forward, without_autocast
 from fastslots.records import EncoderInputs, describe
 
@@ -123,10 +124,7 @@ class TokenEncoder(nn.Module):
                 x = x.contiguous(memory_format=torch.channels_last)
             plain = x.is_cuda and not _unlike_our_cnn(self.cnn) and not any(map(is_hooked, self.cnn.modules()))
             x = convolved(x, self.cnn) if plain else self.cnn(x)
-        x = x.flatten(2).transpose(1, 2)
-        if self.cnn is not None:
-            x = x + self.position(self.grid)
-        x = joint_norm(x)
+        x = joint_norm(x.flatten(2).transpose(1, 2), shared=None if self.cnn is None else self.position(self.grid))
         if x.is_cuda and _is_our_mlp(self.token_mlp) and not any(map(is_hooked, self.token_mlp.modules())):
             return normed_tokens(x, self.token_mlp)
         x = self.token_mlp(x)

@@ -2,19 +2,13 @@
 
 Their definition is the plain PyTorch of ``fastslots/models/encoder.py``. ``joint_norm`` is the norm over tokens and
 channels together; ``bias_gelu`` and ``bias_norm`` are what follows a convolution or a linear layer that has left its
-bias out. Those three have kernels on GPUs alone. ``encode_queries`` are the layers: K rows an image, so what depends
-on weights alone is made for all N layers at once. With γ, β of the tokens' norm, for each head h::
-
-    rows[b,(k,h)] = A_h norm(q_bk) + a_h      A_h = scale · γ ∘ Wk_hᵀ Wq_h      a_h = scale · γ ∘ Wk_hᵀ bq_h
-    out[b,k]      = Σ_h C_h gathered[b,(k,h)] + c      C_h = Wo_h Wv_h γ      c = Wo (Wv β + bv) + bo
-
-All of that is fp32, tokens and what meets them apart: rows have the dtype of the tokens.
+bias out. Those three have kernels on GPUs alone. ``attend`` is the attention to tokens of one layer of several, whose
+other parts are in ``parts.query_layers``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,75 +18,6 @@ from fastslots.ops import autograd, backends
 from fastslots.ops.api import token_attention
 from fastslots.ops.autograd import contiguous_like, operator, shapes_of
 from fastslots.records import describe
-
-NAMES = (
-    "norm_q", "norm_tokens", "to_q", "to_kv", "to_out", "norm_own", "to_qkv", "to_out_own", "norm_ff", "w1", "w2",
-)  # fmt: skip
-"""A layer's weights in the order of ``records.EncoderInputs``; each is followed by its bias."""
-
-
-class CrossWeights(NamedTuple):
-    """Of N layers, folded."""
-
-    rows_weight: Tensor  # [N, H·S, S]
-    rows_bias: Tensor  # [N, H·S]
-    out_weight: Tensor  # [N, S, H·S]
-    out_bias: Tensor  # [N, S]
-
-
-def _stacked(layers: Sequence[dict[str, tuple[Tensor, Tensor]]], name: str) -> tuple[Tensor, Tensor]:
-    return torch.stack([layer[name][0] for layer in layers]), torch.stack([layer[name][1] for layer in layers])
-
-
-def fold_cross(layers: Sequence[dict[str, tuple[Tensor, Tensor]]], heads: int) -> CrossWeights:
-    """What every layer does before and after it meets the tokens, as one map each."""
-    (wq, bq), (wkv, bkv) = _stacked(layers, "to_q"), _stacked(layers, "to_kv")
-    (wo, bo), (gamma, beta) = _stacked(layers, "to_out"), _stacked(layers, "norm_tokens")
-    N, S, _ = wq.shape
-    wk, wv = wkv.chunk(2, 1)
-    by_head = (N * heads, S // heads, S)
-    wk = (wk * (gamma * S**-0.5)[:, None]).reshape(by_head).mT  # [N·H, S, d]
-    rows_weight = torch.bmm(wk, wq.reshape(by_head))
-    rows_bias = torch.bmm(wk, bq.reshape(N * heads, S // heads, 1))
-    outward = wo.mT.reshape(by_head).mT  # [N·H, S, d]
-    out_weight = torch.bmm(outward, (wv * gamma[:, None]).reshape(by_head))  # [N·H, S, S]
-    value_bias = torch.baddbmm(bkv[:, S:, None], wv, beta[..., None])
-    return CrossWeights(
-        rows_weight.view(N, heads * S, S),
-        rows_bias.view(N, heads * S),
-        out_weight.view(N, heads, S, S).transpose(1, 2).reshape(N, S, heads * S),
-        torch.baddbmm(bo[..., None], wo, value_bias)[..., 0],
-    )
-
-
-def encode_queries(queries: Tensor, tokens: Tensor, weights: Sequence[Tensor], heads: int, eps: float) -> Tensor:
-    """queries [B or 1, K, S] fp32, tokens [B, T, S] -> queries [B, K, S] after all layers.
-
-    weights: those of the layers alone, as ``records.EncoderInputs`` orders them.
-    """
-    pairs = list(zip(weights[::2], weights[1::2], strict=True))
-    layers = [dict(zip(NAMES, pairs[at : at + len(NAMES)], strict=True)) for at in range(0, len(pairs), len(NAMES))]
-    B, (_, K, S) = len(tokens), queries.shape
-    cross = [of.unbind() for of in fold_cross(layers, heads)]
-    own_weight, own_bias = _stacked(layers, "to_qkv")
-    # The scale goes with the queries' map; the key bias cancels in the softmax, and its gradient is an exact zero.
-    # Filled on the device: a tensor made of numbers is copied from the host, which waits.
-    ours, one = own_bias.new_full((S,), S**-0.5), own_bias.new_ones(S)
-    scale, unbiased = torch.cat([ours, one, one]), torch.cat([ours, torch.zeros_like(one), one])
-    own = (own_weight * scale[:, None]).unbind(), (own_bias * unbiased).unbind()
-    x = queries.expand(B, K, S).flatten(0, 1)
-    for i, layer in enumerate(layers):
-        rows_weight, rows_bias, out_weight, out_bias = (of[i] for of in cross)
-        rows = F.linear(F.layer_norm(x, (S,), *layer["norm_q"], eps), rows_weight, rows_bias)
-        gathered, tokens = attend(rows.view(B, K * heads, S).to(tokens.dtype), tokens)
-        x = x + F.linear(gathered.view(B * K, heads * S).to(x.dtype), out_weight, out_bias)
-        qkv = F.linear(F.layer_norm(x, (S,), *layer["norm_own"], eps), own[0][i], own[1][i])
-        q, k, v = qkv.view(B, K, 3, heads, -1).permute(2, 0, 3, 1, 4).reshape(3, B * heads, K, -1).unbind()
-        attended = torch.bmm(torch.softmax(torch.bmm(q, k.mT), -1), v)
-        x = x + F.linear(attended.view(B, heads, K, -1).transpose(1, 2).reshape(B * K, S), *layer["to_out_own"])
-        hidden = F.gelu(F.linear(F.layer_norm(x, (S,), *layer["norm_ff"], eps), *layer["w1"]))
-        x = x + F.linear(hidden, *layer["w2"])
-    return x.view(B, K, S)
 
 
 def attend(rows: Tensor, tokens: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -145,8 +70,8 @@ class PartsBackend(backends.Backend, Protocol):
         before: Tensor | None = None,
     ) -> backends.Pair: ...  # fmt: skip
 
-    def joint_norm_fwd(self, x: Tensor, eps: float) -> backends.Pair:
-        """-> normed over all but the first axis, and 1/σ of each image."""
+    def joint_norm_fwd(self, x: Tensor, eps: float, shared: Tensor | None = None) -> backends.Pair:
+        """-> x, with what all images share added to each, normed over all but the first axis, and 1/σ of each image."""
 
     def joint_norm_bwd(self, dy: Tensor, y: Tensor, rstd: Tensor) -> Tensor: ...
 
@@ -169,20 +94,20 @@ def _backend(name: str) -> PartsBackend:
 # ---- the norm over tokens and channels ------------------------------------------------------------------------------
 
 
-def joint_norm(x: Tensor, eps: float = 1e-5, backend: str = "auto") -> Tensor:
+def joint_norm(x: Tensor, eps: float = 1e-5, backend: str = "auto", shared: Tensor | None = None) -> Tensor:
     """x [B, T, S] -> (x − mean) / σ over T and S together, without affine part, like x: ``layer_norm(x, [T, S])``.
 
-    ValueError where a backend that is named cannot serve.
+    shared: [T, S], added to each image before. ValueError where a backend that is named cannot serve.
     """
     name = backends.select(describe("joint_norm", [x]), backend)
     if name == "reference" or not x.numel():
-        return F.layer_norm(x, x.shape[1:], eps=eps)
-    return joint_norm_operator(x, eps, name)[0]
+        return F.layer_norm(x if shared is None else x + shared, x.shape[1:], eps=eps)
+    return joint_norm_operator(x, shared, eps, name)[0]
 
 
 @operator
-def joint_norm_operator(x: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
-    return _backend(backend).joint_norm_fwd(x, eps)
+def joint_norm_operator(x: Tensor, shared: Tensor | None, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+    return _backend(backend).joint_norm_fwd(x, eps, shared)
 
 
 @shapes_of(joint_norm_operator)
@@ -201,7 +126,8 @@ def _(dy: Tensor, y: Tensor, *_: object) -> Tensor:
 
 
 def _joint_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.backend = inputs[2]
+    _, shared, _, ctx.backend = inputs
+    ctx.shared_dtype = None if shared is None else shared.dtype
     y, rstd = output
     ctx.mark_non_differentiable(rstd)
     ctx.set_materialize_grads(False)
@@ -210,9 +136,11 @@ def _joint_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _joint_norm_vjp(ctx: Any, dy: Tensor | None, _drstd: None) -> tuple[Any, ...]:
     if dy is None:  # an undefined cotangent, which nothing turns into zeros here
-        return None, None, None
+        return None, None, None, None
     y, rstd = ctx.saved_tensors
-    return joint_norm_operator_backward(dy, y, rstd, ctx.backend), None, None
+    dx = joint_norm_operator_backward(dy, y, rstd, ctx.backend)
+    dshared = dx.sum(0, dtype=ctx.shared_dtype) if ctx.needs_input_grad[1] else None
+    return dx, dshared, None, None
 
 
 torch.library.register_autograd("fastslots::joint_norm_operator", _joint_norm_vjp, setup_context=_joint_norm_setup)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -157,21 +157,43 @@ def split_norm_grads(dw: Tensor, db: Tensor, ff: FeedForward) -> tuple[Tensor, T
     return (dw * w1).sum(0), (w1 * db).sum(0), dw * ff.norm_weight.float() + db * ff.norm_bias.float()
 
 
+def unit_columns(F: int, config: LaunchConfig) -> int:
+    """Units with their padding: as many for every kernel, since what the forward stores of them the backward reads."""
+    return round_up(F, max(64, config.block_f or config.block_c))
+
+
 def pack_feed_forward(first: MergedLinear, w2: Tensor, dtype: torch.dtype, config: LaunchConfig) -> Packed:
-    """w [F,D], b [F], w2 [D,F] -> one image's worth of padded weights, units in groups of block_f or else block_c."""
-    F, D = first.w.shape
-    block = config.block_f or config.block_c
-    columns, width = round_up(F, block), round_up(D, config.block_d)
-    w_in = w2.new_zeros(1, width, columns, dtype=dtype)
+    """w [F,D], b [F], w2 [OUT,F] -> one image's worth of padded weights, units in groups of block_f or else block_c."""
+    (F, D), out = first.w.shape, w2.shape[0]
+    block, columns = config.block_f or config.block_c, unit_columns(F, config)
+    w_in = w2.new_zeros(1, round_up(D, config.block_d), columns, dtype=dtype)
     w_in[0, :D, :F] = first.w.t()
-    w_out = w2.new_zeros(1, columns, width, dtype=dtype)
-    w_out[0, :F, :D] = w2.t()
+    w_out = w2.new_zeros(1, columns, round_up(out, config.block_d), dtype=dtype)
+    w_out[0, :F, :out] = w2.t()
     b_in = w2.new_zeros(1, columns, dtype=torch.float32)
     b_in[0, :F] = first.b
     return Packed(w_in, b_in, w_out, block, 1)
 
 
-class LayerPacks:
+class FeedForwardPacks:
+    """The weights of two linear maps behind a norm as kernels load them: packed once for each layout.
+
+    ff: of a layer, or the first two maps of the output head. dtype: of the products.
+    """
+
+    def __init__(self, ff: FeedForward, dtype: torch.dtype) -> None:
+        self.ff, self._dtype = ff, dtype
+        self._known: dict[tuple[str, int, int], Packed] = {}
+
+    def feed_forward(self, config: LaunchConfig) -> Packed:
+        columns = unit_columns(len(self.ff.w1), config)
+        key = ("feed-forward", columns, config.block_d)
+        if key not in self._known:
+            self._known[key] = pack_feed_forward(merge_norm(self.ff), self.ff.w2, self._dtype, config)
+        return self._known[key]._replace(block=config.block_f or config.block_c)
+
+
+class LayerPacks(FeedForwardPacks):
     """The weights of a layer as its kernels load them: packed once for each layout, however many kernels and tiles.
 
     Args:
@@ -181,16 +203,11 @@ class LayerPacks:
     def __init__(
         self, folded: FoldedProjections, ff: FeedForward | None, slot_mask: Tensor | None, dtype: torch.dtype
     ) -> None:
+        super().__init__(cast(FeedForward, ff), dtype)  # asked for by kernels of a feed-forward alone
         self.folded = self._whole = folded
-        self._ff, self._slot_mask, self._dtype = ff, slot_mask, dtype
+        self._slot_mask = slot_mask
         self.bias = folded.b.float().contiguous()
-        self._known: dict[tuple[str, int, int], Packed] = {}
         self._images: slice | None = None
-
-    @property
-    def ff(self) -> FeedForward:
-        assert self._ff is not None
-        return self._ff
 
     def of_images(self, images: slice) -> LayerPacks:
         """Those of some images, cut out of what is packed for all."""
@@ -209,14 +226,6 @@ class LayerPacks:
             return packed
         w_in, b_in, w_out, *_ = packed
         return packed._replace(w_in=w_in[self._images], b_in=b_in[self._images], w_out=w_out[self._images])
-
-    def feed_forward(self, config: LaunchConfig) -> Packed:
-        F, D = self.ff.w1.shape
-        block = config.block_f or config.block_c
-        key = ("feed-forward", round_up(F, block), round_up(D, config.block_d))
-        if key not in self._known:
-            self._known[key] = pack_feed_forward(merge_norm(self.ff), self.ff.w2, self._dtype, config)
-        return self._known[key]._replace(block=block)
 
 
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:

@@ -156,15 +156,24 @@ def norm_rows_grad(drows, normed, rstd, D: tl.constexpr):
 
 
 @triton.jit
+def inside_rows(rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """rows, zeros past column D."""
+    out = ()
+    for c in tl.static_range(len(rows)):
+        row = rows[c]
+        if (c + 1) * BLOCK_D > D:
+            row = tl.where((c * BLOCK_D + tl.arange(0, BLOCK_D) < D)[None, :], row, 0.0)
+        out = out + (row,)
+    return out
+
+
+@triton.jit
 def add_rows(rows, others, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """rows + others in fp32; zeros past column D, where a norm's gradient has none."""
     out = ()
     for c in tl.static_range(len(rows)):
-        total = rows[c] + others[c].to(tl.float32)
-        if (c + 1) * BLOCK_D > D:
-            total = tl.where((c * BLOCK_D + tl.arange(0, BLOCK_D) < D)[None, :], total, 0.0)
-        out = out + (total,)
-    return out
+        out = out + (rows[c] + others[c].to(tl.float32),)
+    return inside_rows(out, D, BLOCK_D)
 
 
 @triton.jit

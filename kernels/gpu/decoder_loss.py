@@ -5,8 +5,9 @@
 Given the slots, pixels are independent. So a tile (whole images, or part of one where an image is larger) goes through
 the decoder and back before the next one starts; what leaves it are gradients of weights, folded projections and
 queries. Memory beyond those does not grow with the batch or the resolution: a tile takes at most ``TILE_BYTES``.
-Weights are packed once, outside the loop over tiles. Layers are the fused kernels; the output head's
-products are cuBLAS's, and it is differentiated by hand. Nothing waits for the device (a test runs it on tensors without
+Weights are packed once, outside the loop over tiles. Layers are the fused kernels, and the output head with
+the loss is one (``loss.head``), or where it has another depth, and in a forward alone, products of cuBLAS that are
+differentiated by hand. Nothing waits for the device (a test runs it on tensors without
 values), so on CUDA all tiles together are captured in a CUDA graph and replayed (``graphs``).
 """
 
@@ -15,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
-from itertools import accumulate
 from types import EllipsisType
 from typing import NamedTuple, cast
 
@@ -25,17 +25,21 @@ from torch import Tensor
 from fastslots.records import LayerGrads, LossInputs, LossResult, OutputHead
 
 from ._pack import LayerPacks
-from .decoder_layer import Needs, Normed, layer_backward, layer_forward
+from .decoder_layer import Needs, layer_backward, layer_forward
 from .graphs import GRAPHS, Graphs, wanted
 from .launch import allows_tf32
-from .output_head import PackedHead, SavedHead, output_head_bwd, output_head_fwd, pack_head
+from .loss.feed_forward import Kept
+from .loss.head import HeadPacks, head_loss
+from .loss.head import serves as head_serves
+from .loss.slot_map import slot_map_loss
+from .output_head import PackedHead, output_head_bwd, output_head_fwd, pack_head
 
 TILE_BYTES, TILE_SHARE = 4 << 30, 8
 """Memory of a tile's tensors: this, or where that is less, one part in so many of the device's."""
 ROW_TENSORS = 22
-"""Tensors [rows, D] that a tile of a two-layer decoder has at once, in the compute dtype: input, n and output of each
-layer, what the head keeps and makes, and h and du (twice as wide) of the layer whose gradients are made. What the
-attention's gradients take (n, and A and dS, as wide as heads x slots) comes when those are gone again, and is less."""
+"""Tensors [rows, D] that a tile of a two-layer decoder has at once, in the compute dtype: at the end of the head, the
+input, n, slope and h of each layer (the last two twice as wide), and what the head keeps and makes. What the layers'
+gradients take (du, n, and A and dS, as wide as heads x slots) comes when the head's are gone again, and is less."""
 
 
 @cache
@@ -60,13 +64,6 @@ def _tiles(batch: int, pixels: int, rows: int) -> Iterator[tuple[slice, slice]]:
     for image in range(0, batch, images):
         for start in range(0, pixels, step):
             yield slice(image, min(image + images, batch)), slice(start, min(start + step, pixels))
-
-
-def _pair_sum(slot_map: Tensor) -> Tensor:
-    """Σ_{j<k} w_j w_k of each pixel, as each weight times the running sum of those before it (it does not cancel)."""
-    # Not ``cumsum``, which torch refuses on a GPU where a program asks for deterministic algorithms.
-    before = list(accumulate(slot_map[..., :-1].unbind(-1)))
-    return (slot_map[..., 1:] * torch.stack(before, -1)).sum(-1) if before else torch.zeros_like(slot_map[..., 0])
 
 
 def decoder_loss(
@@ -159,6 +156,7 @@ class _Sums:
             for i, layer in enumerate(inputs.decoder.layers)
         ]
         self.head = any(name.startswith("head.") for name in need)
+        self.any = bool(need)
         reached = [any(layer) or "queries" in need for layer in self.layers]
         self.first = reached.index(True) if any(reached) else len(reached)
         """The first layer that the backward has to reach."""
@@ -205,27 +203,34 @@ class _Sums:
         return [(self._sums | zeros)[name].float() for name in self._need]
 
 
+class _Packs(NamedTuple):
+    """A decoder's weights as kernels load them; the head for the kernel that has the loss, or else for cuBLAS."""
+
+    layers: list[LayerPacks]
+    head: HeadPacks | PackedHead
+
+    def of_images(self, images: slice) -> _Packs:
+        return self._replace(layers=[layer.of_images(images) for layer in self.layers])
+
+
 class _Decoded(NamedTuple):
     """A tile on its way forward, and what its backward needs."""
 
-    xs: list[Tensor]  # the input of each layer
-    normed: list[Normed]  # what each layer's feed-forward takes; where a backward follows
-    slot_map: Tensor  # sum over layers
-    pixels: Tensor  # [N, C]
-    head: SavedHead
+    xs: list[Tensor]  # the input of each layer, and the last one's output
+    kept: list[Kept]
+    maps: Tensor  # [layers, images, pixels, K]
 
 
-def _decode(tile: LossInputs, packs: Sequence[LayerPacks], head: PackedHead, keep: bool) -> _Decoded:
-    xs, kept, maps = [cast(Tensor, tile.decoder.queries)], [], []
-    for layer in packs:
-        y, layer_map, normed = layer_forward(xs[-1], layer, tile.eps, keep)
+def _decode(tile: LossInputs, packs: _Packs, sums: _Sums, backward: bool) -> _Decoded:
+    xs, kept = [cast(Tensor, tile.decoder.queries)], []
+    (B, L, _), K = tile.target.shape, tile.decoder.layers[0].folded.G.shape[3]
+    maps = xs[0].new_empty(len(packs.layers), B, L, K, dtype=torch.float32)
+    for i, layer in enumerate(packs.layers):
+        reached = backward and i >= sums.first
+        y, normed = layer_forward(xs[-1], layer, tile.eps, maps[i], reached, reached and sums.layers[i].ff)
         xs.append(y)
         kept.append(normed)
-        maps.append(layer_map)
-    slot_map = maps[0]
-    for layer_map in maps[1:]:
-        slot_map += layer_map
-    return _Decoded(xs, kept, slot_map, *output_head_fwd(xs.pop().flatten(0, 1), head, tile.eps))
+    return _Decoded(xs, kept, maps)
 
 
 def _run(inputs: LossInputs, need: Sequence[str], grad_scale: float | Tensor, tiling: Tiling) -> list[Tensor]:
@@ -236,46 +241,64 @@ def _run(inputs: LossInputs, need: Sequence[str], grad_scale: float | Tensor, ti
     queries, layers, head = inputs.decoder
     queries = cast(Tensor, queries).to(tiling.dtype)
     inputs = replace(inputs, decoder=inputs.decoder._replace(queries=queries))
-    packed_head = pack_head(head, tiling.dtype)
-    packs = [LayerPacks(folded, ff, inputs.slot_mask, tiling.dtype) for folded, ff in layers]
-    terms = torch.zeros(2, device=queries.device, dtype=torch.float32)
+    fused = bool(need) and head_serves(head, queries.shape[2])
+    packs = _Packs(
+        [LayerPacks(folded, ff, inputs.slot_mask, tiling.dtype) for folded, ff in layers],
+        HeadPacks(head, tiling.dtype) if fused else pack_head(head, tiling.dtype),
+    )
+    of_images, of_pairs = max(B, 1), max(B * L * len(layers) ** 2, 1)
+    dpixel = _scalar(2 / of_images * (grad_scale * inputs.recon_weight), queries.device)
+    factor = _scalar(grad_scale * inputs.interaction_weight / of_pairs, queries.device) if need else None
+    terms: list[Tensor] = []
     for images, pixels in tiles:
         tile = inputs.part(pixels, images)
-        tile_packs = packs if images == slice(0, B) else [layer.of_images(images) for layer in packs]
+        tile_packs = packs if images == slice(0, B) else packs.of_images(images)
         weight = None if tile.pixel_weight is None else tile.pixel_weight.float()
-        decoded = _decode(tile, tile_packs, packed_head, bool(need))
-        error = decoded.pixels.float() - tile.target.flatten(0, 1)
+        decoded = _decode(tile, tile_packs, sums, bool(need))
         # The maps' mean over N layers: their pair sum is N² times that of the mean.
-        pairs, squares = _pair_sum(decoded.slot_map), error.square()
-        if weight is not None:
-            squares, pairs = squares * weight.flatten()[:, None], pairs * weight
-        terms += torch.stack([squares.sum(), pairs.sum()])
-        if not need:
-            continue
-        dpixels = error * (2 / B * (grad_scale * inputs.recon_weight))
-        factor = grad_scale * inputs.interaction_weight / (B * L * len(layers) ** 2)
-        dmap = (decoded.slot_map.sum(-1, keepdim=True) - decoded.slot_map) * factor
-        if weight is not None:
-            dpixels, dmap = dpixels * weight.flatten()[:, None], dmap * weight[..., None]
-        dx = _backward(tile, tile_packs, packed_head, decoded, dpixels.to(tiling.dtype), dmap, images, sums)
-        sums.add("queries", dx, (slice(None) if len(queries) != B else images, pixels))
-        sums.end_tile()
-    recon, interaction = terms.unbind()
-    return [recon / max(B, 1), interaction / max(B * L * len(layers) ** 2, 1), *sums.total()]
+        pairs, dmap = slot_map_loss(decoded.maps, weight, factor)
+        squares, dx = _head(decoded.xs.pop().flatten(0, 1), tile, tile_packs.head, weight, dpixel, sums)
+        terms.append(torch.stack([squares, pairs]))
+        if need:
+            dx = dx.view(-1, tile.target.shape[1], dx.shape[-1])
+            dx = _backward(dx, dmap, decoded, tile_packs.layers, images, sums, tile.eps)[..., : queries.shape[2]]
+            sums.add("queries", dx, (slice(None) if len(queries) != B else images, pixels))
+            sums.end_tile()
+    if len(terms) != 1:
+        terms = [torch.stack([torch.zeros(2, device=queries.device), *terms]).sum(0)]
+    recon, interaction = terms[0].unbind()
+    return [recon / of_images, interaction / of_pairs, *sums.total()]
+
+
+def _head(
+    x: Tensor, tile: LossInputs, packs: HeadPacks | PackedHead, weight: Tensor | None, dpixel: Tensor, sums: _Sums
+) -> tuple[Tensor, Tensor]:
+    """x [N,D] -> Σ weight · error² of its pixels, and where any gradient is needed that of x, as wide as ``pitch``."""
+    if isinstance(packs, HeadPacks):
+        squares, dx, dhead = head_loss(x, packs, tile.target, weight, dpixel, sums.head, tile.eps)
+        if dhead is not None:
+            sums.add_head(dhead)
+        return squares, dx
+    pixels, saved = output_head_fwd(x, packs, tile.eps)
+    error = pixels.float() - tile.target.flatten(0, 1)
+    squares = error.square()
+    if weight is not None:
+        squares = squares * weight.flatten()[:, None]
+    if not sums.any:
+        return squares.sum(), error
+    dpixels = error * dpixel if weight is None else error * dpixel * weight.flatten()[:, None]
+    dx, dhead = output_head_bwd(dpixels.to(x.dtype), packs, saved, sums.head)
+    if dhead is not None:
+        sums.add_head(dhead)
+    return squares.sum(), dx
 
 
 def _backward(
-    tile: LossInputs, packs: Sequence[LayerPacks], head: PackedHead, decoded: _Decoded, dpixels: Tensor, dmap: Tensor,
-    images: slice, sums: _Sums,
-) -> Tensor:  # fmt: skip
-    """Adds the gradients of a tile's head and layers -> that of the first layer reached: of the queries, if needed."""
-    D = cast(Tensor, tile.decoder.queries).shape[-1]
-    dx, dhead = output_head_bwd(dpixels, head, decoded.head, sums.head)
-    dx = dx.view(-1, tile.target.shape[1], dx.shape[-1])
-    if dhead is not None:
-        sums.add_head(dhead)
+    dx: Tensor, dmap: Tensor, decoded: _Decoded, packs: Sequence[LayerPacks], images: slice, sums: _Sums, eps: float
+) -> Tensor:
+    """Adds the gradients of a tile's layers -> that of the first layer reached: of the queries, if needed."""
     for i in reversed(range(sums.first, len(packs))):
-        grads = layer_backward(dx, dmap, decoded.xs[i], decoded.normed[i], packs[i], tile.eps, sums.layers[i])
+        grads = layer_backward(dx, dmap, decoded.xs.pop(), decoded.kept.pop(), packs[i], eps, sums.layers[i])
         sums.add_layer(i, grads, images)
         dx = grads.x
-    return dx[..., :D]
+    return dx

@@ -55,7 +55,10 @@ def launch_cost(launch: Launch) -> Cost:
     requested, flops, issued = _MODELS[launch.name](_Terms(launch))
     untouched = {name for flag, names in _OF_FLAGS.items() if not launch.constexprs.get(flag, True) for name in names}
     tensors = {id(t): t for name, t in launch.args.items() if isinstance(t, Tensor) and name not in untouched}
-    return Cost(sum(t.numel() * t.element_size() for t in tensors.values()), requested, flops, issued)
+    moved = sum(t.numel() * t.element_size() for t in tensors.values())
+    if launch.name == "output_head_loss":  # which writes where it has read
+        moved += launch.args["u2_ptr"].numel() * launch.args["u2_ptr"].element_size()
+    return Cost(moved, requested, flops, issued)
 
 
 _OF_FLAGS = {
@@ -151,7 +154,7 @@ def _decoder_layer_fwd(t: _Terms) -> tuple[int, int, int]:
     requested, flops, issued = _folded_attention_fwd(t)
     rows, units = t.grid[1] * t.number("L"), t.consts["UNITS"]
     requested += t.programs * t.size("w1_ptr", "w2_ptr", "b1_ptr", "b2_ptr")
-    requested += t.size("n_ptr", "rstd_ptr") if t.consts["KEEP"] else 0
+    requested += t.size("n_ptr", "rstd_ptr", "slope_ptr", "h_ptr")  # without rows where they are not kept
     return requested, flops + 4 * rows * units * t.D, issued + 4 * t.programs * t.BL * units * t.W
 
 
@@ -160,9 +163,42 @@ def _feed_forward_dx(t: _Terms) -> tuple[int, int, int]:
     # Of n not the seven columns behind its ones where they lie in a chunk of their own.
     unread = 8 if t.D == t.W else 0
     requested = t.size("dy_ptr", "dy_ptr", "rstd_ptr", "dz_ptr") + t.programs * t.size("w1_ptr", "w2_ptr", "b1_ptr")
-    requested += t.size("n_ptr") - rows * unread * t.element("n_ptr")
-    requested += t.size("h_ptr", "du_ptr") if t.consts["KEEP"] else 0
+    requested += t.size("n_ptr", "h_ptr", "du_ptr") - rows * unread * t.element("n_ptr")
     return requested, 6 * rows * units * t.D, 6 * t.programs * t.BL * units * t.W
+
+
+def _feed_forward_dz(t: _Terms) -> tuple[int, int, int]:
+    rows, units = t.number("rows"), t.consts["UNITS"]
+    unread = 8 if t.D == t.W else 0
+    wide = round_up(t.consts["DY"], t.consts["BLOCK_D"])
+    requested = t.size("dy_ptr", *(["dy_ptr"] if t.consts["RESIDUAL"] else []), "rstd_ptr", "dz_ptr", "slope_ptr")
+    requested += t.programs * t.size("w1_ptr", "w2_ptr")
+    requested += t.size("n_ptr", "du_ptr") - rows * unread * t.element("n_ptr")
+    flops = 2 * rows * units * (t.D + t.consts["DY"])
+    return requested, flops, 2 * t.programs * t.BL * units * (t.W + wide)
+
+
+def _output_head_fwd(t: _Terms) -> tuple[int, int, int]:
+    rows, units, out = t.number("rows"), t.consts["UNITS"], t.consts["OUT"]
+    wide = round_up(out, t.consts["BLOCK_D"])
+    requested = t.size("x_ptr", "n_ptr", "rstd_ptr", "slope_ptr", "h_ptr", "u2_ptr")
+    requested += t.programs * t.size("w1_ptr", "b1_ptr", "w2_ptr", "b2_ptr")
+    return requested, 2 * rows * units * (t.D + out), 2 * t.programs * t.BL * units * (t.W + wide)
+
+
+def _output_head_loss(t: _Terms) -> tuple[int, int, int]:
+    rows, channels = t.number("rows"), t.consts["C"]
+    requested = 2 * t.size("u2_ptr") + t.size("sums_ptr") + t.programs * t.element("scale_ptr")
+    requested += t.programs * t.number("blocks") * t.size("w3_ptr", "b3_ptr")
+    weight = t.element("weight_ptr") if t.consts["WEIGHTED"] else 0
+    return requested + rows * (channels * t.element("target_ptr") + weight), 0, 0
+
+
+def _slot_map_loss(t: _Terms) -> tuple[int, int, int]:
+    weight = t.number("rows") * t.element("weight_ptr") if t.consts["WEIGHTED"] else 0
+    reads = 2 if t.consts["KEEP"] else 1
+    factor = t.programs * t.element("factor_ptr") if t.consts["KEEP"] else 0
+    return reads * t.size("maps_ptr") + weight + factor + t.size("dmap_ptr", "sums_ptr"), 0, 0
 
 
 def _joint_norm(t: _Terms) -> tuple[int, int, int]:
@@ -176,7 +212,8 @@ def _joint_norm(t: _Terms) -> tuple[int, int, int]:
     if t.launch.name == "joint_norm_bwd":
         scalar = t.grid[0] * t.size("rstd_ptr")
     pixels = [name for name in ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr") if name in t.launch.args]
-    return t.size(*pixels) + reads * t.size(*partials) + scalar, 0, 0
+    shared = t.grid[1] * t.size("shared_ptr") if t.consts.get("SHARED") else 0
+    return t.size(*pixels) + shared + reads * t.size(*partials) + scalar, 0, 0
 
 
 def _row_pass(t: _Terms) -> tuple[int, int, int]:
@@ -260,6 +297,10 @@ _MODELS: dict[str, Callable[[_Terms], tuple[int, int, int]]] = {
     "folded_attention_dw": _folded_attention_dw,
     "decoder_layer_fwd": _decoder_layer_fwd,
     "feed_forward_dx": _feed_forward_dx,
+    "feed_forward_dz": _feed_forward_dz,
+    "output_head_fwd": _output_head_fwd,
+    "output_head_loss": _output_head_loss,
+    "slot_map_loss": _slot_map_loss,
     "joint_norm_moments": _joint_norm,
     "joint_norm_fwd": _joint_norm,
     "joint_norm_sums": _joint_norm,

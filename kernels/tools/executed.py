@@ -79,6 +79,8 @@ def source_loops(launch: Launch) -> tuple[Loop, ...]:
         loops: tuple[Loop, ...] = (Loop(args["images"], _several(groups)),) if args["images"] > 1 else (groups,)
     elif args.get("heads", 1) > 1:  # of one tile
         loops = (Loop(args["heads"]),)
+    elif name == "slot_map_loss":
+        loops = ()
     elif "blocks" in args:
         loops = (Loop(args["blocks"]),)
     elif "parts" in args:

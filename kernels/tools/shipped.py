@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastslots.records import FeedForward, FoldedProjections, Statistics, StatisticsInputs
+from fastslots.records import FeedForward, FoldedProjections, OutputHead, Statistics, StatisticsInputs
 
 from ..gpu._pack import LayerPacks
 from ..gpu.cross_attention import (
@@ -21,6 +21,8 @@ from ..gpu.cross_attention import (
 from ..gpu.decoder_layer import decoder_layer_bwd, decoder_layer_fwd, layer_backward, layer_forward
 from ..gpu.folded_cross_attention import folded_cross_attention_bwd, folded_cross_attention_fwd
 from ..gpu.launch import Launch, allows_tf32, has_entries, record
+from ..gpu.loss.head import HeadPacks, head_loss
+from ..gpu.loss.slot_map import slot_map_loss
 from ..gpu.slot_attention import slot_attention_bwd, slot_attention_fwd
 from ..gpu.token_attention import table_width, token_attention_bwd, token_attention_fwd
 from ..gpu_backend import KERNELS
@@ -113,6 +115,8 @@ def inputs(shape: Shape, dtype: torch.dtype, device: str = "meta", shared: bool 
         "dgathered": make(B, shape.M, shape.S),
         "slots": make(B, 1, K, shape.S, dtype=dtype), "values": make(B, shape.T, shape.S, dtype=dtype),
         "dupdates": make(B, 1, K, shape.S), "dtoken_map": make(B, shape.T, K),
+        "head1": make(D, D, scale=D**-0.5), "head2": make(D, D, scale=D**-0.5),
+        "head3": make(3, D, scale=D**-0.5), "b3": make(3), "target": make(B, 3, L).transpose(1, 2),
     }  # fmt: skip
 
 
@@ -144,9 +148,15 @@ def run_op(op: str, t: dict[str, Tensor]) -> None:
         return
     ff = FeedForward(*(t[name] for name in FeedForward._fields))
     if op == "decoder_loss":
-        packs = LayerPacks(folded, ff, None, t["x"].dtype)
-        _, _, normed = layer_forward(t["x"], packs, 1e-5, keep=True)
-        layer_backward(t["dy"], t["dmap"], t["x"], normed, packs, 1e-5)
+        packs, x = LayerPacks(folded, ff, None, t["x"].dtype), t["x"]
+        _, kept = layer_forward(x, packs, 1e-5, t["dmap"].clone(), keep=True, keep_h=True)
+        layer_backward(t["dy"], t["dmap"], x, kept, packs, 1e-5)
+        head = OutputHead(
+            t["norm_weight"], t["norm_bias"], [t["head1"], t["head2"], t["head3"]], [t["b"], t["b"], t["b3"]]
+        )
+        scale = x.new_ones((), dtype=torch.float32)
+        head_loss(t["dy"].flatten(0, 1), HeadPacks(head, x.dtype), t["target"], None, scale, True, 1e-5)
+        slot_map_loss(t["dmap"][None], None, scale)
         return
     decoder_layer_fwd(t["x"], folded, ff)
     decoder_layer_bwd(t["dy"], t["dmap"], t["x"], folded, ff)
@@ -163,7 +173,7 @@ OPS = (
     "cross_attention", "attention_statistics", "folded_cross_attention", "decoder_layer", "decoder_loss",
     "token_attention", "slot_attention",
 )  # fmt: skip
-"""Of the decoder's loss one layer of one tile."""
+"""Of the decoder's loss one layer, the output head and the penalty of one tile."""
 
 
 def serves(op: str, shape: Shape, t: dict[str, Tensor]) -> bool:
@@ -186,7 +196,7 @@ def record_shipped(arch: str, shape: Shape, precision: str) -> list[tuple[str, L
                     run_op(op, tensors)
             for launch in launches:
                 norm = launch.constexprs.get("NORM", True)
-                kept = op == "decoder_loss" and launch.constexprs["KEEP"]
+                kept = op == "decoder_loss" and launch.constexprs.get("KEEP", False)
                 variant = ("" if norm else "_plain") + ("_kept" if kept else "") + ("_shared" if shared else "")
                 variant += "_folded" if launch.constexprs.get("SAME") else ""
                 variant += "_statistics" if launch.constexprs.get("ROWS") else ""

@@ -44,16 +44,22 @@ def test_gelu_of_every_bf16_number(sixteen, bound, device):
 
 @pytest.mark.parametrize("shape", [(2, 70, 45), (1, 1, 3), (3, 150, 64)])
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
-def test_joint_norm_against_float64(shape, dtype, bound, device):
+@pytest.mark.parametrize("shares", [False, True], ids=["", "positions"])
+def test_joint_norm_against_float64(shape, dtype, bound, shares, device):
     gen = torch.Generator().manual_seed(0)
     x = (50 + 2 * torch.randn(shape, generator=gen)).to(dtype)  # a mean far from 0, in which E[x²] − mean² would cancel
     x, dy = x.to(device), torch.randn(shape, generator=gen).to(device, dtype)
     ours, wide = x.clone().requires_grad_(), x.double().requires_grad_()
-    y, expected = joint_norm(ours, backend="triton"), F.layer_norm(wide, shape[1:])
+    shared, wide_shared = None, wide.new_zeros(shape[1:])
+    if shares:
+        shared = (3 * torch.randn(shape[1:], generator=gen)).to(device, dtype).requires_grad_()
+        wide_shared = shared.detach().double().requires_grad_()
+    y, expected = joint_norm(ours, backend="triton", shared=shared), F.layer_norm(wide + wide_shared, shape[1:])
     y.backward(dy)
     expected.backward(dy.double())
     assert y.dtype == dtype
-    for got, want in ((y, expected), (ours.grad, wide.grad)):
+    pairs = [(y, expected), (ours.grad, wide.grad)] + ([(shared.grad, wide_shared.grad)] if shares else [])
+    for got, want in pairs:
         assert (got.detach().double() - want.detach()).abs().max() <= bound * max(1.0, want.detach().abs().max())
 
 

@@ -185,9 +185,10 @@ print(peak() - before)
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared-queries", "own-queries"])
 @pytest.mark.parametrize("rows", [4096, 24], ids=["images", "parts-of-images"])
-def test_triton_values_and_every_gradient(rows, shared, device):
+@pytest.mark.parametrize("head", [(20, 3), (70, 26, 3)], ids=["plain-head", "head-with-its-loss"])
+def test_triton_values_and_every_gradient(rows, shared, head, device):
     """Every gradient of the tiled loss, with pixel weights and a loss scale, against autograd in float64."""
-    case = LossCase(shared=shared, weighted=True, masked=True, head=(20, 3), dtype=torch.float32)
+    case = LossCase(shared=shared, weighted=True, masked=True, head=head, dtype=torch.float32)
     inputs = replace(loss_inputs(Shape(3, 3, 40, 4, 5, 20, 24), case), interaction_weight=torch.tensor(0.3))
     inputs = on(device, inputs)
     need = list(inputs.tensors())
@@ -256,17 +257,20 @@ def test_an_empty_loss_is_zero(batch, pixels, device):
         assert got.grads[name].shape == want.grads[name].shape and not got.grads[name].any()
 
 
+HEADS = {"plain-head": FP32, "head-with-its-loss": FP32._replace(head=(24, 20, 3))}
+
+
 @cache
-def every_gradient(device):
-    inputs = on(device, loss_inputs(UNALIGNED, FP32))
+def every_gradient(head, device):
+    inputs = on(device, loss_inputs(UNALIGNED, HEADS[head]))
     return decoder_loss(inputs, list(inputs.tensors())).grads
 
 
-def names(part):
+def names(part, head):
     """Those of a part of the decoder: "queries", "head", or a layer's "0 folded" or "1 ff"."""
     layer, _, record = part.partition(" ")
     if not record:
-        return [name for name in loss_inputs(UNALIGNED, FP32).tensors() if name.startswith(part)]
+        return [name for name in loss_inputs(UNALIGNED, HEADS[head]).tensors() if name.startswith(part)]
     fields = {"folded": FoldedProjections, "ff": FeedForward}[record]._fields
     return [f"layers.{layer}.{name}" for name in fields]
 
@@ -282,20 +286,26 @@ def names(part):
     ],
     ids=lambda value: "+".join(value) if isinstance(value, list) else "",
 )
-def test_triton_makes_no_gradient_that_is_not_needed(wanted, launches, device):
-    need = [name for part in wanted for name in names(part)]
-    inputs = on(device, loss_inputs(UNALIGNED, FP32))
+@pytest.mark.parametrize("head", HEADS)
+def test_triton_makes_no_gradient_that_is_not_needed(wanted, launches, head, device):
+    need = [name for part in wanted for name in names(part, head)]
+    inputs = on(device, loss_inputs(UNALIGNED, HEADS[head]))
     got = decoder_loss(inputs, need).grads
     assert set(got) == set(need)
     for name, grad in got.items():
-        assert torch.equal(grad, every_gradient(device)[name])
+        assert torch.equal(grad, every_gradient(head, device)[name])
     with launch.record("sm_90") as found:
         gpu_decoder_loss._run(on("meta", inputs), need, 1.0, gpu_decoder_loss.Tiling(4096, torch.float32))
-    of_head = ("bias_gelu", "row_norm")  # which every gradient has to pass
-    backwards = [item.name for item in found if not item.name.endswith("_fwd") and not item.name.startswith(of_head)]
-    halves = {"feed_forward_dx": "feed-forward", "folded_attention_dx": "attention"}  # whose weights' gradients follow
-    kept = [halves[item.name] for item in found if item.name in halves and item.constexprs["KEEP"]]
-    assert Counter([*("dx" if name.endswith("_dx") else name for name in backwards), *kept]) == launches
+    of_loss = ("bias_gelu", "row_norm", "slot_map_loss", "output_head")  # which every gradient has to pass
+    backwards = [item for item in found if not item.name.endswith("_fwd") and not item.name.startswith(of_loss)]
+    backwards = [item for item in backwards if item.constexprs.get("RESIDUAL", True)]  # without one it is the head's
+    halves = {"feed_forward_dz": "feed-forward", "folded_attention_dx": "attention"}  # whose weights' gradients follow
+    kept = [halves[item.name] for item in backwards if item.constexprs["KEEP"]]
+    assert Counter([*("dx" for _ in backwards), *kept]) == launches
+    forwards = [item for item in found if item.name == "decoder_layer_fwd"]
+    first = next((i for i, item in enumerate(forwards) if item.constexprs["KEEP"]), 2)
+    assert first == 2 - launches.get("dx", 0) // 2  # a layer that is not gone back through keeps nothing
+    assert sum(item.constexprs["KEEP_H"] for item in forwards) == launches.get("feed-forward", 0)
 
 
 REFUSED = {"cumsum", "cumsum_", "scatter_add", "scatter_add_", "scatter_reduce", "index_add", "index_add_", "index_put",

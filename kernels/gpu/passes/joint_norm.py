@@ -6,7 +6,8 @@ tiles, each a program's::
     mean_i, M2_i of each tile          m = Σ nᵢ meanᵢ / n     M2 = Σ M2ᵢ + nᵢ (meanᵢ − m)²    (Chan 1983)
     y = (x − m) / σ, σ² = M2 / n + ε   dx = (dy − mean(dy) − y · mean(dy · y)) / σ
 
-Sums are fp32 and have one order. Saved: y, in the dtype of x, and 1/σ.
+Where x is a sum of the image's own rows and of others that all images share (the tokens' positions), it is added up on
+the way, and never stored. Sums are fp32 and have one order. Saved: y, in the dtype of x, and 1/σ.
 """
 
 from __future__ import annotations
@@ -25,13 +26,24 @@ CONFIG = launch.LaunchConfig(block_l=BLOCK, block_c=1, num_warps=8, num_stages=1
 
 
 @triton.jit
-def _joint_norm_moments_kernel(x_ptr, mean_ptr, square_ptr, size, BLOCK_L: tl.constexpr):
+def _tile(x_ptr, shared_ptr, image, size, offs, SHARED: tl.constexpr):
+    """Numbers of an image in fp32, with what all images share where there is such."""
+    x = tl.load(x_ptr + image * size + offs, mask=offs < size, other=0.0).to(tl.float32)
+    if SHARED:
+        x += tl.load(shared_ptr + offs, mask=offs < size, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _joint_norm_moments_kernel(
+    x_ptr, shared_ptr, mean_ptr, square_ptr, size, SHARED: tl.constexpr, BLOCK_L: tl.constexpr
+):
     # Program (tile, image): mean and sum of squared deviations of its elements.
     tile = tl.program_id(0).to(tl.int64)
     image = tl.program_id(1).to(tl.int64)
     offs = tile * BLOCK_L + tl.arange(0, BLOCK_L)
     inside = offs < size
-    x = tl.load(x_ptr + image * size + offs, mask=inside, other=0.0).to(tl.float32)
+    x = _tile(x_ptr, shared_ptr, image, size, offs, SHARED)
     count = tl.minimum(size - tile * BLOCK_L, BLOCK_L).to(tl.float32)
     mean = tl.sum(x, 0) / count
     deviation = tl.where(inside, x - mean, 0.0)
@@ -42,8 +54,9 @@ def _joint_norm_moments_kernel(x_ptr, mean_ptr, square_ptr, size, BLOCK_L: tl.co
 
 @triton.jit
 def _joint_norm_fwd_kernel(
-    x_ptr, mean_ptr, square_ptr, y_ptr, rstd_ptr, size, tiles, eps, TILES: tl.constexpr, BLOCK_L: tl.constexpr
-):
+    x_ptr, shared_ptr, mean_ptr, square_ptr, y_ptr, rstd_ptr, size, tiles, eps,
+    SHARED: tl.constexpr, TILES: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
     tile = tl.program_id(0).to(tl.int64)
     image = tl.program_id(1).to(tl.int64)
     every = tl.arange(0, TILES)
@@ -54,7 +67,7 @@ def _joint_norm_fwd_kernel(
     apart = means - mean
     rstd = tl.rsqrt(tl.sum(squares + counts * apart * apart, 0) / size + eps)
     offs = tile * BLOCK_L + tl.arange(0, BLOCK_L)
-    x = tl.load(x_ptr + image * size + offs, mask=offs < size, other=0.0).to(tl.float32)
+    x = _tile(x_ptr, shared_ptr, image, size, offs, SHARED)
     tl.store(y_ptr + image * size + offs, ((x - mean) * rstd).to(y_ptr.dtype.element_ty), mask=offs < size)
     if tile == 0:
         tl.store(rstd_ptr + image, rstd)
@@ -95,17 +108,20 @@ def _partials(x: Tensor, tiles: int) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def joint_norm_fwd(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x [B,T,S] -> y like x (contiguous), normed over T and S together, and 1/σ [B] fp32."""
+def joint_norm_fwd(x: Tensor, eps: float, shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x [B,T,S], shared [T,S] to be added to each image, or None -> y like x (contiguous), normed over T and S
+    together, and 1/σ [B] fp32."""
     x = x.contiguous()
     B, size = x.shape[0], x.shape[1] * x.shape[2]
     tiles = triton.cdiv(size, BLOCK)
     mean, square = _partials(x, tiles)
     y, rstd = torch.empty_like(x), x.new_empty(B, dtype=torch.float32)
-    args = {"x_ptr": x, "mean_ptr": mean, "square_ptr": square, "size": size}
-    launch.run(_joint_norm_moments_kernel, (tiles, B), args, {"BLOCK_L": BLOCK}, CONFIG)
+    args = {"x_ptr": x, "shared_ptr": x if shared is None else shared.contiguous()}
+    args |= {"mean_ptr": mean, "square_ptr": square, "size": size}
+    values = {"SHARED": shared is not None, "BLOCK_L": BLOCK}
+    launch.run(_joint_norm_moments_kernel, (tiles, B), args, values, CONFIG)
     args |= {"y_ptr": y, "rstd_ptr": rstd, "tiles": tiles, "eps": eps}
-    launch.run(_joint_norm_fwd_kernel, (tiles, B), args, {"TILES": next_power(tiles), "BLOCK_L": BLOCK}, CONFIG)
+    launch.run(_joint_norm_fwd_kernel, (tiles, B), args, values | {"TILES": next_power(tiles)}, CONFIG)
     return y, rstd
 
 

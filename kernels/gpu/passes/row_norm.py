@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import launch
 from .._pack import next_power
-from .._tiles import bias_rows, load_rows, store_rows, zero_rows
+from .._tiles import bias_rows, inside_rows, load_rows, store_rows, zero_rows
 from . import COLUMNS, PROGRAMS
 
 
@@ -24,24 +24,12 @@ def _wide(rows):
 
 
 @triton.jit
-def _inside(rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """rows, zeros past column D."""
-    out = ()
-    for c in tl.static_range(len(rows)):
-        row = rows[c]
-        if (c + 1) * BLOCK_D > D:
-            row = tl.where((c * BLOCK_D + tl.arange(0, BLOCK_D) < D)[None, :], row, 0.0)
-        out = out + (row,)
-    return out
-
-
-@triton.jit
 def _centred(rows, mean, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """rows − mean, zeros past column D."""
     out = ()
     for c in tl.static_range(len(rows)):
         out = out + (rows[c] - mean[:, None],)
-    return _inside(out, D, BLOCK_D)
+    return inside_rows(out, D, BLOCK_D)
 
 
 @triton.jit
@@ -134,7 +122,7 @@ def _row_norm_bwd_kernel(
                 new_first = new_first + (first_sums[c] + dx[c],)
                 new_second = new_second + (second_sums[c],)
         first_sums, second_sums = new_first, new_second
-        store_rows(dx_ptr + start * DX, DX, _inside(dx, D, BLOCK_D), mask_l, DX, BLOCK_L, BLOCK_D)
+        store_rows(dx_ptr + start * DX, DX, inside_rows(dx, D, BLOCK_D), mask_l, DX, BLOCK_L, BLOCK_D)
     for c in tl.static_range(CHUNKS):
         offs_d = c * BLOCK_D + tl.arange(0, BLOCK_D)
         if AFFINE:

@@ -1,0 +1,1 @@
+"""Parts of operators that PyTorch runs, arranged so that they are few."""
