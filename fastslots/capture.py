@@ -11,7 +11,7 @@ import contextlib
 import os
 from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -56,13 +56,19 @@ def surroundings(device: torch.device) -> Hashable:
 
 
 def captured(
-    work: Callable[[], Outputs], device: torch.device, rehearsals: int = 1, rehearse: Callable[[], object] | None = None
+    work: Callable[[], Outputs],
+    device: torch.device,
+    rehearsals: int = 1,
+    rehearse: Callable[[], object] | None = None,
+    pool: Any = None,
 ) -> tuple[Callable[[], None], Outputs]:
     """Capture ``work`` -> what replays it, and its outputs, which every replay overwrites.
 
     Args:
         work: reads and writes tensors of fixed addresses; it must not wait for the device.
         rehearsals: calls before the capture, of ``rehearse`` (None: of ``work``).
+        pool: memory (``torch.cuda.graph_pool_handle``) that graphs share of which one alone runs at a time, and whose
+            outputs are read before the next one runs; None: its own.
 
     Raises RuntimeError where CUDA refuses to capture it; the work itself was not done then.
     """
@@ -77,7 +83,10 @@ def captured(
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             # "thread_local": the loader, which pins memory, and NCCL's watchdog may go on calling CUDA meanwhile.
-            with own_workspace(), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            with (
+                own_workspace(),
+                torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+            ):
                 outputs = work()
         except BaseException:
             torch.cuda.set_stream(before)  # torch leaves its own the current one where a capture cannot be ended

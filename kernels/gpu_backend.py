@@ -9,6 +9,7 @@ import torch
 
 from fastslots.records import Call
 
+from . import compiling
 from .gpu import assembler, launch
 from .gpu._pack import MAX_COLUMNS, MAX_SLOTS, padded_slots, round_up
 from .gpu._tiles import INTERPRETED
@@ -26,6 +27,7 @@ from .gpu.folded_cross_attention import folded_cross_attention_bwd, folded_cross
 from .gpu.passes.bias_gelu import bias_gelu_bwd, bias_gelu_fwd
 from .gpu.passes.joint_norm import joint_norm_bwd, joint_norm_fwd
 from .gpu.passes.row_norm import bias_norm_bwd, bias_norm_fwd
+from .gpu.passes.token_mlp import token_mlp_bwd, token_mlp_fwd
 from .gpu.slot_attention import MAX_SLOTS as MAX_COMPETING
 from .gpu.slot_attention import slot_attention_bwd, slot_attention_fwd
 from .gpu.token_attention import MAX_CELLS, MAX_ROWS, padded_rows, token_attention_bwd, token_attention_fwd
@@ -47,8 +49,12 @@ __all__ = [
     "attention_statistics_bwd", "attention_statistics_fwd", "bias_gelu_bwd", "bias_gelu_fwd", "bias_norm_bwd",
     "bias_norm_fwd", "cross_attention_bwd", "cross_attention_fwd", "decoder_layer_bwd", "decoder_layer_fwd",
     "decoder_loss", "folded_cross_attention_bwd", "folded_cross_attention_fwd", "joint_norm_bwd", "joint_norm_fwd",
-    "slot_attention_bwd", "slot_attention_fwd", "token_attention_bwd", "token_attention_fwd", "why_not",
+    "slot_attention_bwd", "slot_attention_fwd", "token_attention_bwd", "token_attention_fwd", "token_mlp_bwd",
+    "token_mlp_fwd", "why_not",
 ]  # fmt: skip
+
+
+compiles_told = compiling.told
 
 
 def why_not(call: Call) -> str | None:
@@ -94,7 +100,7 @@ def _too_large(call: Call) -> str | None:
         return None
     if width > launch.WIDTH_CLASSES[-1]:
         return f"rows of {width} elements are wider than {launch.WIDTH_CLASSES[-1]}"
-    if call.op == "bias_norm":
+    if call.op in ("bias_norm", "token_mlp"):
         return None
     if call.op == "token_attention":
         rows = padded_rows(call.rows)

@@ -10,10 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastslots.cli.common import Subparsers
 from fastslots.cli.installation import Findings, check_compiled, check_gpus, check_packages, check_triton
 from fastslots.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    import torch
 
 TRAIN_STEPS = 40
 LITTLE_DATA = 4 << 20  # bytes that are read too soon to time
@@ -82,7 +86,23 @@ def _backends(found: Findings) -> None:
             alike.setdefault((found_for.backend, tuple(found_for.reasons.items())), []).append(op)
         for (name, reasons), ops in alike.items():
             print(Explanation(", ".join(ops), name, dict(reasons)))
+        if device == "cuda":
+            print(f"a training step: {_step(torch.device(device))}")
     print()
+
+
+def _step(device: torch.device) -> str:
+    """How a step of a run goes whose model, losses and optimiser are ours."""
+    from fastslots import capture
+
+    reason = capture.why_not(device)
+    if reason:
+        return f"no CUDA graph ({reason}): operator by operator, losses read a step late"
+    return (
+        "one CUDA graph, losses read a step late; operator by operator with losses, encoders or decoders of your own, "
+        "several processes, fp16, the Jacobian's penalty, or another optimiser than adam, adamw and muon (a run's "
+        "first lines say which)"
+    )
 
 
 def _folders(found: Findings) -> None:

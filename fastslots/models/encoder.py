@@ -19,6 +19,7 @@ from fastslots.ops import backends, token_attention
 from fastslots.ops.encoder import encode
 from fastslots.ops.encoder_parts import bias_gelu, bias_norm, joint_norm
 from fastslots.ops.parts.query_layers import encode_queries
+from fastslots.ops.parts.token_mlp import token_mlp as fused_mlp
 from fastslots.ops.reference import feed_forward, without_autocast
 from fastslots.records import EncoderInputs, describe
 
@@ -145,8 +146,14 @@ def convolved(x: Tensor, cnn: nn.Sequential, backend: str = "auto") -> Tensor:
 
 
 def normed_tokens(x: Tensor, token_mlp: nn.Sequential, backend: str = "auto") -> Tensor:
-    """``layer_norm(token_mlp(x))`` of two linear layers with GELU between them: each bias goes with what follows it."""
+    """``layer_norm(token_mlp(x))`` of two linear layers with GELU between them: one kernel, or where none serves each
+    bias goes with what follows it."""
     first, _, second = cast("tuple[nn.Linear, nn.GELU, nn.Linear]", tuple(token_mlp))
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    tokens = fused_mlp(x, (first.weight, first.bias), (second.weight, second.bias), backend=backend)
+    if tokens is not None:
+        return tokens
     x = F.linear(bias_gelu(F.linear(x, first.weight), first.bias, backend), second.weight)
     with without_autocast(x.device):
         return bias_norm(x, second.bias, backend=backend)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastslots import capture
 from fastslots.records import (
     Call,
     EncoderInputs,
@@ -258,10 +259,11 @@ class Explanation:
     op: str
     backend: str
     reasons: dict[str, str] = field(default_factory=dict)  # backend -> why it does not serve
+    graph: str = ""  # of an op whose kernels may be one CUDA graph: whether they are, or why not
 
     def __str__(self) -> str:
         others = "".join(f"\n  not {name}: {reason}" for name, reason in self.reasons.items())
-        return f"{self.op}: {self.backend}{others}"
+        return f"{self.op}: {self.backend}{f', {self.graph}' if self.graph else ''}{others}"
 
 
 def explain(*tensors: Tensor | Sequence[Tensor], op: str = "cross_attention", backend: str = "auto") -> Explanation:
@@ -287,7 +289,11 @@ def explain_call(call: Call, backend: str = "auto") -> Explanation:
         if other != name and other not in reasons:
             first = f"{name} comes first" if backend == "auto" else f"{name} was asked for"
             reasons[other] = why_not(other, call) or first
-    return Explanation(call.op, name, reasons)
+    graph = ""
+    if name == "triton" and call.op == "decoder_loss":
+        reason = capture.why_not(call.device)
+        graph = f"operator by operator ({reason})" if reason else "one CUDA graph from the second call of a shape on"
+    return Explanation(call.op, name, reasons, graph)
 
 
 def check_name(backend: str) -> None:

@@ -79,6 +79,13 @@ def pad_rows(t: Tensor, rows: int, width: int, dtype: torch.dtype) -> Tensor:
     return padded
 
 
+def fitted(t: Tensor, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """t [n, w], however it lies -> [rows, width] in ``dtype``, zeros in the padding; one copy where there is none."""
+    if t.shape != (rows, width):
+        return pad_rows(t, rows, width, dtype)
+    return t.new_empty(rows, width, dtype=dtype).copy_(t)
+
+
 def padded_slots(K: int) -> int:
     return max(8, next_power(K))  # 4 breaks the layout pass for TF32 on sm_90 (Triton 3.9)
 
@@ -166,13 +173,10 @@ def pack_feed_forward(first: MergedLinear, w2: Tensor, dtype: torch.dtype, confi
     """w [F,D], b [F], w2 [OUT,F] -> one image's worth of padded weights, units in groups of block_f or else block_c."""
     (F, D), out = first.w.shape, w2.shape[0]
     block, columns = config.block_f or config.block_c, unit_columns(F, config)
-    w_in = w2.new_zeros(1, round_up(D, config.block_d), columns, dtype=dtype)
-    w_in[0, :D, :F] = first.w.t()
-    w_out = w2.new_zeros(1, columns, round_up(out, config.block_d), dtype=dtype)
-    w_out[0, :F, :out] = w2.t()
-    b_in = w2.new_zeros(1, columns, dtype=torch.float32)
-    b_in[0, :F] = first.b
-    return Packed(w_in, b_in, w_out, block, 1)
+    w_in = fitted(first.w.t(), round_up(D, config.block_d), columns, dtype)
+    w_out = fitted(w2.t(), columns, round_up(out, config.block_d), dtype)
+    b_in = first.b.float().contiguous() if columns == F else pad_rows(first.b[None], 1, columns, torch.float32)[0]
+    return Packed(w_in[None], b_in[None], w_out[None], block, 1)
 
 
 class FeedForwardPacks:

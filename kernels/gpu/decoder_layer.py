@@ -90,7 +90,8 @@ def _decoder_layer_fwd_kernel(
             hidden, slope = gelu_and_grad(u, x_ptr.dtype.element_ty)
             at = tl.arange(0, BLOCK_L)[:, None]
             units = unit + tl.arange(0, BLOCK_F)[None, :]
-            tl.store(slope_ptr + (row + at) * UNITS + units, slope.to(x_ptr.dtype.element_ty), mask=mask_l[:, None])
+            slope = slope.to(x_ptr.dtype.element_ty)
+            tl.store(slope_ptr + (row + at) * UNITS + units, slope, mask=mask_l[:, None])
         else:
             hidden = gelu(u, x_ptr.dtype.element_ty)
         hidden = hidden.to(x_ptr.dtype.element_ty)
@@ -139,8 +140,9 @@ def _feed_forward_dx_kernel(
         du = (dhidden * slope).to(DTYPE)
         at = tl.arange(0, BLOCK_L)[:, None]
         units = unit + tl.arange(0, BLOCK_C)[None, :]
-        tl.store(h_ptr + (start + at) * (UNITS + 8) + units, hidden.to(DTYPE), mask=mask_l[:, None])
-        tl.store(du_ptr + (start + at) * UNITS + units, du, mask=mask_l[:, None])
+        h_offs = at * (UNITS + 8) + units
+        tl.store(h_ptr + start * (UNITS + 8) + h_offs, hidden.to(DTYPE), mask=mask_l[:, None])
+        tl.store(du_ptr + start * UNITS + (at * UNITS + units), du, mask=mask_l[:, None])
         out = ()
         for c in tl.static_range(len(normed)):
             out = out + (dot(du, tl.trans(w1[c]), dnormed[c], PRECISION),)

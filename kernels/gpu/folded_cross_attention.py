@@ -129,9 +129,10 @@ def _folded_attention_dx_kernel(
             if KEEP:
                 columns = column + tl.arange(0, BLOCK_C)[None, :]
                 rows = tl.arange(0, BLOCK_L)[:, None]
-                tl.store(attn_ptr + (row + rows) * (COLUMNS + 8) + columns, attn, mask=mask_l[:, None])
-                side_by_side = (x_row + rows) * images + i
-                tl.store(dscores_ptr + side_by_side * COLUMNS + columns, dscores, mask=mask_l[:, None])
+                attn_offs = rows * (COLUMNS + 8) + columns
+                tl.store(attn_ptr + row * (COLUMNS + 8) + attn_offs, attn, mask=mask_l[:, None])
+                side_by_side = rows * (images * COLUMNS) + columns
+                tl.store(dscores_ptr + (x_row * images + i) * COLUMNS + side_by_side, dscores, mask=mask_l[:, None])
             out = ()
             for c in tl.static_range(len(normed)):
                 out = out + (dot(dscores, tl.trans(w_in[c]), dnormed[c], PRECISION),)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +27,23 @@ Capture = Callable[[Function, list[Tensor]], tuple[Callable[[], None], list[Tens
 __all__ = ["GRAPHS", "Graphs", "capture_cuda", "wanted"]
 
 
+_pools: dict[Hashable, Any] = {}
+
+
+def _pool(device: torch.device) -> Any:
+    """The memory of all graphs of a stream. They run one after another, and what a replay gives is copied at once, so
+    that an evaluation, training and a last batch, each a graph of gigabytes, take the memory of the largest."""
+    stream = torch.cuda.current_stream(device).cuda_stream
+    if (device, stream) not in _pools:
+        _pools[device, stream] = torch.cuda.graph_pool_handle()
+    return _pools[device, stream]
+
+
 def capture_cuda(function: Function, inputs: list[Tensor]) -> tuple[Callable[[], None], list[Tensor]]:
     """-> replay() and the outputs that it overwrites. ``function`` must not wait for the device."""
+    device = inputs[0].device
     try:
-        return captured(lambda: function(inputs), inputs[0].device)
+        return captured(lambda: function(inputs), device, pool=_pool(device))
     except RuntimeError as error:
         raise RuntimeError(
             f"the decoder's loss could not be captured in a CUDA graph ({error}): set FASTSLOTS_CUDA_GRAPHS=0"
@@ -52,7 +66,7 @@ class _Captured:
 
 
 class Graphs:
-    """Captured functions by key; the ``capacity`` used last are kept, each with memory of its own."""
+    """Captured functions by key; the ``capacity`` used last are kept."""
 
     def __init__(self, capture: Capture = capture_cuda, capacity: int = 4):
         self._capture, self._capacity = capture, capacity

@@ -194,6 +194,16 @@ def _output_head_loss(t: _Terms) -> tuple[int, int, int]:
     return requested + rows * (channels * t.element("target_ptr") + weight), 0, 0
 
 
+def _token_mlp(t: _Terms) -> tuple[int, int, int]:
+    """Rows once, the weights by every tile."""
+    rows, units, out = t.number("rows"), t.consts["UNITS"], t.consts["OUT"]
+    weights = [name for name in ("w1_ptr", "b1_ptr", "w2_ptr", "b2_ptr") if name in t.args]
+    once = [name for name, value in t.args.items() if isinstance(value, Tensor) and name not in weights]
+    wide = round_up(out, t.consts["BLOCK_D"])
+    flops, issued = 2 * rows * units * (t.D + out), 2 * t.programs * t.BL * units * (t.W + wide)
+    return t.size(*once) + t.programs * t.size(*weights), flops, issued
+
+
 def _slot_map_loss(t: _Terms) -> tuple[int, int, int]:
     weight = t.number("rows") * t.element("weight_ptr") if t.consts["WEIGHTED"] else 0
     reads = 2 if t.consts["KEEP"] else 1
@@ -309,6 +319,8 @@ _MODELS: dict[str, Callable[[_Terms], tuple[int, int, int]]] = {
     "bias_gelu_bwd": _row_pass,
     "row_norm_fwd": _row_pass,
     "row_norm_bwd": _row_pass,
+    "token_mlp_fwd": _token_mlp,
+    "token_mlp_bwd": _token_mlp,
     "token_attention_fwd": _token_attention_fwd,
     "token_attention_combine": _token_attention_combine,
     "token_attention_bwd": _token_attention_bwd,

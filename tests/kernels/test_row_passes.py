@@ -16,6 +16,7 @@ from fastslots.kernels.tools import cost
 from fastslots.models.encoder import convolved, normed_tokens
 from fastslots.ops import encoder_parts
 from fastslots.ops.encoder_parts import bias_gelu, bias_norm
+from fastslots.ops.parts.token_mlp import token_mlp, token_mlp_operator
 from fastslots.ops.reference import output_head as reference_head
 from fastslots.records import OutputHead
 
@@ -102,6 +103,44 @@ def test_backends_say_why_not():
     with pytest.raises(ValueError, match="no kernel for bias_gelu"):
         bias_gelu(x, x[0], backend="cpu")
     assert torch.equal(bias_gelu(x + 1, x[0] + 1), F.gelu(x + 2))
+
+
+# ---- the token MLP --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [(45, 90, 45), (128, 128, 128), (70, 20, 33)], ids=str)
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_token_mlp_against_float64(sizes, kind, device):
+    dtype, bound = DTYPES[kind]
+    D, F_, OUT = sizes
+    x, dy = (randn(2, 71, D).to(device, dtype), randn(2, 71, OUT, seed=1).to(device, dtype))
+    parts = [randn(F_, D, seed=2) / D**0.5, randn(F_, seed=3), randn(OUT, F_, seed=4) / F_**0.5, randn(OUT, seed=5)]
+    weights = [t.to(device, dtype).float().requires_grad_() for t in parts]
+    x.requires_grad_()
+    wide = [t.detach().double().requires_grad_() for t in (x, *weights)]
+    y = token_mlp(x, weights[:2], weights[2:], backend="triton")
+    want = F.layer_norm(F.linear(F.gelu(F.linear(wide[0], *wide[1:3])), *wide[3:]), (OUT,))
+    y.backward(dy)
+    want.backward(dy.double())
+    assert y.dtype == x.grad.dtype == dtype
+    close(y, want, 2 * bound)
+    for got, leaf in zip((x, *weights), wide, strict=True):
+        close(got.grad, leaf.grad, 6 * bound)
+    again = torch.autograd.grad(token_mlp(x, weights[:2], weights[2:], backend="triton"), (x, *weights), dy)
+    assert all(torch.equal(a, t.grad) for a, t in zip(again, (x, *weights), strict=True))
+    with torch.no_grad():
+        assert torch.equal(token_mlp(x, weights[:2], weights[2:], backend="triton"), y)
+
+
+def test_token_mlp_is_for_16_bits_and_keeps_the_rules_of_operators(device):
+    x = randn(6, 24).to(device)
+    weights = [randn(8, 24, seed=1), randn(8, seed=2), randn(24, 8, seed=3), randn(24, seed=4)]
+    weights = [t.to(device).requires_grad_() for t in weights]
+    assert token_mlp(x, weights[:2], weights[2:], backend="triton") is None
+    assert token_mlp(x.bfloat16(), weights[:2], weights[2:], backend="auto" if device == "cpu" else "reference") is None
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    x = x.bfloat16().requires_grad_()
+    torch.library.opcheck(token_mlp_operator, (x, *weights, 1e-5, True, "triton"), test_utils=tests)
 
 
 # ---- the output head ------------------------------------------------------------------------------------------------

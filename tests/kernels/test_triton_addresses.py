@@ -18,6 +18,7 @@ from fastslots.kernels.gpu import launch
 from fastslots.kernels.gpu.passes.bias_gelu import bias_gelu_bwd, bias_gelu_fwd
 from fastslots.kernels.gpu.passes.joint_norm import BLOCK, joint_norm_bwd, joint_norm_fwd
 from fastslots.kernels.gpu.passes.row_norm import row_norm_bwd, row_norm_fwd
+from fastslots.kernels.gpu.passes.token_mlp import token_mlp_bwd, token_mlp_fwd
 from fastslots.kernels.gpu.slot_attention import slot_attention_bwd, slot_attention_fwd
 from fastslots.kernels.tools import shipped
 
@@ -101,6 +102,9 @@ def heads_that_compete(dtype):
 
 def row_passes(dtype):
     x, vector = torch.randn(150, 70).to(dtype), torch.randn(70)
+    w = torch.randn(70, 70)
+    y, *kept = token_mlp_fwd(x, w, vector, w, vector, 1e-5, True)
+    token_mlp_bwd(x, x, w, vector, w, y, *kept)
     bias_gelu_bwd(bias_gelu_fwd(x, vector), x, vector)
     for weight, pitch in ((None, 70), (vector, 128)):
         y, mean, rstd = row_norm_fwd(x, weight, vector, 1e-5, pitch)

@@ -12,7 +12,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 from fastslots.config.presets import PRESETS
 from fastslots.kernels.gpu import launch
 from fastslots.kernels.gpu._tiles import INTERPRETED
-from fastslots.kernels.gpu.passes import bias_gelu, row_norm
+from fastslots.kernels.gpu.passes import bias_gelu, row_norm, token_mlp
 from fastslots.kernels.tools import cost, shipped
 from fastslots.train import TrainConfig
 
@@ -95,12 +95,16 @@ def test_model_counts_what_passes_over_rows_move(dtype, monkeypatch):
         for weight, pitch in ((None, 70), (vector.clone(), 128)):
             y, mean, rstd = row_norm.row_norm_fwd(x, weight, vector, 1e-5, pitch)
             row_norm.row_norm_bwd(y, x, vector, mean, rstd, weight is not None)
-    assert len(launches) == 6
+        w = torch.zeros(70, 70)
+        y, *kept = token_mlp.token_mlp_fwd(x, w, vector, w.clone(), vector.clone(), 1e-5, True)
+        token_mlp.token_mlp_bwd(x.clone(), x, w, vector, w, y, *kept)
+    assert len(launches) == 8
     for item in launches:
         with counted(monkeypatch) as seen:
             launch.run(item.kernel, item.grid, item.args, item.constexprs, item.config)
         model = cost.launch_cost(item)
         assert seen["bytes"] == model.requested >= model.bytes, item.name
+        assert seen["flops"] == model.issued >= model.flops, item.name
 
 
 def test_forward_layer_moves_its_floor():

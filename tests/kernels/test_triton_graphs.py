@@ -220,3 +220,21 @@ def test_a_tile_lives_in_its_memory(monkeypatch):
         loss_module._run(inputs, list(inputs.tensors()), 1.0, loss_module.Tiling(16 * L, torch.bfloat16))
     reckoned = loss_module.ROW_TENSORS * 16 * L * D * 2
     assert 0.5 * reckoned < most <= reckoned, (most, reckoned)
+
+
+def test_graphs_of_a_stream_share_their_memory(monkeypatch):
+    """Each would keep the memory of its largest moment: gigabytes, four times over. They run one after another."""
+    stream, pools, made = ["first"], [], iter(range(9))
+    monkeypatch.setattr(graphs, "_pools", {})
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(made))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("Stream", (), {"cuda_stream": stream[0]}))
+
+    def captured(work, device, pool):
+        pools.append(pool)
+        return (lambda: None), work()
+
+    monkeypatch.setattr(graphs, "captured", captured)
+    for name in ("first", "first", "second"):
+        stream[0] = name
+        graphs.capture_cuda(lambda inputs: inputs, [torch.zeros(1)])
+    assert pools == [0, 0, 1]  # another stream's may run at the same time

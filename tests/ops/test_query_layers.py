@@ -29,7 +29,7 @@ def test_layers_are_the_modules_gradients_too(encoder, device):
     width = encoder.norm.normalized_shape[0]
     queries = torch.randn(1, 4, width, dtype=torch.float64, device=device, requires_grad=True)
     tokens = torch.randn(2, 19, width, dtype=torch.float64, device=device, requires_grad=True)
-    wanted = queries
+    wanted = queries.expand(2, -1, -1)
     for layer in encoder.transformer:
         wanted = layer(wanted, tokens)
     leaves = [queries, tokens, *layers_of(encoder)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from torch import Tensor
@@ -15,6 +17,7 @@ from fastslots.models.broadcast import BroadcastDecoder
 from fastslots.models.decoder import Decoder
 from fastslots.models.encoder import Encoder
 from fastslots.models.slot_attention import SlotAttentionEncoder
+from fastslots.train.device.first import compiles_told, make_products_repeat
 from fastslots.train.device.queue import Cuda, Queue
 from fastslots.train.device.queued import DeviceStep
 from fastslots.train.extras import Loss
@@ -44,10 +47,12 @@ class Steps:
         group: Group,
         losses: Mapping[str, tuple[float, Loss]],
         why: str = "",
+        say: Callable[[str], None] = lambda text: None,
     ):
-        """why: of a GPU's losses that must not be late."""
+        """why: of a GPU's losses that must not be late. say: told in a line what takes long."""
         self._model, self._optimizers, self._precision, self._config = model, optimizers, precision, config
-        self._group, self._losses, self._why = group, losses, why
+        self._group, self._losses, self._why, self._say = group, losses, why, say
+        self._begun = False
 
     def how(self) -> str:
         """How a step is done, for people; empty where there is nothing to say."""
@@ -60,7 +65,13 @@ class Steps:
     def __call__(self, step: int, images: Tensor) -> list[Done]:
         """Do a step -> those that are done and known, in order: this one, or the one before."""
         parts = (self._model, self._optimizers, self._precision, self._config)
-        return [Done(step, training_step(*parts, step, images, self._group, self._losses), images)]
+        with self._compiles_told(images):
+            return [Done(step, training_step(*parts, step, images, self._group, self._losses), images)]
+
+    def _compiles_told(self, images: Tensor) -> AbstractContextManager[None]:
+        """The first step compiles what the later ones call."""
+        begun, self._begun = self._begun, True
+        return contextlib.nullcontext() if begun else compiles_told(images.device, self._say)
 
     def settle(self) -> list[Done]:
         """Wait for what is not known yet."""
@@ -83,7 +94,7 @@ class LateSteps(Steps):
         say: Callable[[str], None] = lambda text: None,
         not_captured: str | None = None,
     ):
-        super().__init__(model, optimizers, precision, config, Group(), {})
+        super().__init__(model, optimizers, precision, config, Group(), {}, say=say)
         self._queue, self._not_captured = queue, not_captured
         self._step = DeviceStep(model, optimizers, precision, config, queue, say, not_captured is None)
         self._pending: tuple[int, Callable[[], list[float]], Tensor] | None = None
@@ -96,7 +107,8 @@ class LateSteps(Steps):
         return self._queue.upload(images)
 
     def __call__(self, step: int, images: Tensor) -> list[Done]:
-        read = self._step(step, images)
+        with self._compiles_told(images):
+            read = self._step(step, images)
         done = self.settle()
         self._pending = step, read, images
         return done
@@ -144,7 +156,9 @@ def steps_of(
 ) -> Steps:
     """How this run does its steps, on the device that its model is on. say: told what it has to say meanwhile."""
     device = next(model.parameters()).device
+    if device.type == "cuda":
+        make_products_repeat(say)
     reason = why_at_once(model, config, group, losses) if device.type == "cuda" else ""
     if reason is not None:
-        return Steps(model, optimizers, precision, config, group, losses, reason)
+        return Steps(model, optimizers, precision, config, group, losses, reason, say)
     return LateSteps(model, optimizers, precision, config, Cuda(device), say, capture.why_not(device))

@@ -74,9 +74,9 @@ def _output_head_fwd_kernel(
         hidden = hidden.to(DTYPE)
         at = tl.arange(0, BLOCK_L)[:, None]
         units = unit + tl.arange(0, BLOCK_C)[None, :]
-        tl.store(slope_ptr + (start + at) * UNITS + units, slope.to(DTYPE), mask=mask_l[:, None])
+        tl.store(slope_ptr + start * UNITS + (at * UNITS + units), slope.to(DTYPE), mask=mask_l[:, None])
         if KEEP_H:
-            tl.store(h_ptr + (start + at) * (UNITS + 8) + units, hidden, mask=mask_l[:, None])
+            tl.store(h_ptr + start * (UNITS + 8) + (at * (UNITS + 8) + units), hidden, mask=mask_l[:, None])
         out = ()
         for c in tl.static_range(len(u2)):
             w2 = load_tile(w2_ptr + unit * WIDTH + c * BLOCK_D, WIDTH, BLOCK_C, BLOCK_D)
