@@ -180,12 +180,13 @@ def test_every_launch_of_a_step_takes_the_whole_batch_at_once(step):
     assert "folded_attention_fwd" not in of  # the forward keeps n, so no attention runs again
     assert not {"folded_attention_dw", "feed_forward_dx"} & set(of)  # nor is anything made twice for gradients
     assert all(item.args["n_ptr"].shape == (32, 128 * 128, 184) for item in of["decoder_layer_fwd"])
+    assert all(item.args["slope_ptr"].shape == (32, 128 * 128, 384) for item in of["decoder_layer_fwd"])
     assert all(item.constexprs["KEEP"] for item in of["folded_attention_dx"])
     assert all(item.args["rows"] == pixels and item.constexprs["KEEP"] for item in of["feed_forward_dz"])
     assert len(of["token_attention_bwd"]) == 5 and len(of["joint_norm_fwd"]) == len(of["joint_norm_bwd"]) == 1
-    # Four convolutions and the token MLP; the tokens' norm.
-    assert len(of["bias_gelu_fwd"]) == len(of["bias_gelu_bwd"]) == 5
-    assert len(of["row_norm_fwd"]) == len(of["row_norm_bwd"]) == 1
+    assert len(of["bias_gelu_fwd"]) == len(of["bias_gelu_bwd"]) == 4  # convolutions
+    assert len(of["token_mlp_fwd"]) == len(of["token_mlp_bwd"]) == 1
+    assert not {"row_norm_fwd", "row_norm_bwd"} & set(of)  # norms are parts of what stands before or behind them
 
 
 def test_biases_and_gelus_of_all_pixels_are_no_operators_of_torch(step):
@@ -193,7 +194,7 @@ def test_biases_and_gelus_of_all_pixels_are_no_operators_of_torch(step):
     rows = 32 * 128 * 128
     whole = [n for n in step.noted if any(s and s.numel() >= 64 * rows for s in map(torch.Size, n.shapes))]
     names = [n.name for n in whole if not isinstance(n.work, launch.Launch)]
-    assert names.count("add") == 1  # of the grid's embedding; gradients of the tokens are added by the kernel
+    assert "add" not in names  # positions are added by the joint norm, gradients of the tokens by the attention
     assert names and not {*names} & {"gelu", "gelu_backward", "native_layer_norm", "native_layer_norm_backward"}
 
 
