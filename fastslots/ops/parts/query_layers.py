@@ -134,7 +134,7 @@ class _Weights(torch.autograd.Function):
         return tuple(weight.view_as(weight) for weight in weights)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch's
+    @once_differentiable
     def backward(ctx: Any, *_: None) -> tuple[Tensor | None, ...]:
         left = [ctx.rows.pop(layer, None) for layer in range(ctx.layers)]
         if any(rows is None for rows in left):  # a layer that nothing depends on
@@ -154,7 +154,7 @@ class _Map(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch's
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         if any(ctx.needs_input_grad[1:3]):

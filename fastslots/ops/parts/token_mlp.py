@@ -94,8 +94,8 @@ def _token_mlp_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _token_mlp_vjp(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Any, ...]:
     if dy is None:
         return (None,) * 8
-    _, w1, b1, w2, *_rest = ctx.saved_tensors
-    dx, dw1, db1, dw2, db2 = token_mlp_operator_backward(dy, *ctx.saved_tensors, ctx.backend)
+    x, w1, b1, w2, y, rstd, slope, h = ctx.saved_tensors
+    dx, dw1, db1, dw2, db2 = token_mlp_operator_backward(dy, x, w1, b1, w2, y, rstd, slope, h, ctx.backend)
     return dx, dw1.to(w1.dtype), db1.to(b1.dtype), dw2.to(w2.dtype), db2.to(ctx.b2_dtype), None, None, None
 
 

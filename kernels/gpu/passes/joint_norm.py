@@ -12,6 +12,8 @@ the way, and never stored. Sums are fp32 and have one order. Saved: y, in the dt
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -116,7 +118,7 @@ def joint_norm_fwd(x: Tensor, eps: float, shared: Tensor | None = None) -> tuple
     tiles = triton.cdiv(size, BLOCK)
     mean, square = _partials(x, tiles)
     y, rstd = torch.empty_like(x), x.new_empty(B, dtype=torch.float32)
-    args = {"x_ptr": x, "shared_ptr": x if shared is None else shared.contiguous()}
+    args: dict[str, Any] = {"x_ptr": x, "shared_ptr": x if shared is None else shared.contiguous()}
     args |= {"mean_ptr": mean, "square_ptr": square, "size": size}
     values = {"SHARED": shared is not None, "BLOCK_L": BLOCK}
     launch.run(_joint_norm_moments_kernel, (tiles, B), args, values, CONFIG)
