@@ -67,7 +67,9 @@ class FakeCuda:
         fake, log = self, self.log
 
         class Stream:
-            def __init__(self):
+            cuda_stream = 0
+
+            def __init__(self, *_):
                 log.append("new stream")
 
             def wait_stream(self, other):
@@ -80,8 +82,8 @@ class FakeCuda:
             fake.current.pop()
 
         @contextlib.contextmanager
-        def graph(graph, stream=None, capture_error_mode="global"):
-            log.append(("capture", isinstance(stream, Stream), capture_error_mode))
+        def graph(graph, pool=None, stream=None, capture_error_mode="global"):
+            log.append(("capture", isinstance(stream, Stream), capture_error_mode, pool))
             with within("capture"):
                 yield
                 if fake.fail:
@@ -94,9 +96,10 @@ class FakeCuda:
         for name, value in {
             "Stream": Stream, "current_stream": Stream, "CUDAGraph": CUDAGraph, "graph": graph,
             "stream": lambda s: within("side"), "device": lambda d: within(("device", d)),
-            "set_stream": lambda s: log.append("stream set back"),
+            "set_stream": lambda s: log.append("stream set back"), "graph_pool_handle": lambda: "a pool",
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(graphs, "_pools", {})
         return self
 
 
@@ -109,7 +112,7 @@ def test_capture_is_on_a_stream_of_the_device_and_lets_other_threads_call_cuda(m
     replay, outputs = graphs.capture_cuda(lambda t: seen.append(tuple(fake.current)) or list(t), [tensor])
     device = ("device", tensor.device)
     assert seen == [("default", device, "side"), ("default", device, "capture")]  # compiled first, then captured
-    assert ("capture", True, "thread_local") in fake.log and outputs == [tensor]
+    assert ("capture", True, "thread_local", "a pool") in fake.log and outputs == [tensor]
     replay()
     assert fake.log[-1] == "replay"
 

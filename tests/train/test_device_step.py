@@ -364,7 +364,7 @@ class FakeCuda:
         for name, value in {
             "Stream": Stream, "Event": Event, "CUDAGraph": Graph, "current_stream": lambda *_: fake.main,
             "stream": lambda stream: Within(stream.name), "device": lambda device: Within(str(device)),
-            "graph": lambda graph, stream, capture_error_mode: Within(stream.name, capture_error_mode),
+            "graph": lambda graph, pool, stream, capture_error_mode: Within(stream.name, capture_error_mode),
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: log.append("clear"), raising=False)
