@@ -40,7 +40,7 @@ _LAYER = ("decoder_layer_", "folded_attention_", "feed_forward_")
 KERNELS = {
     "cross_attention": ("cross_attention_",), "attention_statistics": ("cross_attention_",),
     "folded_cross_attention": _LAYER[1:2], "decoder_layer": _LAYER, "decoder_loss": (*_LAYER, "output_head_"),
-    "token_attention": ("token_attention_",), "slot_attention": ("slot_attention_",),
+    "token_attention": ("token_attention_",), "token_mlp": ("token_mlp_",), "slot_attention": ("slot_attention_",),
 }  # fmt: skip
 """What the names of an op's kernels start with, in ``launches.json`` and wherever kernels are listed. The backward of a
 layer runs the kernels of its two halves, which bear their names: ``folded_attention_*`` and ``feed_forward_*``."""

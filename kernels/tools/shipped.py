@@ -23,6 +23,7 @@ from ..gpu.folded_cross_attention import folded_cross_attention_bwd, folded_cros
 from ..gpu.launch import Launch, allows_tf32, has_entries, record
 from ..gpu.loss.head import HeadPacks, head_loss
 from ..gpu.loss.slot_map import slot_map_loss
+from ..gpu.passes.token_mlp import token_mlp_bwd, token_mlp_fwd
 from ..gpu.slot_attention import slot_attention_bwd, slot_attention_fwd
 from ..gpu.token_attention import table_width, token_attention_bwd, token_attention_fwd
 from ..gpu_backend import KERNELS
@@ -48,6 +49,8 @@ class Shape:
 
     def row_width(self, kernel: str) -> int:
         """Width of the rows that a kernel takes: what its block sizes are chosen by."""
+        if kernel.startswith("token_mlp_"):
+            return self.S
         if kernel.startswith("token_"):
             return table_width(self.M, self.S)
         if kernel.startswith("slot_"):
@@ -116,6 +119,7 @@ def inputs(shape: Shape, dtype: torch.dtype, device: str = "meta", shared: bool 
         "slots": make(B, 1, K, shape.S, dtype=dtype), "values": make(B, shape.T, shape.S, dtype=dtype),
         "dupdates": make(B, 1, K, shape.S), "dtoken_map": make(B, shape.T, K),
         "head1": make(D, D, scale=D**-0.5), "head2": make(D, D, scale=D**-0.5),
+        "mlp1": make(shape.S, shape.S), "mlp2": make(shape.S, shape.S), "mlp_bias": make(shape.S),
         "head3": make(3, D, scale=D**-0.5), "b3": make(3), "target": make(B, 3, L).transpose(1, 2),
     }  # fmt: skip
 
@@ -135,6 +139,11 @@ def run_op(op: str, t: dict[str, Tensor]) -> None:
         inputs = StatisticsInputs(t["q"], t["k"], t["v"], None, t["head_weights"], 1.0, rows=True)
         rows = attention_statistics_fwd(inputs)
         attention_statistics_bwd(Statistics(t["dout"], t["dmap"], rows.entropy, rows.lse), inputs, True)
+        return
+    if op == "token_mlp":
+        weights = t["mlp1"], t["mlp_bias"], t["mlp2"]
+        y, *kept = token_mlp_fwd(t["tokens"], *weights, t["mlp_bias"].clone(), 1e-5, True)
+        token_mlp_bwd(t["tokens"].clone(), t["tokens"], *weights, y, *kept)
         return
     if op == "cross_attention":
         scale = t["x"].shape[2] ** -0.5
@@ -171,7 +180,7 @@ def _iteration(t: dict[str, Tensor], k: Tensor, v: Tensor, dmap: Tensor | None) 
 
 OPS = (
     "cross_attention", "attention_statistics", "folded_cross_attention", "decoder_layer", "decoder_loss",
-    "token_attention", "slot_attention",
+    "token_attention", "token_mlp", "slot_attention",
 )  # fmt: skip
 """Of the decoder's loss one layer, the output head and the penalty of one tile."""
 
@@ -179,6 +188,8 @@ OPS = (
 def serves(op: str, shape: Shape, t: dict[str, Tensor]) -> bool:
     """Whether the launch table has block sizes for all kernels of ``op`` (on the architecture of ``record``)."""
     kernels = KERNELS[op]
+    if op == "token_mlp" and t["q"].dtype == torch.float32:  # whose products are a library's
+        return False
     return has_entries(t["q"], shape.row_width(kernels[0]), kernels, shape.slots_of_table(kernels[0]))
 
 

@@ -192,7 +192,7 @@ def test_tune_says_what_it_would_time(capsys):
     args = cli("kernels", "tune", "--dry", "--preset", "clevr6", "--precision", "bf16", "--target", "sm_80")
     assert args.run(args) == 0
     out = capsys.readouterr().out
-    assert "sm_80 clevr6 bf16 feed_forward_dx (bf16/192): from {" in out and out.endswith("14 entries\n")
+    assert "sm_80 clevr6 bf16 feed_forward_dx (bf16/192): from {" in out and out.endswith("16 entries\n")
     args = cli("kernels", "tune", "--dry", "--preset", "clevr7")
     with pytest.raises(UserError, match="clevr7"):
         args.run(args)
