@@ -237,7 +237,8 @@ def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == torch.float32:
         return a @ b
     product = torch.mm if a.ndim == 2 else torch.bmm
-    return product(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+    wide = a.is_cuda or a.is_meta  # a CPU has no such product, and would need copies in fp32
+    return product(a, b, out_dtype=torch.float32) if wide else a.float() @ b.float()
 
 
 class KeptAttention(NamedTuple):
