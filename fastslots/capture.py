@@ -39,6 +39,12 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
+def how(device: torch.device) -> str:
+    """How the calls of a part that may be one graph go, for people."""
+    reason = why_not(device)
+    return f"operator by operator ({reason})" if reason else "one CUDA graph from the second call of a shape on"
+
+
 def wanted(device: torch.device) -> bool:
     """Whether a part of a step goes through a graph of its own; not inside another capture, which takes it in."""
     return why_not(device) is None and not _whole.get() and not torch.cuda.is_current_stream_capturing()

@@ -274,9 +274,7 @@ def explain(*tensors: Tensor | Sequence[Tensor], op: str = "cross_attention", ba
     """
     if op not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
-    flat: list[Any] = []
-    for argument in tensors:
-        flat += argument if isinstance(argument, tuple | list) else [argument]
+    flat: list[Any] = [t for of in tensors for t in (of if isinstance(of, tuple | list) else [of])]
     if not flat or not all(isinstance(t, Tensor) for t in flat):
         raise TypeError("explain takes a call's tensors, and the op by name: explain(q, k, v, op='cross_attention')")
     return explain_call(describe(op, flat), backend)
@@ -289,10 +287,7 @@ def explain_call(call: Call, backend: str = "auto") -> Explanation:
         if other != name and other not in reasons:
             first = f"{name} comes first" if backend == "auto" else f"{name} was asked for"
             reasons[other] = why_not(other, call) or first
-    graph = ""
-    if name == "triton" and call.op == "decoder_loss":
-        reason = capture.why_not(call.device)
-        graph = f"operator by operator ({reason})" if reason else "one CUDA graph from the second call of a shape on"
+    graph = capture.how(call.device) if (name, call.op) == ("triton", "decoder_loss") else ""
     return Explanation(call.op, name, reasons, graph)
 
 

@@ -9,7 +9,6 @@ how near one comes must be measured on the device.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from ..gpu._pack import round_up
 from ..gpu.launch import Launch
+from .terms import Terms
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Cost:
 
 def launch_cost(launch: Launch) -> Cost:
     """The model of one recorded launch, from its arguments, constexprs and grid alone."""
-    requested, flops, issued = _MODELS[launch.name](_Terms(launch))
+    requested, flops, issued = _MODELS[launch.name](Terms(launch))
     untouched = {name for flag, names in _OF_FLAGS.items() if not launch.constexprs.get(flag, True) for name in names}
     tensors = {id(t): t for name, t in launch.args.items() if isinstance(t, Tensor) and name not in untouched}
     moved = sum(t.numel() * t.element_size() for t in tensors.values())
@@ -69,31 +69,7 @@ _OF_FLAGS = {
 """Arguments that a kernel leaves alone where a flag of its is false."""
 
 
-class _Terms:
-    """Short names for the sizes of a launch."""
-
-    def __init__(self, launch: Launch) -> None:
-        self.launch, self.args, self.consts, self.grid = launch, launch.args, launch.constexprs, launch.grid
-        self.programs = math.prod(launch.grid)
-        self.D, self.BL = self.consts.get("D", 0), self.consts.get("BLOCK_L", 0)  # 0: a kernel without rows or tiles
-        self.W = round_up(self.D, self.consts["BLOCK_D"]) if self.D else 0
-
-    def of(self, name: str) -> Tensor:
-        tensor: Tensor = self.args[name]
-        return tensor
-
-    def number(self, name: str) -> int:
-        return int(self.args[name])
-
-    def size(self, *names: str) -> int:
-        """Bytes of whole tensors."""
-        return sum(t.numel() * t.element_size() for t in map(self.of, names))
-
-    def element(self, name: str) -> int:
-        return self.of(name).element_size()
-
-
-def _cross_attention_fwd(t: _Terms) -> tuple[int, int, int]:
+def _cross_attention_fwd(t: Terms) -> tuple[int, int, int]:
     B, H, L, d = t.of("q_ptr").shape
     K, KP, tiles = t.consts["K"], t.consts["KP"], t.grid[0]
     requested = t.size("q_ptr", "out_ptr", "map_ptr") + tiles * (t.size("k_ptr", "v_ptr") + H * t.size("bias_ptr"))
@@ -101,7 +77,7 @@ def _cross_attention_fwd(t: _Terms) -> tuple[int, int, int]:
     return requested, 4 * B * H * L * K * d, 4 * t.programs * H * t.BL * KP * t.W
 
 
-def _cross_attention_bwd(t: _Terms) -> tuple[int, int, int]:
+def _cross_attention_bwd(t: Terms) -> tuple[int, int, int]:
     B, H, L, d = t.of("q_ptr").shape
     K, KP, visits = t.consts["K"], t.consts["KP"], t.grid[0] * t.number("blocks")
     requested = t.size("q_ptr", "dout_ptr") + visits * (t.size("k_ptr") + H * t.size("bias_ptr"))
@@ -117,7 +93,7 @@ def _cross_attention_bwd(t: _Terms) -> tuple[int, int, int]:
     return requested, 2 * products * B * H * L * K * d, 2 * products * visits * B * H * t.BL * KP * t.W
 
 
-def _attention_columns(t: _Terms) -> tuple[int, int, int, int, int]:
+def _attention_columns(t: Terms) -> tuple[int, int, int, int, int]:
     """Images, pixels, columns without padded slots (padded heads count), all columns, bytes of an image's weights."""
     columns = t.consts["COLUMNS"]
     real = columns // t.consts["KP"] * t.consts["K"]
@@ -125,14 +101,14 @@ def _attention_columns(t: _Terms) -> tuple[int, int, int, int, int]:
     return B, t.number("L"), real, columns, t.size("w_in_ptr", "w_out_ptr", "b_in_ptr") // B
 
 
-def _folded_attention_fwd(t: _Terms) -> tuple[int, int, int]:
+def _folded_attention_fwd(t: Terms) -> tuple[int, int, int]:
     B, L, real, columns, weights = _attention_columns(t)
     requested = B * L * t.D * t.element("x_ptr") + t.programs * (weights + t.size("bias_ptr"))
     requested += t.size("rstd_ptr") if t.consts.get("NORM_Y") else 0
     return requested + t.size("y_ptr", "map_ptr"), 4 * B * L * real * t.D, 4 * t.programs * t.BL * columns * t.W
 
 
-def _folded_attention_dx(t: _Terms) -> tuple[int, int, int]:
+def _folded_attention_dx(t: Terms) -> tuple[int, int, int]:
     B, L, real, columns, weights = _attention_columns(t)
     tiles = t.grid[0] * B
     requested = t.size("x_ptr", "dy_ptr", "dmap_ptr", "dx_ptr", "db_ptr") + tiles * weights
@@ -141,7 +117,7 @@ def _folded_attention_dx(t: _Terms) -> tuple[int, int, int]:
     return requested, 6 * B * L * real * t.D, 6 * tiles * t.BL * columns * t.W
 
 
-def _folded_attention_dw(t: _Terms) -> tuple[int, int, int]:
+def _folded_attention_dw(t: Terms) -> tuple[int, int, int]:
     B, L, real, columns, weights = _attention_columns(t)
     groups, parts, _ = t.grid
     rows = B * L * t.D * t.element("x_ptr") + t.size("dy_ptr", "dmap_ptr")
@@ -150,7 +126,7 @@ def _folded_attention_dw(t: _Terms) -> tuple[int, int, int]:
     return requested, 8 * B * L * real * t.D, 8 * tiles * t.BL * columns * t.W
 
 
-def _decoder_layer_fwd(t: _Terms) -> tuple[int, int, int]:
+def _decoder_layer_fwd(t: Terms) -> tuple[int, int, int]:
     requested, flops, issued = _folded_attention_fwd(t)
     rows, units = t.grid[1] * t.number("L"), t.consts["UNITS"]
     requested += t.programs * t.size("w1_ptr", "w2_ptr", "b1_ptr", "b2_ptr")
@@ -158,7 +134,7 @@ def _decoder_layer_fwd(t: _Terms) -> tuple[int, int, int]:
     return requested, flops + 4 * rows * units * t.D, issued + 4 * t.programs * t.BL * units * t.W
 
 
-def _feed_forward_dx(t: _Terms) -> tuple[int, int, int]:
+def _feed_forward_dx(t: Terms) -> tuple[int, int, int]:
     rows, units = t.number("rows"), t.consts["UNITS"]
     # Of n not the seven columns behind its ones where they lie in a chunk of their own.
     unread = 8 if t.D == t.W else 0
@@ -167,7 +143,7 @@ def _feed_forward_dx(t: _Terms) -> tuple[int, int, int]:
     return requested, 6 * rows * units * t.D, 6 * t.programs * t.BL * units * t.W
 
 
-def _feed_forward_dz(t: _Terms) -> tuple[int, int, int]:
+def _feed_forward_dz(t: Terms) -> tuple[int, int, int]:
     rows, units = t.number("rows"), t.consts["UNITS"]
     unread = 8 if t.D == t.W else 0
     wide = round_up(t.consts["DY"], t.consts["BLOCK_D"])
@@ -178,7 +154,7 @@ def _feed_forward_dz(t: _Terms) -> tuple[int, int, int]:
     return requested, flops, 2 * t.programs * t.BL * units * (t.W + wide)
 
 
-def _output_head_fwd(t: _Terms) -> tuple[int, int, int]:
+def _output_head_fwd(t: Terms) -> tuple[int, int, int]:
     rows, units, out = t.number("rows"), t.consts["UNITS"], t.consts["OUT"]
     wide = round_up(out, t.consts["BLOCK_D"])
     requested = t.size("x_ptr", "n_ptr", "rstd_ptr", "slope_ptr", "h_ptr", "u2_ptr")
@@ -186,7 +162,7 @@ def _output_head_fwd(t: _Terms) -> tuple[int, int, int]:
     return requested, 2 * rows * units * (t.D + out), 2 * t.programs * t.BL * units * (t.W + wide)
 
 
-def _output_head_loss(t: _Terms) -> tuple[int, int, int]:
+def _output_head_loss(t: Terms) -> tuple[int, int, int]:
     rows, channels = t.number("rows"), t.consts["C"]
     requested = 2 * t.size("u2_ptr") + t.size("sums_ptr") + t.programs * t.element("scale_ptr")
     requested += t.programs * t.number("blocks") * t.size("w3_ptr", "b3_ptr")
@@ -194,7 +170,7 @@ def _output_head_loss(t: _Terms) -> tuple[int, int, int]:
     return requested + rows * (channels * t.element("target_ptr") + weight), 0, 0
 
 
-def _token_mlp(t: _Terms) -> tuple[int, int, int]:
+def _token_mlp(t: Terms) -> tuple[int, int, int]:
     """Rows once, the weights by every tile."""
     rows, units, out = t.number("rows"), t.consts["UNITS"], t.consts["OUT"]
     weights = [name for name in ("w1_ptr", "b1_ptr", "w2_ptr", "b2_ptr") if name in t.args]
@@ -204,14 +180,14 @@ def _token_mlp(t: _Terms) -> tuple[int, int, int]:
     return t.size(*once) + t.programs * t.size(*weights), flops, issued
 
 
-def _slot_map_loss(t: _Terms) -> tuple[int, int, int]:
+def _slot_map_loss(t: Terms) -> tuple[int, int, int]:
     weight = t.number("rows") * t.element("weight_ptr") if t.consts["WEIGHTED"] else 0
     reads = 2 if t.consts["KEEP"] else 1
     factor = t.programs * t.element("factor_ptr") if t.consts["KEEP"] else 0
     return reads * t.size("maps_ptr") + weight + factor + t.size("dmap_ptr", "sums_ptr"), 0, 0
 
 
-def _joint_norm(t: _Terms) -> tuple[int, int, int]:
+def _joint_norm(t: Terms) -> tuple[int, int, int]:
     """Each tensor of pixels once; what every program reads of the others is small."""
     others = ("mean_ptr", "square_ptr", "first_ptr", "second_ptr")
     reads = 1 if t.launch.name in ("joint_norm_moments", "joint_norm_sums") else t.grid[0]
@@ -226,7 +202,7 @@ def _joint_norm(t: _Terms) -> tuple[int, int, int]:
     return t.size(*pixels) + shared + reads * t.size(*partials) + scalar, 0, 0
 
 
-def _row_pass(t: _Terms) -> tuple[int, int, int]:
+def _row_pass(t: Terms) -> tuple[int, int, int]:
     """Rows once; the vectors of a row by every tile that uses them."""
     name, vectors = t.launch.name, {"bias_ptr", "weight_ptr", "vector_ptr"} & t.args.keys()
     once = [arg for arg, value in t.args.items() if isinstance(value, Tensor) and arg not in vectors]
@@ -242,19 +218,19 @@ def _row_pass(t: _Terms) -> tuple[int, int, int]:
 _PARTS = ("part_sum_ptr", "part_top_ptr", "part_total_ptr")
 
 
-def _token_attention_fwd(t: _Terms) -> tuple[int, int, int]:
+def _token_attention_fwd(t: Terms) -> tuple[int, int, int]:
     (B, M, S), T = t.of("rows_ptr").shape, t.number("T")
     requested = t.size("tokens_ptr", *_PARTS) + t.grid[0] * t.number("blocks") * t.size("rows_ptr")
     issued = 4 * t.programs * t.number("blocks") * t.BL * t.consts["BLOCK_M"] * t.W
     return requested, 4 * B * M * T * S, issued
 
 
-def _token_attention_combine(t: _Terms) -> tuple[int, int, int]:
+def _token_attention_combine(t: Terms) -> tuple[int, int, int]:
     sums, *others = _PARTS
     return t.size("gathered_ptr", "lse_ptr", sums) + t.grid[0] * t.size(*others), 0, 0
 
 
-def _token_attention_bwd(t: _Terms) -> tuple[int, int, int]:
+def _token_attention_bwd(t: Terms) -> tuple[int, int, int]:
     (B, M, S), T = t.of("rows_ptr").shape, t.number("T")
     requested = t.size("tokens_ptr", "dtokens_ptr", "drows_ptr", *(["before_ptr"] if t.consts["ADD"] else []))
     requested += t.grid[0] * t.size("dgathered_ptr", "gathered_ptr", "lse_ptr")
@@ -263,7 +239,7 @@ def _token_attention_bwd(t: _Terms) -> tuple[int, int, int]:
     return requested, 10 * B * M * T * S, issued
 
 
-def _slot_attention_fwd(t: _Terms) -> tuple[int, int, int]:
+def _slot_attention_fwd(t: Terms) -> tuple[int, int, int]:
     B, H, L, d = t.of("k_ptr").shape
     visits = t.programs * t.number("heads") * t.number("blocks")  # tiles of a head
     requested = _keys_and_values(t) + t.size("part_sum_ptr", "part_total_ptr") + visits * _slots(t, "q_ptr")
@@ -272,23 +248,23 @@ def _slot_attention_fwd(t: _Terms) -> tuple[int, int, int]:
     return requested, 4 * B * H * L * t.consts["K"] * d, 4 * visits * t.BL * t.consts["KP"] * t.W
 
 
-def _slots(t: _Terms, name: str) -> int:
+def _slots(t: Terms, name: str) -> int:
     """Bytes of all slots of one head."""
     return int(t.consts["K"]) * t.D * t.element(name)
 
 
-def _keys_and_values(t: _Terms) -> int:
+def _keys_and_values(t: Terms) -> int:
     """Bytes as they are loaded: expanded over heads they are fewer, and one tensor of both is loaded once."""
     k = t.of("k_ptr")
     return k.numel() * k.element_size() * (1 if t.consts["SAME"] else 2)
 
 
-def _slot_attention_combine(t: _Terms) -> tuple[int, int, int]:
+def _slot_attention_combine(t: Terms) -> tuple[int, int, int]:
     others = t.grid[0] * t.size("part_total_ptr") + t.size("totals_ptr")
     return t.size("part_sum_ptr", "updates_ptr") + others, 0, 0
 
 
-def _slot_attention_bwd(t: _Terms) -> tuple[int, int, int]:
+def _slot_attention_bwd(t: Terms) -> tuple[int, int, int]:
     B, H, L, d = t.of("k_ptr").shape
     K, visits = t.consts["K"], t.programs * t.number("blocks")
     requested = _keys_and_values(t) + t.size("dk_ptr", "dv_ptr", "dq_ptr")
@@ -299,7 +275,7 @@ def _slot_attention_bwd(t: _Terms) -> tuple[int, int, int]:
     return requested, 10 * B * H * L * K * d, 10 * visits * t.BL * t.consts["KP"] * t.W
 
 
-_MODELS: dict[str, Callable[[_Terms], tuple[int, int, int]]] = {
+_MODELS: dict[str, Callable[[Terms], tuple[int, int, int]]] = {
     "cross_attention_fwd": _cross_attention_fwd,
     "cross_attention_bwd": _cross_attention_bwd,
     "folded_attention_fwd": _folded_attention_fwd,
