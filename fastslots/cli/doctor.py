@@ -205,6 +205,7 @@ def _train_a_little() -> tuple[float, str]:
         except (RuntimeError, UserError) as error:
             return 0.0, f"FAILED: {first_line(error)}"
         curves = MetricsReader(RunFolder(Path(folder) / "run").metrics).update().training
-    losses, speeds = curves["loss"].table()["mean"], sorted(curves["images_per_s"].table()["mean"])
-    falls = sum(losses[-5:]) < sum(losses[:5])
-    return speeds[len(speeds) // 2], "" if falls else "FAILED: the loss does not fall"
+    # The loss itself rises with the weights of its terms, which go from 0 to all in so few steps.
+    errors, speeds = curves["recon"].table()["mean"], sorted(curves["images_per_s"].table()["mean"])
+    falls = sum(errors[-5:]) < 0.9 * sum(errors[:5])
+    return speeds[len(speeds) // 2], "" if falls else "FAILED: the reconstruction error does not fall"
