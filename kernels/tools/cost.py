@@ -250,7 +250,8 @@ def _slot_attention_fwd(t: Terms) -> tuple[int, int, int]:
 
 def _slots(t: Terms, name: str) -> int:
     """Bytes of all slots of one head."""
-    return int(t.consts["K"]) * t.D * t.element(name)
+    size: int = t.consts["K"] * t.D * t.element(name)
+    return size
 
 
 def _keys_and_values(t: Terms) -> int:

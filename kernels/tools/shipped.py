@@ -142,8 +142,8 @@ def run_op(op: str, t: dict[str, Tensor]) -> None:
         return
     if op == "token_mlp":
         weights = t["mlp1"], t["mlp_bias"], t["mlp2"]
-        y, *kept = token_mlp_fwd(t["tokens"], *weights, t["mlp_bias"].clone(), 1e-5, True)
-        token_mlp_bwd(t["tokens"].clone(), t["tokens"], *weights, y, *kept)
+        y, *saved = token_mlp_fwd(t["tokens"], *weights, t["mlp_bias"].clone(), 1e-5, True)
+        token_mlp_bwd(t["tokens"].clone(), t["tokens"], *weights, y, *saved)
         return
     if op == "cross_attention":
         scale = t["x"].shape[2] ** -0.5
