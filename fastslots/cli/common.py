@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         return parsed, unknown
 
 
-RUN_HELP = "folder that `fastslots train --out` wrote, or the name of a model that ships (sprites-mini)"
+RUN_HELP = "folder that `fastslots train --out` wrote, or the name of a model that ships (sprites-mini, clevr6-mini)"
 
 
 def add_allow_remote(parser: argparse.ArgumentParser) -> None:
