@@ -188,9 +188,9 @@ class TrainConfig(SlotVAEConfig):
 
     def resolved(self) -> TrainConfig:
         """The same with local paths that hold in every working directory, and the precision that this device takes."""
-        places = {name: _absolute(getattr(self, name)) for name in ("data", "mix")}
         init_from = str(Path(self.init_from).absolute()) if self.init_from else ""
-        return dataclasses.replace(self, **places, init_from=init_from, precision=self._precision())
+        data, mix = _absolute(self.data), _absolute(self.mix)
+        return dataclasses.replace(self, data=data, mix=mix, init_from=init_from, precision=self._precision())
 
     def _precision(self) -> str:
         if self.precision != "auto":

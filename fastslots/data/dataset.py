@@ -120,7 +120,8 @@ class MixedScenes:
         firsts = indices < self._cut
         parts = [(self._first, firsts, 0), (self._second, ~firsts, self._cut)]
         read = [(rows, *of.read((indices[rows] - start) % len(of), masks)) for of, rows, start in parts if rows.any()]
-        images, labels = (_put_together(len(indices), [(part[0], part[i]) for part in read]) for i in (1, 2))
+        images = _put_together(len(indices), [(rows, part) for rows, part, _ in read])
+        labels = _put_together(len(indices), [(rows, part) for rows, _, part in read])
         assert images is not None
         return images, labels
 
