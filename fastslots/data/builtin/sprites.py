@@ -138,10 +138,11 @@ class SpritesDataset(BuiltinScenes):
         mixed = np.zeros(masks.shape, bool)
         for other in others:
             mixed |= other != first
-        samples = np.stack([part[mixed] for part in (first, *others)])  # [4, pixels]
-        images[mixed] = to_uint8(sum(palette[np.nonzero(mixed)[0], part] for part in samples) / 4)
+        place = np.nonzero(mixed)
+        samples = np.stack([part[place] for part in (first, *others)])  # [4, pixels]
+        images[place] = to_uint8(sum(palette[place[0], part] for part in samples) / 4)
         votes = np.stack([(samples == label).sum(0, dtype=np.uint8) for label in range(most + 1)])
-        masks[mixed] = votes.argmax(0)
+        masks[place] = votes.argmax(0)
         return images, masks
 
 
