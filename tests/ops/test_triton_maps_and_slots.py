@@ -16,7 +16,7 @@ from fastslots.kernels.gpu.cross_attention import attention_statistics_bwd, atte
 from fastslots.kernels.gpu.slot_attention import slot_attention_bwd, slot_attention_fwd
 from fastslots.ops import reference
 from fastslots.records import Statistics, StatisticsInputs
-from fastslots.testing import LargestTensor, Poison, assert_within_units, on
+from fastslots.testing import UNIT, LargestTensor, Poison, assert_within_units, on
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 PAIRS = [(1, 16), (7, 43), (16, 64), (64, 160), (77, 40), (77, 160), (128, 64)]
@@ -68,10 +68,13 @@ def test_attention_and_statistics(K, d, dtype, device):
     leaves = wide(q, k, v, weights)
     exact = inputs._replace(q=leaves[0], k=leaves[1], v=leaves[2], head_weights=leaves[3])
     expected = reference.attention_statistics(exact)
+    terms = torch.autograd.grad(expected.slot_map, leaves[3], dmap.double().abs(), retain_graph=True)[0]
     expected_grads = torch.autograd.grad(expected, leaves, [t.double() for t in (dout, dmap, dentropy, dlse)])
     # One slot has all of the weight: its entropy is 0, and of the score's gradient only that of lse is left.
     assert_within_units((result.out, *grads[:3]), (expected.out, *expected_grads[:3]), dtype, zero=1e-12)
-    assert_within_units((*result[1:], grads[3]), (*expected[1:], expected_grads[3]), FP32, zero=1e-12)
+    assert_within_units(result[1:], expected[1:], FP32, zero=1e-12)
+    # A sum of thousands of terms of both signs: it may be far smaller than they are, and its error is theirs.
+    assert ((grads[3] - expected_grads[3]).abs() < 2 * UNIT[FP32] * terms).all()
     if mask is not None:
         assert not any(t[0].any() for t in (*result, *grads[:3])), "an image without slots has zeros"
 
