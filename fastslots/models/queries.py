@@ -6,6 +6,8 @@ with an entry in ``KINDS``; the encoders know none of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -196,17 +198,7 @@ def farthest_patches(patches: Tensor, count: int) -> tuple[Tensor, Tensor]:
     each, [B, count]. Nothing waits for the device.
     """
     colours = patches[:, :-2]
-    # A sort gives the median of each channel: torch.median of rows is not deterministic on GPUs.
-    ground = colours.sort(2).values[..., (colours.shape[2] - 1) // 2, None]
-    weight = _length(colours - ground) + TIE  # [B, P²]
-    nearest, seeds, distances = torch.ones_like(weight), [], []
-    for k in range(count):
-        seed = (weight * nearest).argmax(1, keepdim=True)  # [B, 1]
-        seeds.append(seed)
-        distances.append(nearest.gather(1, seed))
-        apart = _length(patches - patches.gather(2, seed[:, None].expand(-1, patches.shape[1], -1)))
-        nearest = apart if k == 0 else torch.minimum(nearest, apart)
-    return torch.cat(seeds, 1), torch.cat(distances, 1)
+    return _traverse(patches, _length(colours - _median(colours)), count, _length)
 
 
 def polynomials(yx: Tensor) -> Tensor:
@@ -226,8 +218,7 @@ def smooth_surface(colours: Tensor, basis: Tensor) -> Tensor:
     which is iteratively reweighted least squares of the Cauchy loss, its weights in the residuals rather than in the
     norm (Huber and Dutter, 1974), so that no linear system is solved and nothing waits for a device.
     """
-    # A sort gives the median of each channel: torch.median of rows is not deterministic on GPUs.
-    surface = colours.sort(2).values[..., (colours.shape[2] - 1) // 2, None].expand_as(colours)
+    surface = _median(colours).expand_as(colours)
     for _ in range(SURFACE_ITERATIONS):
         apart = colours - surface
         size = apart.square().sum(1, keepdim=True)
@@ -251,22 +242,41 @@ def farthest_from_surface(patches: Tensor, surface: Tensor, count: int) -> tuple
     the second factor of each, [B, count]. Nothing waits for the device.
     """
     colours = patches[:, :-2]
-    apart = (colours - surface).square().sum(1).sqrt()
-    weight = apart / (apart + SEED_LEVEL) + TIE  # [B, P²]
+    apart = _quick_length(colours - surface)
     shades = colours - (1 - BRIGHTNESS) * colours.mean(1, keepdim=True)
-    features = torch.cat([shades, PLACE * patches[:, -2:]], 1)
+    return _traverse(
+        torch.cat([shades, PLACE * patches[:, -2:]], 1), apart / (apart + SEED_LEVEL), count, _quick_length
+    )
+
+
+def _traverse(
+    features: Tensor, weight: Tensor, count: int, length: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Farthest-first traversal of [B, n, P²], distances times ``weight`` [B, P²] -> seeds, int64 [B, count], and the
+    distance of each from those before it, [B, count]; 1 for the first. length: [B, n, P²] -> [B, P²]."""
+    weight = weight + TIE
     nearest, seeds, distances = torch.ones_like(weight), [], []
     for k in range(count):
         seed = (weight * nearest).argmax(1, keepdim=True)  # [B, 1]
         seeds.append(seed)
         distances.append(nearest.gather(1, seed))
-        of_seed = features.gather(2, seed[:, None].expand(-1, features.shape[1], -1))
-        apart = (features - of_seed).square().sum(1).sqrt()
+        apart = length(features - features.gather(2, seed[:, None].expand(-1, features.shape[1], -1)))
         nearest = apart if k == 0 else torch.minimum(nearest, apart)
     return torch.cat(seeds, 1), torch.cat(distances, 1)
+
+
+def _median(colours: Tensor) -> Tensor:
+    """[B, C, P²] -> [B, C, 1]: each channel's, by a sort, since torch.median of rows is not deterministic on GPUs."""
+    return colours.sort(2).values[..., (colours.shape[2] - 1) // 2, None]
 
 
 def _length(vectors: Tensor) -> Tensor:
     """[B, n, P²] -> [B, P²], rounded correctly: patches at equal distances are many, and torch's fp32 root is a bit
     off on some CPUs. Its norm over an axis takes 60 times as long there."""
     return vectors.square().sum(1).double().sqrt().to(vectors.dtype)
+
+
+def _quick_length(vectors: Tensor) -> Tensor:
+    """As ``_length``, with torch's own root, whose last bit may differ between CPUs: the shipped weights of clevr6-mini
+    were trained with it."""
+    return vectors.square().sum(1).sqrt()
