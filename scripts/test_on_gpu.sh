@@ -10,10 +10,12 @@ out=${1:-test-results}
 mkdir -p "$out"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # commands that a test starts find a bare checkout
 tests=(
-  tests/train/test_on_gpu.py tests/kernels/test_on_gpu.py tests/train/test_draws.py tests/data/test_data_sampling.py
+  tests/train/test_on_gpu.py tests/kernels/test_on_gpu.py tests/kernels/test_loss_kernels.py tests/kernels/test_row_passes.py
+  tests/train/test_draws.py tests/data/test_data_sampling.py
   tests/ops/test_decoder_loss.py tests/ops/test_decoder_layer.py tests/ops/test_token_attention.py
   tests/ops/test_cross_attention.py tests/ops/test_folded_cross_attention.py tests/kernels/test_triton_gelu.py
   tests/kernels/test_triton_launch.py tests/ops/test_contract.py tests/ops/test_not_numbers.py
+  tests/ops/test_query_layers.py tests/ops/test_triton_maps_and_slots.py
 )
 # Chunks of one test: the order above is kept, and a worker that compiles holds up none but its own. A line for each test
 # as it ends, so that the log says how far it came whatever ends it.
