@@ -57,27 +57,25 @@ class SpritesDataset(BuiltinScenes):
     def scenes(self, indices: np.ndarray | range) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         """Images, masks and factors of many scenes at once; those that hide a shape are drawn again together."""
         indices = np.asarray(indices)
-        n, most = len(indices), self.objects[1]
-        images = np.zeros((n, self.size, self.size, 3), np.uint8)
-        masks = np.zeros((n, self.size, self.size), np.uint8)
-        factors = np.zeros((n, most, _DRAWS), np.float32)
+        n, most, samples = len(indices), self.objects[1], 2 * self.size
+        owner = np.zeros((n, samples, samples), np.uint8)
+        factors, present = np.zeros((n, most, _DRAWS), np.float32), np.zeros((n, most), bool)
         pending = np.arange(n)
         attempts = ATTEMPTS * (AVOIDING if self.avoid else 1)
         for attempt in range(attempts):
-            drawn, present = self._draw(indices[pending], attempt)
-            owner, visible = self._paint(drawn, present)
+            drawn, exist = self._draw(indices[pending], attempt)
+            painted, visible = self._paint(drawn, exist)
             # The last attempt is taken as it is: reached by fewer than one scene in 10^9 at the default sizes.
-            wanted = (visible | ~present).all(1)
-            if self.avoid:
-                wanted &= ~self.avoid.matches(_named(drawn, present), present)
-            good = wanted | (attempt == attempts - 1)
+            good = visible | (attempt == attempts - 1)
+            if self.avoid and attempt < attempts - 1:
+                good &= ~self.avoid.matches(_named(drawn, exist), exist)
             place = pending[good]
-            images[place], masks[place] = self._render(owner[good], drawn[good], indices[place])
-            factors[place] = np.where(present[good, :, None], drawn[good], 0)
+            owner[place], factors[place], present[place] = painted[good], drawn[good], exist[good]
             pending = pending[~good]
             if not len(pending):
                 break
-        return images, masks, _named(factors, factors[:, :, FACTORS.index("radius")] > 0)
+        images, masks = self._render(owner, factors, indices)
+        return images, masks, _named(np.where(present[:, :, None], factors, 0), present)
 
     def _draw(self, indices: np.ndarray, attempt: int) -> tuple[np.ndarray, np.ndarray]:
         """Random factors [n, most, 7] in their ranges, and which shapes exist [n, most]."""
@@ -94,56 +92,65 @@ class SpritesDataset(BuiltinScenes):
         return np.stack(factors, -1).astype(np.float32), present
 
     def _paint(self, drawn: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Owner of each sample [n, 2R, 2R] (0 = background), and which shapes stay visible enough [n, most]."""
-        n, most, _ = drawn.shape
-        samples = 2 * self.size  # of a side
-        owner = np.zeros((n, samples, samples), np.uint8)
-        area = np.zeros((n, most), np.int64)
-        scene = np.arange(n)[:, None, None]
-        for j in range(most):
-            y, x, radius, shape = (drawn[:, j, i, None] for i in range(4))
-            # Only the samples around the shape: [n, window] rows and columns, clipped by the picture
-            rows = np.floor((y - radius) * samples).astype(np.int64) + self._window
-            columns = np.floor((x - radius) * samples).astype(np.int64) + self._window
-            dy = ((rows + 0.5) / samples - y).astype(np.float32)[:, :, None]
-            dx = ((columns + 0.5) / samples - x).astype(np.float32)[:, None, :]
-            radius, shape = radius[:, :, None], shape[:, :, None]
-            inside = np.where(
-                shape == 0,
-                dy * dy + dx * dx <= radius * radius,
-                np.where(
-                    shape == 1,
-                    np.maximum(abs(dy), abs(dx)) <= radius * np.float32(0.9),
-                    # apex up: width grows from 0 at the top to 2·radius at the base
-                    (abs(dy) <= radius) & (2 * abs(dx) <= dy + radius),
-                ),
-            )
-            inside &= present[:, j, None, None] & (rows < samples)[:, :, None] & (columns < samples)[:, None, :]
-            area[:, j] = inside.sum((1, 2))
-            rows, columns = np.minimum(rows, samples - 1)[:, :, None], np.minimum(columns, samples - 1)[:, None, :]
-            place = np.broadcast_arrays(scene, rows, columns)
-            owner[tuple(axis[inside] for axis in place)] = j + 1
-        left = np.stack([(owner == j + 1).sum((1, 2)) for j in range(most)], 1)
-        return owner, left >= np.maximum(MIN_VISIBLE * area, 1)
+        """Owner of each sample [n, 2R, 2R] (0 = background), and whether all shapes of a scene stay visible [n]."""
+        samples, window = 2 * self.size, self._window
+        scene, number = np.nonzero(present)  # of all shapes at once
+        y, x, radius, shape = drawn[scene, number, :4].T
+        # Only the samples around a shape: windows of rows and columns, clipped by the picture
+        top, left = (np.floor((at - radius) * samples).astype(np.int64) for at in (y, x))
+        rows, columns = top[:, None] + window, left[:, None] + window
+        dy = ((rows + 0.5) / samples - y[:, None]).astype(np.float32)[:, :, None]
+        dx = ((columns + 0.5) / samples - x[:, None]).astype(np.float32)[:, None, :]
+        inside = np.empty((len(scene), len(window), len(window)), bool)
+        for kind, covers in enumerate((_circle, _square, _triangle)):
+            of = np.flatnonzero(shape == kind)
+            inside[of] = covers(dy[of], dx[of], radius[of, None, None])
+        inside &= (rows < samples)[:, :, None] & (columns < samples)[:, None, :]
+        canvas = np.zeros((len(drawn), samples + len(window), samples + len(window)), np.uint8)  # with a margin
+        windows = np.lib.stride_tricks.sliding_window_view(canvas, (len(window),) * 2, (1, 2), writeable=True)
+        for j in range(drawn.shape[1]):
+            of = np.flatnonzero(number == j)
+            place = scene[of], top[of], left[of]
+            windows[place] = np.where(inside[of], np.uint8(j + 1), windows[place])
+        stays = (windows[scene, top, left] == (number + 1)[:, None, None]).sum((1, 2))
+        hidden = stays < np.maximum(MIN_VISIBLE * inside.sum((1, 2)), 1)
+        return canvas[:, :samples, :samples], np.bincount(scene, hidden, len(drawn)) == 0
 
     def _render(self, owner: np.ndarray, drawn: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """uint8 images and masks from the owner of every sample; ``indices`` of these scenes are for other paints."""
         n, most = drawn.shape[:2]
         palette = np.zeros((n, most + 1, 3), np.float32)
         palette[:, 1:] = rgb(drawn[:, :, 4], drawn[:, :, 5], drawn[:, :, 6])
-        first, *others = (owner[:, y::2, x::2] for y in (0, 1) for x in (0, 1))  # [n, R, R] each
-        masks = np.ascontiguousarray(first)
-        images = to_uint8(palette)[np.arange(n)[:, None, None], masks]
+        colours = palette.reshape(-1, 3)
+        samples = np.stack([owner[:, y::2, x::2] for y in (0, 1) for x in (0, 1)]).reshape(4, -1)  # of each pixel
+        masks = samples[0].copy()
+        row = (np.arange(0, len(colours), most + 1)[:, None] + masks.reshape(n, self.size**2)).reshape(-1)  # of colours
+        images = np.take(to_uint8(colours), row, axis=0)
         # That is all for pixels with one owner; the others, few and along edges, mix colours and vote.
-        mixed = np.zeros(masks.shape, bool)
-        for other in others:
-            mixed |= other != first
-        place = np.nonzero(mixed)
-        samples = np.stack([part[place] for part in (first, *others)])  # [4, pixels]
-        images[place] = to_uint8(sum(palette[place[0], part] for part in samples) / 4)
-        votes = np.stack([(samples == label).sum(0, dtype=np.uint8) for label in range(most + 1)])
-        masks[place] = votes.argmax(0)
-        return images, masks
+        mixed = np.flatnonzero((samples[1:] != samples[0]).any(0))
+        owners = samples[:, mixed]
+        scene = row[mixed] - masks[mixed]
+        images[mixed] = to_uint8(sum(colours[scene + part] for part in owners) / 4)
+        votes = np.stack([(owners == label).sum(0, dtype=np.uint8) for label in range(most + 1)])
+        masks[mixed] = votes.argmax(0)
+        return images.reshape(n, self.size, self.size, 3), masks.reshape(n, self.size, self.size)
+
+
+def _circle(dy: np.ndarray, dx: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """Which places, relative to its centre, a shape covers."""
+    covered: np.ndarray = dy * dy + dx * dx <= radius * radius
+    return covered
+
+
+def _square(dy: np.ndarray, dx: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    half = radius * np.float32(0.9)
+    return (abs(dy) <= half) & (abs(dx) <= half)
+
+
+def _triangle(dy: np.ndarray, dx: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """Apex up: its width grows from 0 at the top to 2·radius at the base."""
+    covered: np.ndarray = (abs(dy) <= radius) & (2 * abs(dx) <= dy + radius)
+    return covered
 
 
 def _named(factors: np.ndarray, present: np.ndarray) -> dict[str, np.ndarray]:
