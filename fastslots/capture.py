@@ -82,10 +82,12 @@ def captured(
         # A stream by name: torch's own default is made once, on whichever device captures first.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(rehearsals):
-                (rehearse or work)()
-        torch.cuda.current_stream().wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(rehearsals):
+                    (rehearse or work)()
+        finally:
+            torch.cuda.current_stream().wait_stream(stream)
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             # "thread_local": the loader, which pins memory, and NCCL's watchdog may go on calling CUDA meanwhile.

@@ -155,7 +155,7 @@ def test_rehearsals_change_nothing():
     config = tiny()
     model, optimizers, precision = parts(config)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    step = DeviceStep(model, optimizers, precision, config, Recorded("refused"))
+    step = DeviceStep(model, optimizers, precision, config, Recorded())
     step._set_numbers(1)
     step._images = batches(config, 1)[0]
     step._prepared()
@@ -174,6 +174,45 @@ def test_what_cuda_refuses_to_capture_goes_operator_by_operator_and_says_so():
     other, others, precision = parts(config)
     again = DeviceStep(other, others, precision, config, Recorded())
     assert values == [again(i + 1, batches(config, 2)[i])() for i in range(2)]
+    assert same(state(model, optimizers), state(other, others))
+
+
+def out_of_memory(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+@pytest.mark.parametrize("place", ["loss", "state"])
+def test_a_rehearsal_that_breaks_off_leaves_nothing_behind(place, optimizer, monkeypatch):
+    """Memory may be short for once, for a rehearsal has a stream of its own: the steps after it are whole steps."""
+    config, said = tiny(optimizer=optimizer), []
+    model, optimizers, precision = parts(config)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    step = DeviceStep(model, optimizers, precision, config, queue := Recorded(), said.append)
+    if place == "loss":  # of the second rehearsal
+        real, calls = model.training_loss, iter(range(1, 100))
+        monkeypatch.setattr(
+            model, "training_loss", lambda *a, **k: (out_of_memory if next(calls) == 2 else real)(*a, **k)
+        )
+    else:  # what an optimiser keeps of a parameter is half made
+        zeros, made = torch.zeros_like, iter(range(1, 10**6))
+        optimise = optimizers.step_unless
+
+        def update(stopped):
+            with monkeypatch.context() as patch:
+                patch.setattr(
+                    torch, "zeros_like", lambda *a, **k: (out_of_memory if next(made) == 4 else zeros)(*a, **k)
+                )
+                optimise(stopped)
+
+        monkeypatch.setattr(optimizers, "step_unless", update)
+    images = batches(config, 2)
+    values = [step(i + 1, images[i])() for i in range(2)]
+    assert queue.log == ["later", "read"] * 2 and any("no CUDA graph" in line for line in said)
+    assert step.stopped == 0 and not same(before, model.state_dict())
+    other, others, precision = parts(config)
+    again = DeviceStep(other, others, precision, config, Recorded())
+    assert values == [again(i + 1, images[i])() for i in range(2)]
     assert same(state(model, optimizers), state(other, others))
 
 
@@ -428,3 +467,11 @@ def test_a_capture_has_a_workspace_of_its_own_and_parts_make_no_graph_in_it(monk
     ]  # fmt: skip
     replay()
     assert fake.log[-1] == "replay" and capture.wanted(torch.device("cuda", 0))
+
+
+def test_a_rehearsal_that_breaks_off_is_waited_for(monkeypatch):
+    """What it has in its stream's queue may still be running, on tensors that others go on with."""
+    fake = FakeCuda(monkeypatch)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        capture.captured(lambda: None, torch.device("cuda", 0), rehearse=out_of_memory)
+    assert fake.log[-3:] == ["out", ("main", "waits for", "stream 1"), "out"]

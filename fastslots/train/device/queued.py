@@ -87,15 +87,24 @@ class DeviceStep:
     def _prepared(self) -> Callable[[], object]:
         """What does ``work``: a graph of it, or the operators themselves."""
         self._values = torch.zeros(5, device=self._images.device)
-        if self._captured:
-            try:
-                return self._queue.capture(self.work, self._rehearse)
-            except RuntimeError as error:
-                self._say(f"warning   a step is no CUDA graph, it goes operator by operator ({first_line(error)})")
+        if not self._captured:
+            return self.work
+        before = self._optimizers.state()
+        try:
+            return self._queue.capture(self.work, self._rehearse)
+        except RuntimeError as error:
+            self._say(f"warning   a step is no CUDA graph, it goes operator by operator ({first_line(error)})")
+        # It may have ended anywhere: gradients are of the stream of rehearsals, whose memory other streams cannot use,
+        # and an optimiser takes state that is half made for whole.
+        self._optimizers.zero_grad()
+        self._optimizers.load_state(*before)
+        torch.cuda.empty_cache()
         return self.work
 
     def _rehearse(self) -> None:
         """A step that changes nothing: it compiles what is to be compiled, and makes the optimisers' state."""
         self.stopped.fill_(1.0)
-        self.work()
-        self.stopped.fill_(0.0)
+        try:
+            self.work()
+        finally:
+            self.stopped.fill_(0.0)
