@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -61,26 +62,46 @@ def surroundings(device: torch.device) -> Hashable:
     return stream, cast, tf32, torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
 
 
+class Shared(NamedTuple):
+    """Memory of graphs of which one alone runs at a time, and whose outputs are read before the next one runs."""
+
+    pool: Any
+    stream: torch.cuda.Stream  # of every capture: a block that is free again goes to the stream alone that it was of
+    keeper: torch.cuda.CUDAGraph  # empty: into a pool whose last graph is gone torch captures no other
+
+
+def shared_memory(device: torch.device) -> Shared:
+    with torch.cuda.device(device):
+        shared = Shared(torch.cuda.graph_pool_handle(), torch.cuda.Stream(), torch.cuda.CUDAGraph())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch tells of a graph that is empty
+            with torch.cuda.graph(
+                shared.keeper, pool=shared.pool, stream=shared.stream, capture_error_mode="thread_local"
+            ):
+                pass
+    return shared
+
+
 def captured(
     work: Callable[[], Outputs],
     device: torch.device,
     rehearsals: int = 1,
     rehearse: Callable[[], object] | None = None,
-    pool: Any = None,
+    shared: Shared | None = None,
 ) -> tuple[Callable[[], None], Outputs]:
     """Capture ``work`` -> what replays it, and its outputs, which every replay overwrites.
 
     Args:
         work: reads and writes tensors of fixed addresses; it must not wait for the device.
         rehearsals: calls before the capture, of ``rehearse`` (None: of ``work``).
-        pool: memory (``torch.cuda.graph_pool_handle``) that graphs share of which one alone runs at a time, and whose
-            outputs are read before the next one runs; None: its own.
+        shared: with whose other graphs it shares its memory; None: it has its own.
 
     Raises RuntimeError where CUDA refuses to capture it; the work itself was not done then.
     """
     with torch.cuda.device(device):
         # A stream by name: torch's own default is made once, on whichever device captures first.
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream() if shared is None else shared.stream
+        pool = None if shared is None else shared.pool
         stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(stream):

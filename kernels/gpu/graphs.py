@@ -14,12 +14,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastslots.capture import captured, surroundings, wanted
+from fastslots.capture import Shared, captured, shared_memory, surroundings, wanted
 
 Function = Callable[[Sequence[Tensor]], list[Tensor]]
 Capture = Callable[[Function, list[Tensor]], tuple[Callable[[], None], list[Tensor]]]
@@ -27,24 +26,21 @@ Capture = Callable[[Function, list[Tensor]], tuple[Callable[[], None], list[Tens
 __all__ = ["GRAPHS", "Graphs", "capture_cuda", "wanted"]
 
 
-_pools: dict[Hashable, Any] = {}
-
-
-def _pool(device: torch.device) -> Any:
-    """The memory of all graphs of a stream. They run one after another, and what a replay gives is copied at once, so
-    that an evaluation, training and a last batch, each a graph of gigabytes, take the memory of the largest."""
-    stream = torch.cuda.current_stream(device).cuda_stream
-    if (device, stream) not in _pools:
-        _pools[device, stream] = torch.cuda.graph_pool_handle()
-    return _pools[device, stream]
+_memory: dict[Hashable, Shared] = {}
+"""Of all graphs of a stream. They run one after another, and what a replay gives is copied at once, so that an
+evaluation, training and a last batch, each a graph of gigabytes, take the memory of the largest."""
 
 
 def capture_cuda(function: Function, inputs: list[Tensor]) -> tuple[Callable[[], None], list[Tensor]]:
     """-> replay() and the outputs that it overwrites. ``function`` must not wait for the device."""
     device = inputs[0].device
+    key = device, torch.cuda.current_stream(device).cuda_stream
     try:
-        return captured(lambda: function(inputs), device, pool=_pool(device))
+        if key not in _memory:
+            _memory[key] = shared_memory(device)
+        return captured(lambda: function(inputs), device, shared=_memory[key])
     except RuntimeError as error:
+        _memory.pop(key, None)  # its stream may still be in a capture that could not be ended
         raise RuntimeError(
             f"the decoder's loss could not be captured in a CUDA graph ({error}): set FASTSLOTS_CUDA_GRAPHS=0"
         ) from error

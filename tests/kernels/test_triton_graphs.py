@@ -5,7 +5,9 @@ Like a graph, the stand-in sees the buffers it was given at capture and no Pytho
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -222,19 +224,54 @@ def test_a_tile_lives_in_its_memory(monkeypatch):
     assert 0.5 * reckoned < most <= reckoned, (most, reckoned)
 
 
-def test_graphs_of_a_stream_share_their_memory(monkeypatch):
-    """Each would keep the memory of its largest moment: gigabytes, four times over. They run one after another."""
-    stream, pools, made = ["first"], [], iter(range(9))
-    monkeypatch.setattr(graphs, "_pools", {})
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(made))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("Stream", (), {"cuda_stream": stream[0]}))
+@pytest.fixture
+def cuda(monkeypatch):
+    """What captures ask of CUDA: into which pool, and on which stream. ``here`` is the caller's stream."""
 
-    def captured(work, device, pool):
-        pools.append(pool)
-        return (lambda: None), work()
+    class Stream:
+        def wait_stream(self, other):
+            pass
 
-    monkeypatch.setattr(graphs, "captured", captured)
-    for name in ("first", "first", "second"):
-        stream[0] = name
+    class Capturing(contextlib.nullcontext):
+        def __init__(self, graph, pool, stream, capture_error_mode):
+            super().__init__()
+            seen.captures.append((pool, stream))
+
+    seen = SimpleNamespace(captures=[], here="first")
+    current = {name: Stream() for name in ("first", "second")}
+    for name, stream in current.items():
+        stream.cuda_stream = name
+    pools = iter(range(9))
+    monkeypatch.setattr(graphs, "_memory", {})
+    for name, value in {
+        "Stream": Stream, "CUDAGraph": lambda: SimpleNamespace(replay=None), "graph": Capturing,
+        "current_stream": lambda *_: current[seen.here], "set_stream": lambda stream: None,
+        "stream": contextlib.nullcontext, "device": contextlib.nullcontext, "graph_pool_handle": lambda: next(pools),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    return seen
+
+
+def test_graphs_of_a_stream_share_their_memory(cuda):
+    """Each would keep the memory of its largest moment: gigabytes, four times over. They run one after another. A
+    block of a pool goes to the stream alone that it was of, and a pool ends with its last graph: an empty one is first.
+    """
+    for cuda.here in ("first", "first", "second"):
         graphs.capture_cuda(lambda inputs: inputs, [torch.zeros(1)])
-    assert pools == [0, 0, 1]  # another stream's may run at the same time
+    assert [pool for pool, _ in cuda.captures] == [0, 0, 0, 1, 1]  # another stream's may run at the same time
+    streams = [{stream for of, stream in cuda.captures if of == pool} for pool in (0, 1)]
+    assert [len(of) for of in streams] == [1, 1] and streams[0] != streams[1]
+    assert len(graphs._memory) == 2 and all(shared.keeper for shared in graphs._memory.values())
+
+
+def test_a_capture_that_breaks_off_leaves_its_memory_to_no_other(cuda):
+    """Its stream may be one that still captures."""
+
+    def refused(inputs):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="FASTSLOTS_CUDA_GRAPHS=0"):
+        graphs.capture_cuda(refused, [torch.zeros(1)])
+    graphs.capture_cuda(lambda inputs: inputs, [torch.zeros(1)])
+    assert [pool for pool, _ in cuda.captures] == [0, 1, 1]
+    assert cuda.captures[0][1] != cuda.captures[1][1]
