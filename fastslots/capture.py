@@ -52,14 +52,16 @@ def wanted(device: torch.device) -> bool:
 
 
 def surroundings(device: torch.device) -> Hashable:
-    """What a replay takes from where it was captured, besides its tensors: the stream that it runs on, autocast, and
-    which algorithms products and convolutions may use. A part of the key of a graph."""
+    """What a replay takes from where it was captured, besides its tensors: the stream that it runs on, autocast,
+    which algorithms products and convolutions may use, and whether its buffers are inference tensors. A part of the key
+    of a graph."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     cast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
     cudnn = torch.backends.cudnn
     # Not ``allow_tf32``, which raises in a program that has used the newer interface.
     tf32 = torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    return stream, cast, tf32, torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
+    modes = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
+    return stream, cast, tf32, modes, torch.is_inference_mode_enabled()
 
 
 class Shared(NamedTuple):

@@ -148,6 +148,23 @@ def test_the_least_recently_used_graph_is_dropped():
     assert capture.captures == 2
 
 
+def test_a_graph_of_inference_mode_serves_there_alone():
+    """Its buffers are inference tensors, which nothing outside writes to."""
+    capture = StandIn()
+    cache = Graphs(capture)
+    x = torch.ones(3)
+
+    def double(tensors):
+        return [2 * t for t in tensors]
+
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode):
+        with mode():
+            for _ in range(2):
+                (found,) = cache("a", double, [x])
+                assert torch.equal(found, 2 * x) and found.is_inference() == torch.is_inference_mode_enabled()
+    assert capture.captures == 2
+
+
 def test_only_cuda_is_captured_and_the_environment_turns_it_off(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert not graphs.wanted(torch.device("cpu"))
