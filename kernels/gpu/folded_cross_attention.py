@@ -284,7 +284,7 @@ def _input_grad(
     tiles, images = triton.cdiv(L, config.block_l), B // max(x.shape[0], 1)
     dx = x.new_empty(*x.shape[:2], pitch(D) if pitched else D)
     db = x.new_empty(0 if keep else B, tiles, packed.w_in.shape[1], dtype=torch.float32)
-    residual = dy.sum(0, keepdim=True, dtype=torch.float32) if images > 1 and call.norm else dy
+    residual = dy.sum(0, keepdim=True, dtype=torch.float32) if images != 1 and call.norm else dy
     args = call.operands(packed)
     args |= {"residual_ptr": residual, "dx_ptr": dx, "db_ptr": db, "images": images}
     args |= dict.fromkeys(("n_ptr", "attn_ptr", "dscores_ptr"), dx)

@@ -115,10 +115,14 @@ def test_triton_repeats_are_bit_equal(device):
 
 
 @pytest.mark.parametrize("batch, pixels", [(0, 16), (2, 0)], ids=["no-images", "no-pixels"])
-def test_empty_inputs(batch, pixels, device):
-    inputs = layer_inputs(Shape(batch, 3, pixels, 4, 5, 20, 24), torch.float32)
+@pytest.mark.parametrize("shared", [False, True], ids=["queries-of-each", "shared-queries"])
+def test_empty_inputs(batch, pixels, shared, device):
+    inputs = layer_inputs(Shape(batch, 3, pixels, 4, 5, 20, 24), torch.float32, shared=shared)
     x, folded, ff, mask, dy, dmap = on(device, inputs)
+    assert len(x) == (1 if shared else batch)
     y, slot_map = decoder_layer_fwd(x, folded, ff, mask)
     assert y.shape == (batch, pixels, 20) and slot_map.shape == (batch, pixels, 4)
-    grads = flat(decoder_layer_bwd(dy, dmap, x, folded, ff, mask))
+    with Poison():
+        grads = flat(decoder_layer_bwd(dy, dmap, x, folded, ff, mask))
+    assert [g.shape for g in grads] == [t.shape for t in (x, *folded, *ff)]
     assert all(g.isfinite().all() and g.abs().sum() == 0 for g in grads)
