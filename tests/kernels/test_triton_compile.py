@@ -89,6 +89,24 @@ def test_ops_of_others_models_compile_clean(preset, kernel):
     assert any(op.startswith("HGMMA") for op in row["tensor_cores"]) and row["global_loads"].get("16 B")
 
 
+def test_a_map_of_one_number_compiles():
+    """Triton makes an argument that is 1 a constant, which is no tensor."""
+    script = """
+import torch
+from fastslots.kernels.gpu import launch
+from fastslots.kernels.gpu.loss.slot_map import slot_map_loss
+from fastslots.kernels.tools.compile import compile_launch, source
+with launch.record("sm_90") as launches:
+    slot_map_loss(torch.empty(1, 1, 1, 1, device="meta"), None, torch.empty((), device="meta"))
+(one,) = launches
+assert source(one).signature["size"] == "constexpr"
+assert compile_launch(one, "sm_90").registers > 0
+"""
+    run = dict(capture_output=True, text=True, timeout=100, cwd=os.path.expanduser("~"), check=False)
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | {"TRITON_INTERPRET": "0"}, **run)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.long
 @pytest.mark.timeout(1600)
 @pytest.mark.parametrize("arch", TARGETS)

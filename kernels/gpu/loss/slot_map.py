@@ -33,7 +33,7 @@ def _slot_map_loss_kernel(
     # Program: a tile of pixels, and the sum of its pairs. size: numbers of a layer's map.
     offs_l = tl.program_id(0).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
     mask = offs_l < rows
-    size = size.to(tl.int64)
+    size = tl.cast(size, tl.int64)  # also of 1, which Triton makes a constant
     total = tl.zeros([BLOCK_L], tl.float32)
     pairs = tl.zeros([BLOCK_L], tl.float32)
     for k in tl.static_range(K):
