@@ -194,7 +194,8 @@ class SlotAttention(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
-        token_width, hidden = token_width or width, hidden or 2 * width
+        token_width = width if token_width is None else token_width
+        hidden = 2 * width if hidden is None else hidden
         _check_positive(width=width, token_width=token_width, hidden=hidden, iterations=iterations)
         check_name(backend)
         self.widths = width, token_width

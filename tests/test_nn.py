@@ -28,6 +28,8 @@ NOT_ALL = r"must be \[B, n, {}\], got shape \[{}\]"
         (lambda: CROSS(WIDE, torch.randn(3, 3, 8)), "queries are of 2 images, slots of 3"),
         (lambda: CROSS(WIDE[0], torch.randn(3, 8)), "queries " + NOT_ALL.format(16, "9, 16")),
         (lambda: SlotAttention(0), "width must be at least 1, got 0"),
+        (lambda: SlotAttention(16, token_width=0), "token_width must be at least 1, got 0"),
+        (lambda: SlotAttention(16, hidden=0), "hidden must be at least 1, got 0"),
         (lambda: SlotAttention(16, iterations=0), "iterations must be at least 1, got 0"),
         (lambda: SlotAttention(16, backend="gpu"), "backend must be one of"),
         (lambda: SLOTS(WIDE, torch.randn(2, 9, 23)), "tokens " + NOT_ALL.format(24, "2, 9, 23")),

@@ -67,18 +67,20 @@ def interaction_order(
         ``InteractionOrder``. Slots that a decoder's ReLUs leave uncurved still meet in its softmax over masks.
 
     Raises:
-        ValueError: slots that are not float [B, K, D], or fewer than one sample.
+        ValueError: slots that are not float [B, K, D], or fewer than one sample, or pair at once.
     """
     if slots.ndim != 3 or not slots.is_floating_point():
         raise ValueError(f"slots must be float [B, K, D], got {slots.dtype} {list(slots.shape)}")
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
     K = slots.shape[1]
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(slots.device.type, enabled=False):
         slots = slots.detach().clone()
         squares = slots.new_zeros(K, K, len(slots), dtype=torch.float64)
         side = _recon(decoder, slots).shape[-1]
-        chunk = chunk or max(1, PIXELS // max(len(slots) * side**2, 1))
+        chunk = max(1, PIXELS // max(len(slots) * side**2, 1)) if chunk is None else chunk
         curvature = torch.func.vmap(lambda u, v: _second_derivative(decoder, slots, u, v).square().sum((1, 2, 3)))
         with second_order():
             for j in range(K):

@@ -127,3 +127,5 @@ def test_wrong_arguments_are_named():
         interaction_order(tiny(), torch.zeros(3, 4))
     with pytest.raises(ValueError, match="samples must be at least 1"):
         interaction_order(tiny(), torch.zeros(1, 3, 4).double(), 0)
+    with pytest.raises(ValueError, match="chunk must be at least 1, got 0"):
+        interaction_order(tiny(), torch.zeros(1, 3, 4).double(), chunk=0)
