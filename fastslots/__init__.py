@@ -18,17 +18,18 @@ if find_spec("fastslots.kernels") is None:
 
 if TYPE_CHECKING:
     from fastslots.models import SlotVAE
-    from fastslots.ops import cross_attention, interaction_penalty
+    from fastslots.ops import cross_attention, explain, interaction_penalty
     from fastslots.train import TrainConfig, fit
 
     __version__: str
 
-__all__ = ["SlotVAE", "TrainConfig", "__version__", "cross_attention", "fit", "interaction_penalty"]
+__all__ = ["SlotVAE", "TrainConfig", "__version__", "cross_attention", "explain", "fit", "interaction_penalty"]
 
 _HOMES = {
     "SlotVAE": "fastslots.models",
     "TrainConfig": "fastslots.train",
     "cross_attention": "fastslots.ops",
+    "explain": "fastslots.ops",
     "fit": "fastslots.train",
     "interaction_penalty": "fastslots.ops",
 }

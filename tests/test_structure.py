@@ -149,9 +149,10 @@ def test_the_package_offers_its_main_names_and_imports_them_late():
     code = (
         "import sys, fastslots\n"
         "assert set(fastslots.__all__) <= set(dir(fastslots)) and 'torch' not in sys.modules\n"
-        "from fastslots import SlotVAE, TrainConfig, fit, cross_attention, interaction_penalty, __version__\n"
+        "from fastslots import SlotVAE, TrainConfig, fit, cross_attention, explain, interaction_penalty, __version__\n"
         "from fastslots import models, ops, train\n"
         "assert (SlotVAE, fit, cross_attention) == (models.SlotVAE, train.fit, ops.cross_attention)\n"
+        "assert explain is ops.explain\n"
         "print(hasattr(fastslots, 'SlotVea'))"
     )
     command = [sys.executable, "-c", code]

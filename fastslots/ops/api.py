@@ -63,8 +63,9 @@ def cross_attention(
         statistics: any of "entropy" and "lse": what else of each head and row to return, with gradients.
 
     Returns:
-        out [B, H, L, d] in the dtype of q, slot_map [B, L, K] in fp32 (fp64 for fp64); with ``statistics`` also a
-        dictionary of [B, H, L] in the dtype of the map: "entropy" −Σ_k A log A in nats, "lse" log Σ_k exp(scale · q·k).
+        out [B, H, L, d] in the dtype of q (under autocast in autocast's, as torch's ``scaled_dot_product_attention``
+        gives it), slot_map [B, L, K] in fp32 (fp64 for fp64); with ``statistics`` also a dictionary of [B, H, L] in the
+        dtype of the map: "entropy" −Σ_k A log A in nats, "lse" log Σ_k exp(scale · q·k).
         A row whose slots are all masked has zeros everywhere, and gradients of zero.
 
     Raises:
@@ -151,7 +152,7 @@ def folded_cross_attention(
         backend, slot_mask: as in ``cross_attention``.
 
     Returns:
-        y [B, L, D] in the dtype of x, slot_map [B, L, K] in fp32 (fp64 for fp64).
+        y [B, L, D] in the dtype of x, under autocast too; slot_map [B, L, K] in fp32 (fp64 for fp64).
 
     Raises:
         TypeError, ValueError: as in ``cross_attention``.
@@ -179,7 +180,7 @@ def token_attention(rows: Tensor, tokens: Tensor, backend: str = "auto") -> Tens
         backend: as in ``cross_attention``.
 
     Returns:
-        gathered [B, M, S] in the dtype of rows.
+        gathered [B, M, S] in the dtype of rows, under autocast in autocast's.
 
     Raises:
         TypeError, ValueError: as in ``cross_attention``.
@@ -237,8 +238,8 @@ def slot_attention(
         return_map: also return the weights summed over heads.
 
     Returns:
-        updates [B, H, K, d] in the dtype of q; with ``return_map`` also slot_map [B, L, K] = Σ_h A in fp32 (fp64 for
-        fp64). Without tokens the updates are 0.
+        updates [B, H, K, d] in the dtype of q, under autocast in autocast's; with ``return_map`` also slot_map
+        [B, L, K] = Σ_h A in fp32 (fp64 for fp64). Without tokens the updates are 0.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or a backend that cannot serve.
@@ -278,7 +279,7 @@ def decoder_layer(
         eps: of both layer norms.
 
     Returns:
-        x' [B, L, D] in the dtype of x, slot_map [B, L, K] in fp32 (fp64 for fp64).
+        x' [B, L, D] in the dtype of x, under autocast too; slot_map [B, L, K] in fp32 (fp64 for fp64).
 
     Raises:
         TypeError, ValueError: as in ``cross_attention``.

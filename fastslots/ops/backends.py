@@ -12,7 +12,7 @@ import importlib.util
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from fastslots.records import (
     StepModel,
     Tangents,
     describe,
+    describe_decoder,
 )
 
 NAMES = ("reference", "cpu", "triton")
@@ -43,8 +44,8 @@ OPS = (
     "step_update",
 )  # fmt: skip
 
-
-Pair = tuple[Tensor, Tensor]
+Pair: TypeAlias = tuple[Tensor, Tensor]
+Argument: TypeAlias = Tensor | Sequence[Tensor] | LossInputs | FoldedDecoder
 
 
 class Backend(Protocol):
@@ -248,8 +249,7 @@ def why_not(name: str, call: Call) -> str | None:
         return None
     if under_transform():
         return "kernels have no rule for forward-mode AD and functorch transforms (backend='auto' takes the reference)"
-    reason = _absent(name, call.op)
-    return load(name).why_not(call) if reason is None else reason
+    return _absent(name, call.op) or load(name).why_not(call)
 
 
 @dataclass(frozen=True)
@@ -266,14 +266,18 @@ class Explanation:
         return f"{self.op}: {self.backend}{f', {self.graph}' if self.graph else ''}{others}"
 
 
-def explain(*tensors: Tensor | Sequence[Tensor], op: str = "cross_attention", backend: str = "auto") -> Explanation:
+def explain(*tensors: Argument, op: str = "cross_attention", backend: str = "auto") -> Explanation:
     """Say which backend would serve ``op`` on these tensors and why not each of the others.
 
-    tensors: the call's arguments, named tuples of tensors as they are; device, dtype and shape decide. Raises TypeError
-    for anything else, ValueError for an unknown op or backend, and for one named outright that cannot serve.
+    tensors: the call's arguments, named tuples as they are; of "decoder_loss" its ``LossInputs`` or ``FoldedDecoder``.
+    Device, dtype and shape decide. Raises TypeError for anything else, ValueError for an unknown op or backend, and for
+    one named outright that cannot serve.
     """
     if op not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
+    decoder = getattr(tensors[0], "decoder", tensors[0]) if len(tensors) == 1 else None
+    if op == "decoder_loss" and isinstance(decoder, FoldedDecoder):
+        return explain_call(describe_decoder(op, decoder), backend)
     flat: list[Any] = [t for of in tensors for t in (of if isinstance(of, tuple | list) else [of])]
     if not flat or not all(isinstance(t, Tensor) for t in flat):
         raise TypeError("explain takes a call's tensors, and the op by name: explain(q, k, v, op='cross_attention')")
@@ -299,20 +303,16 @@ def check_name(backend: str) -> None:
 
 def select(call: Call, backend: str) -> str:
     """Name of the backend that serves; ValueError with the reason where one named outright cannot."""
-    if backend == "reference":  # the common request in tests and under transforms: no import, no questions
-        return backend
-    return _choose(call, backend)[0]
+    # The reference is the common request in tests and under transforms: no import, no questions
+    return backend if backend == "reference" else _choose(call, backend)[0]
 
 
 def _choose(call: Call, backend: str) -> tuple[str, dict[str, str]]:
     """The first backend that serves, and why those before it do not; no other is imported."""
     check_name(backend)
-    if backend == "auto":
-        candidates: tuple[str, ...] = ("triton" if call.device.type == "cuda" else "cpu", "reference")
-    else:
-        candidates = (backend,)
+    first = "triton" if call.device.type == "cuda" else "cpu"
     reasons: dict[str, str] = {}
-    for name in candidates:
+    for name in (first, "reference") if backend == "auto" else (backend,):
         reason = why_not(name, call)
         if reason is None:
             return name, reasons

@@ -16,9 +16,11 @@ from fastslots.records import FeedForward, FoldedProjections
 from fastslots.testing import (
     SHAPES,
     UNALIGNED,
+    LossCase,
     Operations,
     assert_close,
     assert_within_units,
+    loss_inputs,
     on,
     random_layer,
     random_qkv,
@@ -227,6 +229,21 @@ def test_autocast_has_the_types_and_errors_of_the_reference(name, device):
     for ours, theirs, want in zip(results["auto"], results["reference"], exact, strict=True):
         assert ours.dtype == theirs.dtype
         assert_close(ours, want, 0.1)
+
+
+def test_autocast_gives_attention_its_type_as_torch_does_and_rows_theirs():
+    narrow = torch.bfloat16
+    with torch.autocast("cpu", narrow):
+        assert torch.nn.functional.scaled_dot_product_attention(Q, K, V).dtype == narrow
+        out, slot_map, rows = ops.cross_attention(Q, K, V, statistics=("entropy",))
+        updates, owners = ops.slot_attention(K, Q, Q, return_map=True)
+        gathered = ops.token_attention(X[:, :3], X)
+        layers = ops.folded_cross_attention(X, FOLDED), ops.decoder_layer(X, FOLDED, FF)
+    assert out.dtype == updates.dtype == gathered.dtype == narrow
+    assert {t.dtype for t in (slot_map, owners, rows["entropy"])} == {torch.float32}
+    assert {t.dtype for pair in layers for t in pair} == {torch.float32}
+    for op in (ops.cross_attention, ops.slot_attention, ops.token_attention):
+        assert "under autocast" in op.__doc__
 
 
 def test_compiled_code_calls_the_kernel_that_eager_code_calls(device):
@@ -457,6 +474,19 @@ def test_explain_gives_a_reason_for_each_backend_that_does_not_serve():
     for wrong in ((), ("cross_attention", Q), (3,)):
         with pytest.raises(TypeError, match="explain takes a call's tensors"):
             ops.explain(*wrong)
+
+
+def test_explain_takes_what_decoder_loss_takes():
+    """A LossInputs and a FoldedDecoder were a TypeError."""
+    for layers in (2, 17):  # more than the C++ kernels' longest chain
+        inputs = loss_inputs(SHAPES["one-pixel"], LossCase(dtype=torch.float32, layers=layers))
+        for argument in (inputs, inputs.decoder):
+            said = ops.explain(argument, op="decoder_loss")
+            assert said.op == "decoder_loss" and said.backend == ("cpu" if layers == 2 else "reference")
+            assert layers == 2 or "17 layers" in said.reasons["cpu"]
+            assert ops.explain(argument, op="decoder_loss", backend="reference").backend == "reference"
+            with pytest.raises(TypeError, match="explain takes a call's tensors"):
+                ops.explain(argument, op="decoder_layer")
 
 
 def test_what_the_kernels_refuse_is_said():
