@@ -154,5 +154,7 @@ def decoder_loss(inputs: LossInputs, grad_scale: float | Tensor = 1.0, backend: 
     if serving != "reference" and not getattr(backends.load(serving), "MAKES_QUERIES", False):
         queries = reference.made_queries(inputs.decoder.queries)
         inputs = replace(inputs, decoder=inputs.decoder._replace(queries=queries))
+    if not torch.is_grad_enabled():  # autograd would tell of weights even then that they need a gradient
+        inputs = inputs.with_tensors({name: t.detach() for name, t in inputs.tensors().items()})
     terms = _TiledLoss.apply(inputs, grad_scale, serving, *inputs.tensors().values())  # type: ignore[no-untyped-call]
     return DecoderLossTerms(*terms)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 from fastslots.models import SlotVAE, SlotVAEConfig
-from fastslots.ops import interaction_penalty
+from fastslots.ops import backends, interaction_penalty
 from fastslots.ops.decoder_loss import _loss, decoder_loss, reference_decoder_loss
 from fastslots.records import FoldedDecoder, LossInputs, QueryMlp
 from fastslots.testing import assert_close
@@ -118,8 +119,31 @@ def test_what_needs_no_gradient_costs_none(setup):
     inputs = inputs_of(model, slots.detach(), images)
     last = list(inputs.tensors())[-1]
     assert list(reference_decoder_loss(inputs, [last]).grads) == [last]
-    with torch.no_grad():
-        assert not model.decoder.loss(slots, images, 1.0, 1.0).total.requires_grad
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_what_needs_no_gradient_costs_none_of_a_backend(backend, setup, monkeypatch):
+    """Autograd tells of an argument that it requires a gradient also where gradients are off."""
+    model, slots, images = setup
+    asked: list[list[str]] = []
+    place, name = sys.modules[decoder_loss.__module__], "reference_decoder_loss"
+    if backend == "cpu":
+        place, name = backends.load("cpu"), "decoder_loss"
+    run = getattr(place, name)
+
+    def recorded(inputs, need, *more):
+        asked.append(list(need))
+        return run(inputs, need, *more)
+
+    monkeypatch.setattr(place, name, recorded)
+    inputs = inputs_of(model, slots, images)
+    expected = decoder_loss(inputs, backend=backend)
+    assert asked.pop() == list(inputs.tensors())
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            found = decoder_loss(inputs, backend=backend)
+        assert asked.pop() == [] and not found.total.requires_grad
+        torch.testing.assert_close(found.total, expected.total.detach())
 
 
 def test_loss_scale_leaves_the_gradient_as_it_is(setup):
