@@ -4,7 +4,7 @@
 
 Given the slots, pixels are independent. So a tile (whole images, or part of one where an image is larger) goes through
 the decoder and back before the next one starts; what leaves it are gradients of weights, folded projections and
-queries. Memory beyond those does not grow with the batch or the resolution: a tile takes at most ``TILE_BYTES``.
+queries. Memory beyond those does not grow with the batch or the resolution: a tile has its share (``loss.tiling``).
 Weights are packed once, outside the loop over tiles. Layers are the fused kernels, and the output head with
 the loss is one (``loss.head``), or where it has another depth, and in a forward alone, products of cuBLAS that are
 differentiated by hand. Nothing waits for the device (a test runs it on tensors without
@@ -13,9 +13,8 @@ values), so on CUDA all tiles together are captured in a CUDA graph and replayed
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
-from functools import cache
 from types import EllipsisType
 from typing import NamedTuple, cast
 
@@ -32,38 +31,8 @@ from .loss.feed_forward import Kept
 from .loss.head import HeadPacks, head_loss
 from .loss.head import serves as head_serves
 from .loss.slot_map import slot_map_loss
+from .loss.tiling import Tiling, tile_rows, tiles_of
 from .output_head import PackedHead, output_head_bwd, output_head_fwd, pack_head
-
-TILE_BYTES, TILE_SHARE = 4 << 30, 8
-"""Memory of a tile's tensors: this, or where that is less, one part in so many of the device's."""
-ROW_TENSORS = 22
-"""Tensors [rows, D] that a tile of a two-layer decoder has at once, in the compute dtype: at the end of the head, the
-input, n, slope and h of each layer (the last two twice as wide), and what the head keeps and makes. What the layers'
-gradients take (du, n, and A and dS, as wide as heads x slots) comes when the head's are gone again, and is less."""
-
-
-@cache
-def _tile_bytes(device: int) -> int:
-    return min(TILE_BYTES, torch.cuda.get_device_properties(device).total_memory // TILE_SHARE)
-
-
-def tile_rows(like: Tensor, dtype: torch.dtype) -> int:
-    """Rows (images x pixels) of a tile whose tensors, of the width of ``like``, take the memory of a tile.
-
-    A function of device, width and type alone, so the order of sums, and with it every bit, is the same in each run.
-    A tile is a few dozen launches, so fewer of them are faster; what bounds them is memory, which does not grow with
-    the batch or the resolution.
-    """
-    memory = _tile_bytes(like.device.index or 0) if like.is_cuda else TILE_BYTES
-    return max(1, memory // (ROW_TENSORS * like.shape[-1] * dtype.itemsize))
-
-
-def _tiles(batch: int, pixels: int, rows: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of images and of pixels; several images at once, or parts of one."""
-    images, step = max(1, rows // max(pixels, 1)), max(1, min(pixels, rows))
-    for image in range(0, batch, images):
-        for start in range(0, pixels, step):
-            yield slice(image, min(image + images, batch)), slice(start, min(start + step, pixels))
 
 
 def decoder_loss(
@@ -88,7 +57,7 @@ def decoder_loss(
     device_type = queries.device.type
     autocast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if autocast else queries.dtype
-    tiling = Tiling(tile_rows(queries, dtype) if rows is None else rows, dtype)
+    tiling = Tiling(tile_rows(inputs.decoder, dtype) if rows is None else rows, dtype)
     if graphs is None and wanted(queries.device):
         graphs = GRAPHS
     with torch.no_grad(), torch.autocast(device_type, enabled=False):
@@ -102,11 +71,6 @@ def decoder_loss(
 
 Part = slice | tuple[slice, slice] | EllipsisType
 """Where in a tensor a tile's gradient belongs."""
-
-
-class Tiling(NamedTuple):
-    rows: int  # images x pixels of a tile
-    dtype: torch.dtype  # of activations and products
 
 
 def _replay(
@@ -236,7 +200,7 @@ def _decode(tile: LossInputs, packs: _Packs, sums: _Sums, backward: bool) -> _De
 def _run(inputs: LossInputs, need: Sequence[str], grad_scale: float | Tensor, tiling: Tiling) -> list[Tensor]:
     """-> recon, interaction and the gradients that are needed, in fp32."""
     B, L, _ = inputs.target.shape
-    tiles = list(_tiles(B, L, tiling.rows))
+    tiles = list(tiles_of(B, L, tiling.rows))
     sums = _Sums(inputs, need, len(tiles) == 1)
     queries, layers, head = inputs.decoder
     queries = cast(Tensor, queries).to(tiling.dtype)

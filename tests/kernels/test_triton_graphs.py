@@ -18,6 +18,7 @@ from fastslots.kernels.gpu import decoder_loss as loss_module
 from fastslots.kernels.gpu import graphs, launch
 from fastslots.kernels.gpu.decoder_loss import decoder_loss
 from fastslots.kernels.gpu.graphs import Graphs
+from fastslots.kernels.gpu.loss import tiling
 from fastslots.records import FeedForward, FoldedDecoder, FoldedLayer, FoldedProjections, LossInputs, OutputHead
 
 B, L, K, H, D, F = 2, 6, 3, 2, 12, 10
@@ -190,34 +191,52 @@ def test_nothing_waits_for_the_device(need):
         float(scale)
 
 
-def test_tiles_take_their_share_of_the_memory_of_the_device(monkeypatch):
-    """4 GiB, or an eighth of a smaller card; the whole clevr6 batch in bf16 is one tile from 32 GB on."""
-    like = torch.empty(1, device="meta")
-    monkeypatch.setattr(type(like), "is_cuda", property(lambda self: True))
-    rows = {}
-    for size in (80, 32, 8):
-        loss_module._tile_bytes.cache_clear()
-        properties = type("Properties", (), {"total_memory": size << 30})
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, properties=properties: properties)
-        rows[size] = loss_module.tile_rows(like.new_empty(4, 180), torch.bfloat16)
-        assert rows[size] * 180 * 2 * loss_module.ROW_TENSORS <= min(4 << 30, (size << 30) // 8)
-    loss_module._tile_bytes.cache_clear()
-    assert rows[80] == rows[32] >= 32 * 128 * 128 > rows[8] * 3
+def a_decoder(D, F, H, K, B=16, L=2**15, layers=2, head=(0, 0, 3)) -> LossInputs:
+    """Without values; queries of all images. Maps of the head that are 0 wide are as wide as the rows."""
+
+    def meta(*size):
+        return torch.empty(size, device="meta")
+
+    folded = FoldedProjections(meta(B, D, H, K), meta(B, H, K), meta(B, H, K, D), meta(D))
+    ff = FeedForward(meta(D), meta(D), meta(F, D), meta(F), meta(D, F), meta(D))
+    outs = [out or D for out in head]
+    weights = [meta(out, into) for out, into in zip(outs, [D, *outs], strict=False)]
+    of_head = OutputHead(meta(D), meta(D), weights, [meta(out) for out in outs])
+    decoder = FoldedDecoder(meta(1, L, D), [FoldedLayer(folded, ff)] * layers, of_head)
+    return LossInputs(decoder, meta(B, L, 3), None, None, 1.0, 1.0)
 
 
-def test_a_tile_lives_in_its_memory(monkeypatch):
-    """What a tile of the clevr6 decoder keeps at once, in bytes of tensors [rows, D], is what ``tile_rows`` reckons."""
+def shipped_decoder(name: str) -> LossInputs:
     from fastslots.kernels.tools import shipped
 
-    shape = replace(shipped.PRESETS["clevr6"], B=16, L=2**15)
-    t = shipped.inputs(shape, torch.float32)
-    folded = FoldedProjections(*(t[name] for name in FoldedProjections._fields))
-    ff = FeedForward(*(t[name] for name in FeedForward._fields))
-    D, L = shape.D, shape.L
-    maps = [torch.empty(s, device="meta") for s in ((D, D), (D,), (D, D), (D,), (3, D), (3,))]
-    head = OutputHead(t["b"], t["b"], maps[::2], maps[1::2])
-    queries, target = torch.empty(1, L, D, device="meta"), torch.empty(16, L, 3, device="meta")
-    inputs = LossInputs(FoldedDecoder(queries, [FoldedLayer(folded, ff)] * 2, head), target, None, None, 1.0, 1.0)
+    shape = shipped.PRESETS[name]
+    return a_decoder(shape.D, shape.F, shape.H, shape.K, shape.B, shape.L)
+
+
+def test_tiles_take_their_share_of_the_memory_of_the_device(monkeypatch):
+    """4 GiB, or an eighth of a smaller card; a batch of a preset in bf16 is one tile from 32 GB on."""
+    from fastslots.kernels.tools import shipped
+
+    clevr6 = shipped_decoder("clevr6").decoder
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    rows, fewest = {}, {}
+    for size in (80, 32, 8):
+        tiling.tile_bytes.cache_clear()
+        properties = type("Properties", (), {"total_memory": size << 30})
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, properties=properties: properties)
+        rows[size] = tiling.tile_rows(clevr6, torch.bfloat16)
+        assert rows[size] * tiling.row_bytes(clevr6, torch.bfloat16) <= min(4 << 30, (size << 30) // 8)
+        decoders = {name: shipped_decoder(name) for name in shipped.PRESETS}
+        fewest[size] = min(
+            tiling.tile_rows(of.decoder, torch.bfloat16) / of.target[..., 0].numel() for of in decoders.values()
+        )
+    tiling.tile_bytes.cache_clear()
+    assert rows[80] == rows[32] >= 32 * 128 * 128 > rows[8] * 3
+    assert fewest[80] == fewest[32] >= 1 > fewest[8]
+
+
+def most_memory(inputs: LossInputs, need, how: tiling.Tiling) -> int:
+    """Bytes of the tensors that live at once."""
     alive: dict[int, tuple[StorageWeakRef, int]] = {}
     most = 0
 
@@ -236,9 +255,35 @@ def test_a_tile_lives_in_its_memory(monkeypatch):
             return out
 
     with launch.record("sm_90") as launches, Watch():
-        loss_module._run(inputs, list(inputs.tensors()), 1.0, loss_module.Tiling(16 * L, torch.bfloat16))
-    reckoned = loss_module.ROW_TENSORS * 16 * L * D * 2
-    assert 0.5 * reckoned < most <= reckoned, (most, reckoned)
+        loss_module._run(inputs, need, 1.0, how)
+    return most
+
+
+CLEVR6 = dict(D=180, F=360, H=12, K=7)
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        *({**CLEVR6, "layers": layers} for layers in (1, 2, 4)),
+        *({**CLEVR6, "head": head} for head in ((0, 3), (0, 0, 0, 3), (3,), (64, 360, 3))),
+        *(dict(D=64, F=128, H=H, K=K) for H, K in ((4, 4), (8, 16), (8, 64), (1, 3))),
+        dict(D=32, F=64, H=4, K=7),
+        dict(D=32, F=64, H=8, K=64, layers=3),
+        dict(D=360, F=720, H=12, K=11),
+    ],
+    ids=lambda decoder: "-".join(f"{name}{value}" for name, value in decoder.items()).replace(" ", ""),
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_a_tile_lives_in_its_memory(decoder, dtype):
+    """What a tile keeps at once, in bytes, is what ``row_bytes`` reckons. Weights as kernels load them, and gradients
+    that leave it, add a few hundredths."""
+    inputs = a_decoder(**decoder)
+    rows = inputs.target[..., 0].numel()
+    reckoned = rows * tiling.row_bytes(inputs.decoder, dtype)
+    most = most_memory(inputs, list(inputs.tensors()), tiling.Tiling(rows, dtype))
+    assert 0.85 * reckoned < most <= 1.03 * reckoned, most / reckoned
+    assert most_memory(inputs, [], tiling.Tiling(rows, dtype)) < reckoned
 
 
 @pytest.fixture
