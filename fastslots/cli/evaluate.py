@@ -195,7 +195,8 @@ def rows_of(scores: dict[str, Any]) -> list[list[str]]:
     rows = [["score", "value"]]
     for name, value in scores.items():
         if value is None:
-            value = f"none: it needs {lacks}" if name in WITH_MASKS else "none: it is no finite number"
+            needs = "two slots" if name == "jis" and scores["j_ari"] is not None else lacks
+            value = f"none: it needs {needs}" if name in WITH_MASKS else "none: it is no finite number"
         rows.append([name, f"{value:.5g}" if isinstance(value, float) else str(value)])
     return rows
 

@@ -134,9 +134,9 @@ class Evaluation:
 
     def scores(self) -> dict[str, Any]:
         """After ``reduce``: recon = Σ(x − x̂)²/image, kl, interaction (R) and interaction_normalized (R/H²), each a mean
-        over images; with masks also j_ari (a mean over images) and jis (pooled over all foreground pixels), and of a
-        decoder with a slot map fg_ari, ari, mbo and miou (means over images); ``Scoring.metrics``; the counts,
-        ``latent`` and seconds.
+        over images; with masks also j_ari (a mean over images), of at least two slots jis (pooled over all foreground
+        pixels), and of a decoder with a slot map fg_ari, ari, mbo and miou (means over images); ``Scoring.metrics``;
+        the counts, ``latent`` and seconds.
         """
         totals = self._totals
         scores: dict[str, Any] = {name: totals[name] / max(totals["images"], 1) for name in self._means}
@@ -144,7 +144,8 @@ class Evaluation:
         if totals["masked"]:
             scores |= {name: totals[name] / totals["masked"] for name in self._shown(OF_AN_IMAGE)}
             scores["j_ari"] = totals["j_ari"] / totals["j_ari_of"]
-            scores["jis"] = totals["jis"] / max(totals["jis_of"], 1)
+            if self._model.config.num_slots > 1:  # it is rescaled by 1 − 1/K
+                scores["jis"] = totals["jis"] / max(totals["jis_of"], 1)
         scores |= {"images": int(totals["images"]), "images_with_masks": int(totals["masked"])}
         scores["foreground_pixels"] = int(totals["foreground"])
         if self._scoring.jacobian_images:

@@ -225,7 +225,7 @@ class Trainer:
             scoring=Scoring(metrics=self.extras.metrics),
         )
         self.scores = evaluation.scores()
-        score = self.scores["j_ari"] + self.scores["jis"] if "j_ari" in self.scores else -self.scores["recon"]
+        score = self.scores["j_ari"] + self.scores.get("jis", 0) if "j_ari" in self.scores else -self.scores["recon"]
         if score > self.best:
             self.best = score
             self.recorder.best(self.model.weights_bytes())

@@ -107,6 +107,8 @@ class Recorder:
         self._store(folder.data, f"{source.description}\n".encode(errors="backslashreplace"))
         facts = self._meter.facts()
         warnings = [*source.warnings, *late_ramps(config)]
+        if config.num_slots == 1:
+            warnings.append("num_slots 1: JIS is not defined for one slot, and left out; two slots or more can share")
         if config.device == "auto" and self._device.type == "cpu" and nvidia_driver() is not None:
             warnings.append("an NVIDIA GPU is here, but torch cannot use it: `fastslots doctor` says why")
         chain = max(config.decoder_layers, len(config.output_hidden) + 1)

@@ -21,6 +21,7 @@ from fastslots.evaluation.of_run import Asked
 from fastslots.metrics import JacobianMeter, slot_jacobian
 from fastslots.models import SlotVAE
 from fastslots.runs.folder import RunFolder
+from fastslots.runs.log import read_metrics
 from fastslots.train import TrainConfig, fit
 
 
@@ -240,3 +241,15 @@ def test_a_label_that_is_not_scored_may_be_named(run, tmp_path, evaluated, monke
     assert trained.scores["foreground_pixels"] == (masks[:4] == 1).sum()
     again, _ = evaluated(tmp_path / "run")
     assert again["foreground_pixels"] == named["foreground_pixels"]  # the run keeps it
+
+
+def test_one_slot_has_no_jis(evaluated, tmp_path, capsys):
+    """JIS is rescaled by 1 − 1/K, which is 0; a run reported 1, and took its best weights by it."""
+    out = fit(config_of(num_slots=1, eval_every=1), out=tmp_path / "run").out
+    assert "num_slots 1: JIS is not defined" in capsys.readouterr().err
+    evaluations = read_metrics(RunFolder(out).metrics)[1]
+    assert len(evaluations) == 2 and all("j_ari" in line and "jis" not in line for line in evaluations)
+    scores, _ = evaluated(out, "--images", "4")
+    assert scores["jis"] is None and scores["j_ari"] is not None and scores["weights"] == "best"
+    assert main(["eval", str(out), "--images", "4"]) == 0
+    assert "none: it needs two slots" in capsys.readouterr().out
