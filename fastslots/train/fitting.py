@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -71,7 +72,7 @@ def fit(
     group = Group.join(config.torch_device(), config.batch_size)
     with contextlib.ExitStack() as stack:
         stack.callback(group.leave)
-        chosen = group.on_first(lambda: _chosen(config, out, resume))
+        chosen = group.on_first(lambda: _chosen(config, out, resume, stream))
         folder = RunFolder(Path(os.fsdecode(chosen)), None if out else config.preset_name)
         stack.callback(folder.release)
         result = Trainer(config, dataset, folder, stack, group, stream, restart, extras).run()
@@ -80,8 +81,12 @@ def fit(
     return result
 
 
-def _chosen(config: TrainConfig, out: str | Path | None, resume: bool) -> bytes:
-    """The path of the run's folder. UserError where a run must not be written there."""
+def _chosen(config: TrainConfig, out: str | Path | None, resume: bool, stream: TextIO | None) -> bytes:
+    """The path of the run's folder. UserError where a run must not be written there. Says where a resume starts a run:
+    ``out`` may be mistyped."""
     folder = RunFolder(Path(out)) if out else RunFolder.next_free(config.preset_name)
     folder.claim(resume)
+    if out and resume and not os.path.lexists(folder.config):
+        with contextlib.suppress(OSError):  # nobody may read it any more
+            print(f"note      no run in {folder.path} yet: starting a new one", file=stream or sys.stderr, flush=True)
     return os.fsencode(folder.path)

@@ -293,3 +293,12 @@ def test_a_path_that_is_no_text(tmp_path, capfdbinary):
     assert main(["train", "--out", str(out), "--resume", "--steps", "4"]) == 0
     assert main(["eval", str(out)]) == 0 and main(["report", str(out)]) == 0
     assert b"/run-" in capfdbinary.readouterr().out  # and out of the test's report, which must be text
+
+
+def test_a_resume_of_no_run_says_that_it_starts_one(tmp_path, capsys):
+    """A mistyped --out trained something else without a word; a cluster's script relies on the start."""
+    argv = ["train", "--config", str(tmp_path / "fields.json"), "--resume", "--out", str(tmp_path / "typo")]
+    (tmp_path / "fields.json").write_text(config_of(steps=1).to_json())
+    note = f"note      no run in {tmp_path / 'typo'} yet: starting a new one"
+    assert main(argv) == 0 and note in capsys.readouterr().err.splitlines()
+    assert main(argv) == 0 and "note " not in capsys.readouterr().err
