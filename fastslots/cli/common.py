@@ -13,6 +13,7 @@ from fastslots.config.code import check_name, check_trusted, trust
 from fastslots.errors import UserError
 from fastslots.runs.folder import RunFolder
 from fastslots.runs.own_code import OwnCode
+from fastslots.runs.pretrained import shipped_names
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """What a command's ``add_parser`` puts its parser into; argparse has no public name for it."""
@@ -36,11 +37,16 @@ class Parser(argparse.ArgumentParser):
             hint = f": did you mean {near[0]}?" if near else f": see `{self.prog} --help`"
             if flag.replace(".", "").isdigit():
                 hint = ": a list is given with commas, as in --output_hidden 64,64"
+            if flag == "--preset" and any(action.dest == "preset" for action in self._actions):
+                meant = unknown[0].partition("=")[2] or (unknown[1:] or [parsed.preset or "clevr6"])[0]
+                hint = f": the preset has no flag: `{self.prog} {meant}`"
             raise UserError(f"unknown argument {flag}{hint}")
         return parsed, unknown
 
 
-RUN_HELP = "folder that `fastslots train --out` wrote, or the name of a model that ships (sprites-mini, clevr6-mini)"
+RUN_HELP = (
+    f"folder that `fastslots train --out` wrote, or the name of a model that ships ({', '.join(shipped_names())})"
+)
 
 
 def add_allow_remote(parser: argparse.ArgumentParser) -> None:

@@ -116,7 +116,8 @@ def help_text(parser: argparse.ArgumentParser, preset: str, everything: bool) ->
         for action in shown:
             flag, text = f"  {_invocation(action)}", (str(action.help) % vars(action)).removesuffix(" []")
             room = width - HELP_AT
-            texts = textwrap.wrap(text, room) if everything else [_in_a_line(text, room)]
+            whole = everything or not action.option_strings  # the presets: all of them are to be seen
+            texts = textwrap.wrap(text, room, break_on_hyphens=False) if whole else [_in_a_line(text, room)]
             if len(flag) > HELP_AT - 2:
                 lines.append(flag)
                 flag = ""

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastslots.cli.common import Parser, Subparsers, show_table
 from fastslots.cli.evaluate import asked_by
-from fastslots.cli.fields import add_fields, add_help
+from fastslots.cli.fields import DEFAULT_PRESET, add_fields, add_help
 from fastslots.cli.train import add_preset, preset_of
 from fastslots.errors import UserError
 
@@ -23,7 +23,7 @@ def add_parser(commands: Subparsers) -> None:
         help="train every combination of some fields' values, with several seeds",
         description="Train every combination of the fields that are given a comma list (--alpha 0,0.05), with several "
         "seeds, and write one table and one plot a metric. The same command again keeps finished trials, resumes "
-        "interrupted ones and tries failed ones anew.",
+        f"interrupted ones and tries failed ones anew. Without PRESET: {DEFAULT_PRESET}.",
         usage="fastslots sweep [PRESET] --out FOLDER [--seeds N] [--FIELD VALUE,VALUE ...]",
         add_help=False,
     )

@@ -26,14 +26,14 @@ def add_parser(commands: Subparsers) -> None:
     parser = commands.add_parser(
         "train",
         help="train a model",
-        description="Train a model. Without arguments: the preset sprites-mini on images made on the fly.",
+        description=f"Train a model. Without PRESET: {DEFAULT_PRESET}, on images made on the fly.",
         usage="fastslots train [PRESET] [--out FOLDER] [--FIELD VALUE ...]",
         add_help=False,
     )
     add_preset(parser)
     add_help(parser)
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="of the run (default: the next free one in runs/)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, or start it")
     parser.add_argument("--restart", action="store_true", help=RESTART_HELP)
     parser.add_argument("--config", type=Path, metavar="FILE", help=CONFIG_HELP)
     parser.add_argument("--print-config", "--print_config", action="store_true", help=PRINT_HELP)
@@ -84,8 +84,7 @@ def stored_extras(folder: RunFolder, trusted: bool) -> dict[str, Any]:
 
 
 def add_preset(parser: argparse.ArgumentParser) -> None:
-    names = ", ".join(preset_names())
-    parser.add_argument("preset", metavar="PRESET", nargs="?", help=f"one of {names} (default {DEFAULT_PRESET})")
+    parser.add_argument("preset", metavar="PRESET", nargs="?", help=f"one of {', '.join(preset_names())}")
 
 
 def preset_of(given: str | None) -> str:

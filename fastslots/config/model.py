@@ -159,7 +159,7 @@ class SlotVAEConfig:
         if self.queries.startswith("seeded"):
             self._check_seeds()
         if self.encoder == "transformer":
-            self._divides("encoder_heads", "token_width")
+            self._check_encoder_width()
         self._divides("decoder_heads", "slot_width")
         ratio, rest = divmod(self.resolution, self.broadcast_side)
         if self.decoder == "broadcast" and (rest or ratio & (ratio - 1)):
@@ -169,6 +169,15 @@ class SlotVAEConfig:
         if self.log_scale_bias and not self.encoder_width and self.encoder == "transformer":
             raise UserError(
                 "log_scale_bias needs an explicit encoder_width (the published encoder has no output layer)"
+            )
+
+    def _check_encoder_width(self) -> None:
+        if self.encoder_width:
+            self._divides("encoder_heads", "encoder_width")
+        elif self.posterior_width % self.encoder_heads:
+            raise UserError(
+                f"encoder_width 0 stands for {self.posterior_width} (slot_dim {self.slot_dim}), which must be a "
+                f"multiple of encoder_heads {self.encoder_heads}: give an encoder_width that is"
             )
 
     def _check_seeds(self) -> None:

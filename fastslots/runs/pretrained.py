@@ -28,13 +28,17 @@ def run_folder(name: str | Path) -> Path:
     """The folder that a command's RUN means: a run's folder, or the model of that name that ships.
 
     A run's folder comes first, as it did before models shipped (``hidden_by`` then says so); ``shipped:NAME`` is always
-    the model that ships. UserError for an unknown name behind that prefix.
+    the model that ships. UserError for an unknown name behind that prefix, and where there is neither.
     """
     text = str(name)
     if text.startswith(PREFIX):
         return _shipped(text.removeprefix(PREFIX))
     if text in shipped_names() and not RunFolder(Path(text)).config.is_file():
         return _shipped(text)
+    try:
+        RunFolder(Path(name)).check()
+    except UserError as error:
+        raise UserError(f"{error}, or a model that ships: {', '.join(shipped_names())}") from None
     return Path(name)
 
 

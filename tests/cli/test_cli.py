@@ -98,6 +98,15 @@ def test_the_help_fits_two_screens_and_has_the_values_of_the_preset(monkeypatch,
         assert heading in short and heading in everything
 
 
+@pytest.mark.parametrize("columns", ["80", "100"])
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_the_help_names_every_preset(monkeypatch, capsys, command, columns):
+    """At 80 columns clevr6-mini was cut off."""
+    monkeypatch.setenv("COLUMNS", columns)
+    text = " ".join(" ".join(help_of(capsys, command, "--help")).split())
+    assert f"one of {', '.join(preset_names())}" in text and "Without PRESET: sprites-mini" in text
+
+
 def test_every_field_stands_under_one_heading():
     under = [name for names in headings().values() for name in names]
     assert len(under) == len(set(under))
@@ -221,6 +230,11 @@ def test_doctor(capsys):
         (["train", "clevr6-mini"], "preset clevr6-mini is for data that are not built in: name them with --data"),
         (["sweep", "clevr6", "--out", "out"], "preset clevr6 is for data that are not built in"),
         (["train", "--batchsize", "4"], "unknown argument --batchsize: did you mean --batch"),
+        (
+            ["train", "--preset", "clevr6"],
+            "unknown argument --preset: the preset has no flag: `fastslots train clevr6`",
+        ),
+        (["sweep", "--preset=sprites", "--out", "out"], "the preset has no flag: `fastslots sweep sprites`"),
         (["train", "--batch_size", "0"], "batch_size must be at least 1"),
         (["train", "--steps", "-5"], "steps must be at least 1"),
         (["train", "--output_hidden", "64", "64"], "unknown preset '64': a list is given with commas"),
@@ -233,6 +247,11 @@ def test_doctor(capsys):
         (["train", "--alpha", "nan"], "alpha must be a number"),
         (["train", "--resolution", "31"], "resolution 31 must be a multiple of cnn_stride 2"),
         (["train", "--decoder_heads", "7"], "slot_width 64 must be a multiple of decoder_heads 7"),
+        (["train", "--encoder_width", "65"], "encoder_width 65 must be a multiple of encoder_heads 4"),
+        (
+            ["train", "--slot_dim", "33", "--encoder_width", "0"],
+            "encoder_width 0 stands for 66 (slot_dim 33), which must",
+        ),
         (["train", "--optimizer", "adamm"], "optimizer must be muon or a class of torch.optim"),
         (["train", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
         (["train", "--pixels_per_step", "2000"], "pixels_per_step 2000 is more than the image has (1024)"),
@@ -243,7 +262,10 @@ def test_doctor(capsys):
         (["train", "--config", "file"], "is no JSON"),
         (["train", "--init_from", "nowhere"], "nowhere"),
         (["train", "--data", "nan.npz"], "NaN or infinite pixels"),
+        (["train", "--data", "named.npz"], "numpy.savez('named.npz', arr_0=images, arr_2=masks)"),
         (["eval", "nowhere"], "nowhere is no run directory"),
+        (["eval", "sprites"], "wrote, or a model that ships: clevr6-mini, sprites-mini"),
+        (["explore", "sprites"], "wrote, or a model that ships: clevr6-mini, sprites-mini"),
         (["report", "nowhere"], "nowhere is no run directory"),
         (["data", "check", "file"], "not recognised"),
         (["data", "pack", "small.npz", "file"], "exists already"),
@@ -259,6 +281,7 @@ def test_mistakes_exit_2_with_one_line(tmp_path, monkeypatch, capsys, argv, word
     (tmp_path / "clevr6.json").write_text('{"preset_name": "clevr6"}')
     (tmp_path / "typo.json").write_text('{"apha": 0}')
     np.savez("small.npz", np.zeros((4, 24, 24, 3), np.uint8))
+    np.savez("named.npz", images=np.zeros((4, 24, 24, 3), np.uint8), masks=np.zeros((4, 24, 24), np.uint8))
     np.savez("nan.npz", np.full((4, 32, 32, 3), np.nan))
     assert main(argv) == 2
     error = capsys.readouterr().err.splitlines()

@@ -197,7 +197,10 @@ class NpzReader:
         names = member_names(path)
         if "arr_0" not in names:
             found = ", ".join(names)
-            raise UserError(f"{path}: no member arr_0 (it has {found}): expected arr_0 images, arr_2 label maps")
+            mend = f"numpy.savez({path.name!r}, arr_0=images, arr_2=masks)"
+            raise UserError(
+                f"{path}: no member arr_0 (it has {found}): save it by {mend}; without masks leave arr_2 out"
+            )
         latents, masks = (Member(path, name) if name in names else None for name in ("arr_1", "arr_2"))
         return Member(path, "arr_0"), latents, masks
 
