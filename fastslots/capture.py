@@ -77,9 +77,7 @@ def shared_memory(device: torch.device) -> Shared:
         shared = Shared(torch.cuda.graph_pool_handle(), torch.cuda.Stream(), torch.cuda.CUDAGraph())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch tells of a graph that is empty
-            with torch.cuda.graph(
-                shared.keeper, pool=shared.pool, stream=shared.stream, capture_error_mode="thread_local"
-            ):
+            with _capture(shared.keeper, shared.pool, shared.stream):
                 pass
     return shared
 
@@ -111,18 +109,22 @@ def captured(
                     (rehearse or work)()
         finally:
             torch.cuda.current_stream().wait_stream(stream)
-        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        try:
-            # "thread_local": the loader, which pins memory, and NCCL's watchdog may go on calling CUDA meanwhile.
-            with (
-                own_workspace(),
-                torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
-            ):
-                outputs = work()
-        except BaseException:
-            torch.cuda.set_stream(before)  # torch leaves its own the current one where a capture cannot be ended
-            raise
+        graph = torch.cuda.CUDAGraph()
+        with _capture(graph, pool, stream):
+            outputs = work()
     return graph.replay, outputs
+
+
+@contextlib.contextmanager
+def _capture(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> Iterator[None]:
+    before = torch.cuda.current_stream()
+    try:
+        # "thread_local": the loader, which pins memory, and NCCL's watchdog may go on calling CUDA meanwhile.
+        with own_workspace(), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            yield
+    except BaseException:
+        torch.cuda.set_stream(before)  # torch leaves its own the current one where a capture cannot be ended
+        raise
 
 
 @contextlib.contextmanager

@@ -58,7 +58,8 @@ def test_autocast_leaves_folding_in_fp32():
 class FakeCuda:
     """Notes what ``capture_cuda`` asks of torch.cuda, in order."""
 
-    def __init__(self, fail: bool = False):
+    def __init__(self, fail: int = 0):
+        """fail: which capture does, counted from 1. The first is the empty one that keeps a stream's memory."""
         self.log: list = []
         self.current: list = ["default"]
         self.fail = fail
@@ -86,7 +87,7 @@ class FakeCuda:
             log.append(("capture", isinstance(stream, Stream), capture_error_mode, pool))
             with within("capture"):
                 yield
-                if fake.fail:
+                if sum("capture" in entry for entry in log) == fake.fail:
                     raise RuntimeError("operation not permitted when stream is capturing")
 
         class CUDAGraph:
@@ -99,7 +100,7 @@ class FakeCuda:
             "set_stream": lambda s: log.append("stream set back"), "graph_pool_handle": lambda: "a pool",
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, value)
-        monkeypatch.setattr(graphs, "_pools", {})
+        monkeypatch.setattr(graphs, "_memory", {})
         return self
 
 
@@ -117,8 +118,9 @@ def test_capture_is_on_a_stream_of_the_device_and_lets_other_threads_call_cuda(m
     assert fake.log[-1] == "replay"
 
 
-def test_a_failed_capture_names_the_switch(monkeypatch):
-    fake = FakeCuda(fail=True).install(monkeypatch)
+@pytest.mark.parametrize("fail", [1, 2])
+def test_a_failed_capture_names_the_switch(fail, monkeypatch):
+    fake = FakeCuda(fail).install(monkeypatch)
     with pytest.raises(RuntimeError, match=r"not permitted.*FASTSLOTS_CUDA_GRAPHS=0"):
         graphs.capture_cuda(list, [torch.zeros(1)])
     assert fake.log[-1] == "stream set back"
