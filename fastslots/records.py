@@ -9,33 +9,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
 class FoldedProjections(NamedTuple):
-    """Both projections of the pixel side, folded into the slots: K small rows an image instead of L wide ones."""
+    """Both projections of the pixel side, folded into the slots: K small rows an image instead of L wide ones.
 
-    G: Tensor  # [B, D, H, K] score weights
-    g: Tensor  # [B, H, K] score offsets
-    U: Tensor  # [B, H, K, D] value rows, already projected out
-    b: Tensor  # [D] output bias
+    G [B, D, H, K]: score weights. g [B, H, K]: score offsets. U [B, H, K, D]: value rows, already projected out.
+    b [D]: output bias.
+    """
+
+    G: Tensor
+    g: Tensor
+    U: Tensor
+    b: Tensor
 
     def of_images(self, images: slice) -> FoldedProjections:
         return self._replace(G=self.G[images], g=self.g[images], U=self.U[images])
 
 
 class FeedForward(NamedTuple):
-    """Pre-norm feed-forward: ``x + w2 · gelu(w1 · norm(x) + b1) + b2``."""
+    """Pre-norm feed-forward: ``x + w2 · gelu(w1 · norm(x) + b1) + b2``.
 
-    norm_weight: Tensor  # [D]
-    norm_bias: Tensor  # [D]
-    w1: Tensor  # [F, D]
-    b1: Tensor  # [F]
-    w2: Tensor  # [D, F]
-    b2: Tensor  # [D]
+    norm_weight, norm_bias [D]; w1 [F, D]; b1 [F]; w2 [D, F]; b2 [D].
+    """
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
 
 
 class FoldedLayer(NamedTuple):
@@ -46,26 +53,35 @@ class FoldedLayer(NamedTuple):
 
 
 class OutputHead(NamedTuple):
-    """Final norm, then linear layers with GELU between them."""
+    """Final norm, then linear layers with GELU between them.
 
-    norm_weight: Tensor  # [D]
-    norm_bias: Tensor  # [D]
-    weights: list[Tensor]  # each [out, in]; the last has C rows
+    norm_weight, norm_bias [D]. weights: each [out, in]; the first has D columns, the last C rows. biases: each [out].
+    """
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    weights: list[Tensor]
     biases: list[Tensor]
 
 
 class QueryMlp(NamedTuple):
-    """The pixels' queries, to be made where they are used: linear layers with GELU between them, of position codes."""
+    """The pixels' queries, to be made where they are used: linear layers with GELU between them, of position codes.
 
-    code: Tensor  # [L, E], without gradient
-    weights: list[Tensor]  # each [out, in]; the last has D rows
+    code [L, E], without gradient. weights: each [out, in]; the first has E columns, the last D rows. biases: [out].
+    """
+
+    code: Tensor
+    weights: list[Tensor]
     biases: list[Tensor]
 
 
 class FoldedDecoder(NamedTuple):
-    """A decoder with the slots of B images folded into its layers."""
+    """A decoder with the slots of B images folded into its layers.
 
-    queries: Tensor | QueryMlp  # [B or 1, L, D], or what makes them
+    queries [B or 1, L, D], or the ``QueryMlp`` that makes them. layers: in their order. head: of C channels.
+    """
+
+    queries: Tensor | QueryMlp
     layers: Sequence[FoldedLayer]
     head: OutputHead
 
@@ -138,15 +154,19 @@ def unflatten(tensors: Mapping[str, Tensor], like: FoldedDecoder) -> FoldedDecod
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What the decoder's loss is a function of. Target, pixel weights and masks carry no gradient."""
+    """What the decoder's loss is a function of. Target, pixel weights and masks carry no gradient.
+
+    target [B, L, C] float. pixel_weight [B, L] float, or None: ones. slot_mask [B, K] bool, True for a real slot, or
+    None: all are. recon_weight, interaction_weight: floats, or 0-d tensors without gradient. eps: of every layer norm.
+    """
 
     decoder: FoldedDecoder
-    target: Tensor  # [B, L, C]
-    pixel_weight: Tensor | None  # [B, L]
-    slot_mask: Tensor | None  # [B, K] bool, True = a real slot
+    target: Tensor
+    pixel_weight: Tensor | None
+    slot_mask: Tensor | None
     recon_weight: float | Tensor
     interaction_weight: float | Tensor
-    eps: float = 1e-5  # of every layer norm
+    eps: float = 1e-5
 
     def tensors(self) -> dict[str, Tensor]:
         """What may have a gradient, by name: ``flatten(decoder)``."""
@@ -211,30 +231,6 @@ class EncoderInputs:
     strides: list[int]  # of the convolutions; none for features
     heads: int
     eps: float = 1e-5
-
-
-class StepModel(NamedTuple):
-    """A model whose step is one call of a kernel (``fastslots/train/fused``), which reads and writes its arrays where
-    they lie: they are contiguous, and stay there."""
-
-    encoder: Mapping[
-        str, Any
-    ]  # weights, grads (lists, as in EncoderInputs), queries, queries_grad, grid, places, token_of
-    decoder: Mapping[str, Tensor]
-    grads: Mapping[str, Tensor]  # of the decoder
-    settings: Mapping[str, Any]  # sizes and numbers, as ``kernels/cpu/step_bindings.cpp`` names them
-    quantiles: Tensor  # int32 [2^16] of the normal distribution (fastslots/train/draws.py)
-
-
-class StepDraws(NamedTuple):
-    """The random numbers of such a step. What is None is drawn by the kernel, as ``fastslots/train/draws.py`` does."""
-
-    noise: Tensor | None  # [B, K, Z]
-    pixels: Tensor | None  # [B, P]
-    pixel_weight: Tensor | None  # [B, P], of given pixels
-    keys: tuple[int, int]  # of noise and pixels, in 0..2^64 - 1
-    first: int  # the place of the first image in the global batch
-    pixel_count: int  # P, pixels an image
 
 
 class StatisticsInputs(NamedTuple):

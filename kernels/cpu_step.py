@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastslots.records import StepDraws, StepModel
+from fastslots.step_records import StepDraws, StepModel
 
 from . import cpu_calls
 from .cpu_calls import binding, isa, plain

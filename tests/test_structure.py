@@ -13,7 +13,7 @@ import fastslots
 
 ROOT = Path(fastslots.__file__).parent
 ROOMS = """
-    errors threads notices files records capture
+    errors threads notices files records step_records capture
     kernels
     ops nn integrations
     config runs models interop

@@ -25,11 +25,13 @@ class Augmentation:
     """Changes of a step's images, and of their masks in the same way.
 
     kinds: applied in this order whatever theirs is; none leaves images as they are.
-        mirror: left and right change places, in half of the images.
-        crop: a square whose side is a share of the image's, uniform in [``least_side``, 1], at a uniform place, resized
-            to the image's side (images bilinearly, masks to the nearest pixel).
-        colour: with a = ``colours`` and each u uniform in [-1, 1], the hue is turned by 180·a·u degrees about the gray
-            axis, the distance from gray times 1 + a·u, all times 1 + a·u; then clipped to [0, 1].
+
+    - mirror: left and right change places, in half of the images.
+    - crop: a square whose side is a share of the image's, uniform in [``least_side``, 1], at a uniform place, resized
+      to the image's side (images bilinearly, masks to the nearest pixel).
+    - colour: with a = ``colours`` and each u uniform in [-1, 1], the hue is turned by 180·a·u degrees about the gray
+      axis, the distance from gray times 1 + a·u, all times 1 + a·u; then clipped to [0, 1].
+
     seed: of the run.
     """
 

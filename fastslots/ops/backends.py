@@ -30,12 +30,11 @@ from fastslots.records import (
     LossResult,
     Statistics,
     StatisticsInputs,
-    StepDraws,
-    StepModel,
     Tangents,
     describe,
     describe_decoder,
 )
+from fastslots.step_records import StepDraws, StepModel
 
 NAMES = ("reference", "cpu", "triton")
 OPS = (

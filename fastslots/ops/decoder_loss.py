@@ -122,7 +122,7 @@ def decoder_loss(inputs: LossInputs, grad_scale: float | Tensor = 1.0, backend: 
 
     Args:
         inputs: a folded decoder, the target [B, L, C], pixel weights and a slot mask (or None), and both weights, which
-            are floats or 0-d tensors without gradient. ``fastslots.records`` says every shape.
+            are floats or 0-d tensors without gradient: see ``LossInputs``.
         grad_scale: the loss scale of mixed precision, a float or a 0-d tensor; it cancels in ``total``'s gradient.
         backend: "auto", "reference", "cpu" or "triton"; one named outright either serves or raises.
 

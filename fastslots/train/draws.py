@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastslots.config.run import TrainConfig
 from fastslots.data.sampling import Purpose, random_u64, step_seed
-from fastslots.records import StepDraws
+from fastslots.step_records import StepDraws
 from fastslots.train.pixels import drawn_pixels, pixel_probabilities, uniform_of
 
 PURPOSES = (Purpose.NOISE, Purpose.PIXELS, Purpose.JACOBIAN, Purpose.QUERIES)

@@ -21,7 +21,8 @@ from fastslots.models.encoder import Encoder, EncoderLayer, operator_weights, st
 from fastslots.models.layers import DecoderLayer, is_hooked
 from fastslots.models.queries import LearnedQueries, SeededQueries, SurfaceSeededQueries
 from fastslots.ops import backends
-from fastslots.records import StepDraws, StepModel, describe
+from fastslots.records import describe
+from fastslots.step_records import StepDraws, StepModel
 from fastslots.train.draws import quantiles
 from fastslots.train.fused.watch import Watch, have_gradients
 
