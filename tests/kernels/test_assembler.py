@@ -27,6 +27,8 @@ def test_reads_of_registers_that_nothing_has_written_are_found():
     assert unwritten_registers(sound) == []
     # The second operand's descriptor is part of what a product reads.
     assert unwritten_registers(sound.replace("UMOV UR10, UR6", "UMOV UR20, UR6"))
+    # sm_100's sum or maximum over a warp writes a uniform register.
+    assert unwritten_registers("/*19d0*/ CREDUX.MAX.F32 UR11, R11 ;\n/*1a40*/ MOV R4, UR11 ;") == []
 
 
 @pytest.fixture
