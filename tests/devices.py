@@ -11,7 +11,9 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,6 +34,25 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "0"
     else:
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    if config.getoption("device") == "rehearsal":
+        _round_as_a_gpu()
+
+
+def _round_as_a_gpu() -> None:
+    """Triton's interpreter cuts fp32 off to bf16, a GPU rounds to nearest: its tests, with their bounds, need that."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    cut = interpreter._convert_float
+
+    def convert(data: np.ndarray, source: Any, target: Any, *rest: Any) -> np.ndarray:
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return cut(data, source, target, *rest)
+        bits = np.ascontiguousarray(data).view(np.uint32)
+        rounded = (bits.astype(np.uint64) + 0x7FFF + (bits >> 16 & 1)) >> 16
+        return np.where(np.isnan(data), 0x7FC0, rounded).astype(np.uint16)
+
+    interpreter._convert_float = convert
 
 
 def pytest_report_header(config: pytest.Config) -> str:
