@@ -12,7 +12,7 @@ import re
 
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?(\S+)\s*([^;]*);")
 _REGISTER = re.compile(r"\bUR(\d+)\b")
-_WRITES = re.compile(r"^(U(?!P)|R2UR|S2UR|CS2UR|C?REDUX|VOTEU|LDCU)")
+_WRITES = re.compile(r"^(U(?!P)|UP2UR|R2UR|S2UR|CS2UR|C?REDUX|VOTEU|LDCU)")
 
 
 def unwritten_registers(sass: str) -> list[str]:

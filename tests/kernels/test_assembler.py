@@ -27,8 +27,12 @@ def test_reads_of_registers_that_nothing_has_written_are_found():
     assert unwritten_registers(sound) == []
     # The second operand's descriptor is part of what a product reads.
     assert unwritten_registers(sound.replace("UMOV UR10, UR6", "UMOV UR20, UR6"))
-    # sm_100's sum or maximum over a warp writes a uniform register.
+    # On sm_100 a maximum over a warp writes a uniform register, and predicates are kept in one.
     assert unwritten_registers("/*19d0*/ CREDUX.MAX.F32 UR11, R11 ;\n/*1a40*/ MOV R4, UR11 ;") == []
+    assert (
+        unwritten_registers("/*0040*/ UP2UR UR7, UPR, URZ, 0x1 ;\n/*02c0*/ UISETP.NE.AND UP0, UPT, UR7, URZ, UPT ;")
+        == []
+    )
 
 
 @pytest.fixture
