@@ -10,14 +10,15 @@ import torch
 
 from fastslots.records import FoldedDecoder, FoldedLayer, OutputHead
 
-from .._pack import next_power, padded_slots, pitch, round_up
+from .._pack import attention_block, padded_slots, pitch, round_up, unit_columns
+from ..launch import LaunchConfig
 from ..output_head import padded
 from .head import serves as head_serves
 
 TILE_BYTES, TILE_SHARE = 4 << 30, 8
 """Memory of a tile's tensors: this, or where that is less, one part in so many of the device's."""
-BLOCK = 64
-"""The most hidden columns that kernels take at once: the tensors which they keep are padded to whole blocks."""
+WIDEST = LaunchConfig(1, block_c=64, num_warps=1, num_stages=1)
+"""Of the most hidden columns that kernels take at once: the tensors which they keep are padded to whole blocks."""
 
 
 class Tiling(NamedTuple):
@@ -58,8 +59,8 @@ def row_bytes(decoder: FoldedDecoder, dtype: torch.dtype) -> int:
 def _of_backward(layer: FoldedLayer, D: int) -> int:
     """Elements of a layer's backward: dy and dz, then du, or dx, n, A and dS. Its output is gone by then."""
     H, K = layer.folded.G.shape[2:]
-    used = H * padded_slots(K)
-    columns = round_up(used, max(16, min(BLOCK, next_power(used))))
+    slots = padded_slots(K)
+    columns = round_up(H * slots, attention_block(WIDEST, H, slots))
     return 2 * pitch(D) + max(_units(layer), pitch(D) + pitch(D + 1) + 2 * columns + 8) - D
 
 
@@ -67,7 +68,7 @@ def _of_head(head: OutputHead, D: int, dtype: torch.dtype) -> int:
     """Bytes of the head's forward and backward: as one with the loss, or as products of cuBLAS."""
     outs = [len(weight) for weight in head.weights]
     if head_serves(head, D):  # n, slope, h and du; u2, which becomes its gradient; dx, and 1/σ
-        elements = pitch(D + 1) + 3 * round_up(outs[0], BLOCK) + 8 + pitch(outs[1]) + pitch(D)
+        elements = pitch(D + 1) + 3 * unit_columns(outs[0], WIDEST) + 8 + pitch(outs[1]) + pitch(D)
         return elements * dtype.itemsize + torch.float32.itemsize
     widths = [padded(width, dtype) for width in (D, *outs)]
     # The norm's result, sums and inputs of each map, the pixels and their gradient, and two gradients on the way back.
@@ -77,7 +78,7 @@ def _of_head(head: OutputHead, D: int, dtype: torch.dtype) -> int:
 
 
 def _units(layer: FoldedLayer) -> int:
-    return round_up(len(layer.ff.w1), BLOCK)
+    return unit_columns(len(layer.ff.w1), WIDEST)
 
 
 def tiles_of(batch: int, pixels: int, rows: int) -> Iterator[tuple[slice, slice]]:
